@@ -1,0 +1,63 @@
+"""Visual-token compression methods for multimodal LLMs: methods x hosts.
+
+Quick tour (importing this package loads neither torch nor transformers; attributes resolve on first use)::
+
+    import accelerate_methods
+
+    accelerate_methods.available()                                   # names of the methods
+    method = accelerate_methods.get("fastvid", retention_ratio=0.1)  # a frozen dataclass of hyper-parameters
+    with accelerate_methods.accelerate(model, method):               # on this instance, until the block ends
+        with accelerate_methods.record() as records:                 # token counts, timings, FLOPs per request
+            model.generate(input_ids, images=[video], modalities=["video"])
+
+See ``docs/architecture.md`` for how methods, stages, signals and hosts fit together.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "accelerate": "attach",
+    "detach": "attach",
+    "Method": "base",
+    "SampleMethod": "base",
+    "CompressMethod": "base",
+    "PrefillMethod": "base",
+    "DecodeMethod": "base",
+    "VisualItem": "items",
+    "Compressed": "items",
+    "Pipeline": "pipeline",
+    "resolve": "pipeline",
+    "record": "recording",
+    "available": "registry",
+    "get": "registry",
+    "register": "registry",
+    "MethodError": "errors",
+    "UnknownNameError": "errors",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from .attach import accelerate, detach
+    from .base import CompressMethod, DecodeMethod, Method, PrefillMethod, SampleMethod
+    from .errors import MethodError, UnknownNameError
+    from .items import Compressed, VisualItem
+    from .pipeline import Pipeline, resolve
+    from .recording import record
+    from .registry import available, get, register

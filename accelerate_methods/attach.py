@@ -1,0 +1,57 @@
+"""Switch methods on and off for one model object."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .errors import MethodError
+from .hosts import host_for
+from .pipeline import Pipeline, resolve
+
+
+class Acceleration:
+    """A pipeline attached to one model. Leaving the ``with`` block (or :meth:`detach`) restores what was there before."""
+
+    def __init__(self, model: Any, pipeline: Pipeline):
+        self.pipeline = pipeline
+        self._model = model
+        self._host = host_for(model)
+        self._previous = self._host.attach(model, pipeline)
+        self._attached = True
+
+    def detach(self) -> None:
+        """Restore the model's former state; calling it again does nothing."""
+        if self._attached:
+            self._host.restore(self._model, self._previous)
+            self._attached = False
+
+    def __enter__(self) -> Acceleration:
+        if not self._attached:
+            raise MethodError("this acceleration was detached; call accelerate(model, ...) again.")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        state = "attached to" if self._attached else "detached from"
+        return f"<{self.pipeline.describe()} {state} {type(self._model).__name__}>"
+
+
+def accelerate(model: Any, method: Any, **params: Any) -> Acceleration:
+    """Attach ``method`` to this model object: at once, and until detached or the ``with`` block ends.
+
+    Args:
+        model: a model of a supported host (see ``accelerate_methods.hosts``).
+        method: anything :func:`accelerate_methods.resolve` takes; None or "dense" runs the model uncompressed.
+        params: hyper-parameters.
+
+    Raises:
+        MethodError: unknown method, bad parameter, a model no host knows, or a signal the model cannot give.
+    """
+    return Acceleration(model, resolve(method, **params))
+
+
+def detach(model: Any) -> None:
+    """Remove whatever is attached to ``model``."""
+    host_for(model).restore(model, None)

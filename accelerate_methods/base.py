@@ -1,0 +1,165 @@
+"""What a method is: hyper-parameters plus one pure tensor function per stage where its paper acts.
+
+    sample --> encode --> compress --> prefill --> decode
+
+A method knows no model class. It declares the **signals** it reads (names in :data:`SIGNALS`); a host computes those
+and only those. Subclass the stage classes below, one per stage that the paper touches, as a frozen dataclass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from .errors import MethodError, UnknownNameError
+
+if TYPE_CHECKING:
+    import torch
+
+    from .decoder import DecodeStep, PrefillStep, Selection
+    from .items import Compressed, VisualItem
+
+#: Everything a method may ask a host for, with the shape it gets. F frames/views, N visual tokens per frame.
+SIGNALS = {
+    "frame_features": "[F, G] one global feature per frame (SigLIP attention-pooling head output)",
+    "pooling_attention": "[F, N] head-averaged attention of the pooling probe, brought to the LLM token grid",
+    "cls_attention": "[F, P] head-averaged attention of the CLS token to the patches",
+    "received_attention": "[F, P] attention a patch receives from all patches, averaged over heads and queries",
+    "key_states": "[F, P, d] head-averaged key states of the selected encoder layer",
+    "text_embeddings": "[T, D] embeddings of the text tokens of the prompt",
+}
+
+STAGES = ("sample", "encode", "compress", "prefill", "decode")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of every method. Fields are hyper-parameters under the names of the paper; keyword-only.
+
+    Class attributes:
+        name: registry name, also used in configs, on the command line and in result files.
+        title, paper, licence: for tables and acknowledgements.
+        signals: names out of :data:`SIGNALS` that the host must provide.
+        modalities: kinds of visual item the method changes; others pass through unpruned.
+        positions: "original" keeps the position ids of the uncompressed sequence (with gaps; generated tokens go on
+            from the uncompressed length), "compact" re-numbers the shortened sequence.
+    """
+
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    licence: ClassVar[str] = ""
+    baseline: ClassVar[bool] = False
+    signals: ClassVar[frozenset[str]] = frozenset()
+    modalities: ClassVar[frozenset[str]] = frozenset({"image", "video"})
+    positions: ClassVar[str] = "compact"
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Stages at which this object acts, in pipeline order."""
+        return tuple(s for s in STAGES if isinstance(self, _STAGE_CLASSES[s]))
+
+    @classmethod
+    def parameters(cls) -> dict[str, Any]:
+        """Hyper-parameter names with their defaults (``dataclasses.MISSING`` where required)."""
+        return {f.name: f.default for f in dataclasses.fields(cls) if f.init}
+
+    @classmethod
+    def create(cls, **params: Any) -> Method:
+        """Build the method from keyword arguments; unknown names raise :class:`UnknownNameError`."""
+        allowed = cls.parameters()
+        for key in params:
+            if key not in allowed:
+                raise UnknownNameError(f"parameter of method {cls.name!r}:", key, allowed)
+        return cls(**params)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and hyper-parameters, as a config file would hold them."""
+        return {"method": self.name, **{f: getattr(self, f) for f in self.parameters()}}
+
+    def describe(self) -> str:
+        """One line for tables and logs: the name and the parameters that differ from their defaults."""
+        changed = [f"{k}={getattr(self, k)!r}" for k, d in self.parameters().items() if getattr(self, k) != d]
+        return f"{self.name}({', '.join(changed)})"
+
+    # -- validation helpers for __post_init__ ------------------------------------------------------------------------
+
+    def _check_number(
+        self, field: str, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False, integer: bool = False
+    ) -> None:
+        value = getattr(self, field)
+        if value is None:
+            return
+        kind = "an integer" if integer else "a number"
+        if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)) or value != value:
+            raise MethodError(f"{self.name}: {field} must be {kind}, got {value!r}.")
+        if value < low or value > high or (open_low and value == low):
+            left = "(" if open_low or low == -math.inf else "["
+            right = ")" if high == math.inf else "]"
+            raise MethodError(f"{self.name}: {field}={value!r} is outside the allowed range {left}{low:g}, {high:g}{right}.")
+
+    def _check_choice(self, field: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, field)
+        if value not in allowed:
+            raise UnknownNameError(f"value of {self.name}.{field}:", value, allowed)
+
+
+class SampleMethod(Method):
+    """Acts on the input frames or pixels before the vision encoder."""
+
+    def input_side(self, side: int, patch: int) -> int:
+        """Side in pixels (a multiple of ``patch``) that a ``side`` x ``side`` view is resized to."""
+        return side
+
+
+class CompressMethod(Method):
+    """Acts on the visual tokens between vision side and language model.
+
+    ``compress`` gets one image or video as a :class:`~accelerate_methods.items.VisualItem` (features, layout and the
+    declared signals) and returns the tokens that go on, where they stand, and for every original token which output
+    token holds it.
+    """
+
+    def compress(self, item: VisualItem) -> Compressed:
+        raise NotImplementedError
+
+
+class PrefillMethod(Method):
+    """Acts between decoder layers during prefill.
+
+    ``prefill`` is called with the hidden states entering each layer of :meth:`prefill_layers` and says which of them
+    go on. Attention scores are available through ``step`` for chosen rows only.
+    """
+
+    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
+        """0-based indices of the decoder layers before which the method acts."""
+        raise NotImplementedError
+
+    def prefill(self, step: PrefillStep) -> Selection | None:
+        raise NotImplementedError
+
+
+class DecodeMethod(Method):
+    """Acts on the view that decode steps have of the KV cache (the cache itself stays whole)."""
+
+    def decode_layer(self, num_layers: int) -> int:
+        """First decoder layer (0-based) that sees the reduced view; scores come from the layer before it."""
+        raise NotImplementedError
+
+    def decode(self, step: DecodeStep) -> torch.Tensor | None:
+        """Boolean [B, S] of visible keys, or None for all."""
+        raise NotImplementedError
+
+
+class EncodeMethod(Method):
+    """Acts between the blocks of the vision encoder (token merging inside the ViT)."""
+
+
+_STAGE_CLASSES = {
+    "sample": SampleMethod,
+    "encode": EncodeMethod,
+    "compress": CompressMethod,
+    "prefill": PrefillMethod,
+    "decode": DecodeMethod,
+}

@@ -1,0 +1,176 @@
+"""Baselines that every result should be compared with: what does a budget cost without any cleverness?"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import torch
+
+from .base import CompressMethod, PrefillMethod, SampleMethod
+from .budget import BudgetedMethod, floor_share
+from .decoder import PrefillStep, Selection
+from .errors import MethodError
+from .items import Compressed, VisualItem, selection
+from .registry import register
+
+
+@register("random")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomTokens(BudgetedMethod, CompressMethod):
+    """Keep a random subset of each image's or video's tokens; the same ``seed`` keeps the same positions.
+
+    The draw depends on the seed and the number of tokens only, so that batch size and order of requests do not matter.
+    """
+
+    title: ClassVar[str] = "Random"
+    paper: ClassVar[str] = "baseline"
+    baseline: ClassVar[bool] = True
+    positions: ClassVar[str] = "original"
+
+    seed: int = 0
+
+    def compress(self, item: VisualItem) -> Compressed:
+        return selection(item, random_indices(item.num_tokens, self.budget(item), self.seed).to(item.features.device))
+
+
+@register("uniform")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UniformTokens(BudgetedMethod, CompressMethod):
+    """Keep tokens at an even stride over the whole image or video.
+
+    The stride is fractional, so that it walks over the columns of the grid instead of locking onto a few of them.
+    """
+
+    title: ClassVar[str] = "Uniform stride"
+    paper: ClassVar[str] = "baseline"
+    baseline: ClassVar[bool] = True
+    positions: ClassVar[str] = "original"
+
+    def compress(self, item: VisualItem) -> Compressed:
+        total, count = item.num_tokens, self.budget(item)
+        # floor((i + 1/2) * total / count) in integers: exact for any size
+        kept = (2 * torch.arange(count, device=item.features.device) + 1) * total // (2 * count)
+        return selection(item, kept)
+
+
+@register("pool")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PooledTokens(BudgetedMethod, CompressMethod):
+    """Average neighbouring tokens down to the budget: on the token grid where there is one, along the row otherwise.
+
+    With a grid of h x w the pooled grid is the largest h' x w' of about the same shape with h'*w' tokens within the
+    frame's budget, so the realised count can be below it.
+    """
+
+    title: ClassVar[str] = "Average pooling"
+    paper: ClassVar[str] = "baseline"
+    baseline: ClassVar[bool] = True
+    positions: ClassVar[str] = "original"
+
+    def compress(self, item: VisualItem) -> Compressed:
+        budget = self.budget(item)
+        frames, per_frame = item.num_frames, item.tokens_per_frame
+        if budget >= item.num_tokens:
+            return selection(item, torch.arange(item.num_tokens, device=item.features.device))
+        if item.grid is None or budget < frames:
+            # no common grid, or less than a token per frame: pool the whole row
+            owner = torch.arange(item.num_tokens, device=item.features.device) * budget // item.num_tokens
+            count = budget
+        else:
+            rows, columns = item.grid
+            new_rows, new_columns = pooled_grid(rows, columns, budget // frames)
+            row = torch.arange(rows, device=item.features.device) * new_rows // rows
+            column = torch.arange(columns, device=item.features.device) * new_columns // columns
+            frame = torch.arange(frames, device=item.features.device) * (new_rows * new_columns)
+            owner = (frame[:, None, None] + row[:, None] * new_columns + column).flatten()
+            count = frames * new_rows * new_columns
+        tokens = torch.zeros(count, item.features.shape[-1], dtype=torch.float32, device=item.features.device)
+        tokens.index_add_(0, owner, item.features.flatten(0, 1).float())
+        sizes = torch.bincount(owner, minlength=count)
+        first = torch.full((count,), item.length, dtype=torch.long, device=owner.device)
+        first.scatter_reduce_(0, owner, item.positions.flatten(), reduce="amin")
+        return Compressed(
+            tokens=(tokens / sizes[:, None]).to(item.features.dtype),
+            positions=first,
+            owner=owner.view(frames, per_frame),
+        )
+
+
+@register("downsample")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DownsampledInput(SampleMethod):
+    """Feed smaller images: each view is resized so that it has about ``retention_ratio`` of its patches.
+
+    The tower interpolates its position embeddings. The side is a multiple of the patch size, so the realised count
+    differs from the ratio; it is reported per request.
+    """
+
+    title: ClassVar[str] = "Smaller input"
+    paper: ClassVar[str] = "baseline"
+    baseline: ClassVar[bool] = True
+
+    retention_ratio: float = 0.25
+
+    def __post_init__(self) -> None:
+        self._check_number("retention_ratio", low=0.0, high=1.0, open_low=True)
+
+    def input_side(self, side: int, patch: int) -> int:
+        patches = side // patch
+        return patch * max(1, int(patches * math.sqrt(self.retention_ratio) + 1e-9))
+
+
+@register("random_prefill")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomPrefill(PrefillMethod):
+    """Drop random visual tokens before decoder layer ``layer``: what in-LLM pruning has to beat.
+
+    Attributes:
+        retention_ratio: share of each sample's visual tokens that goes on.
+        layer: 0-based decoder layer before which they are dropped.
+        seed: the same seed keeps the same tokens.
+    """
+
+    title: ClassVar[str] = "Random (in the LLM)"
+    paper: ClassVar[str] = "baseline"
+    baseline: ClassVar[bool] = True
+
+    retention_ratio: float = 0.25
+    layer: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_number("retention_ratio", low=0.0, high=1.0, open_low=True)
+        self._check_number("layer", low=0, integer=True)
+
+    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
+        if self.layer >= num_layers:
+            raise MethodError(f"{self.name}: layer={self.layer}, but the decoder has layers 0..{num_layers - 1}.")
+        return (self.layer,)
+
+    def prefill(self, step: PrefillStep) -> Selection:
+        keep = ~step.visual
+        if step.valid is not None:
+            keep &= step.valid
+        for sample, visual in enumerate(step.visual):
+            positions = visual.nonzero().squeeze(1)
+            count = max(1, floor_share(len(positions), self.retention_ratio)) if len(positions) else 0
+            keep[sample, positions[random_indices(len(positions), count, self.seed).to(positions.device)]] = True
+        return Selection.from_mask(keep)
+
+
+def random_indices(total: int, count: int, seed: int) -> torch.Tensor:
+    """``count`` of ``total`` indices, ascending; a function of its arguments alone."""
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+
+
+def pooled_grid(rows: int, columns: int, budget: int) -> tuple[int, int]:
+    """Largest grid of about the shape rows x columns with at most ``budget`` cells (and at least one)."""
+    scale = min(1.0, math.sqrt(budget / (rows * columns)))
+    best = (1, 1)
+    for new_rows in {max(1, math.floor(rows * scale)), max(1, min(rows, math.ceil(rows * scale)))}:
+        new_columns = min(columns, budget // new_rows)
+        if new_columns >= 1 and new_rows * new_columns > best[0] * best[1]:
+            best = (new_rows, new_columns)
+    return best

@@ -1,0 +1,21 @@
+"""Errors that a user of the toolkit can cause, each saying what was wrong and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MethodError(ValueError):
+    """A method, its hyper-parameters or its combination with a model is not usable."""
+
+
+class UnknownNameError(MethodError):
+    """A name (method, hyper-parameter, config, signal ...) that does not exist."""
+
+    def __init__(self, what: str, name: object, allowed: Iterable[str]):
+        allowed = sorted(allowed)
+        close = difflib.get_close_matches(str(name), allowed, n=1, cutoff=0.5)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        super().__init__(f"unknown {what} {name!r}.{hint} Allowed: {', '.join(allowed) or '(none)'}.")
+        self.name, self.allowed, self.suggestion = name, allowed, close[0] if close else None

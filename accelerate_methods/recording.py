@@ -1,0 +1,132 @@
+"""Per-request facts: tokens before and after, milliseconds per stage, LLM work. Off unless a recorder is open.
+
+Recorders live in a context variable, so two threads or two nested blocks never see each other's requests, and nothing
+is stored on a model::
+
+    with record() as requests:
+        model.generate(...)
+    requests[0].samples[0].visual_tokens_after, requests[0].stage_ms["prefill"]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_active: ContextVar[list[RequestRecord] | None] = ContextVar("accelerate_methods_recorder", default=None)
+
+
+@dataclasses.dataclass
+class ItemRecord:
+    """One image or video of a sample.
+
+    ``owner`` [F, N] and ``positions`` [R] are the provenance of ``items.Sequence`` (None when it was not compressed).
+    """
+
+    modality: str
+    tokens_before: int
+    tokens_after: int
+    grid: tuple[int, int] | None = None
+    owner: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    info: dict[str, object] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class SampleRecord:
+    """One row of a batch. Token counts are content tokens; newlines count in the sequence lengths.
+
+    ``dense_length`` is the prompt length (text and all visual tokens) without compression, ``length`` what layer 0 saw.
+    """
+
+    items: list[ItemRecord] = dataclasses.field(default_factory=list)
+    dense_length: int = 0
+    length: int = 0
+
+    @property
+    def visual_tokens_before(self) -> int:
+        return sum(i.tokens_before for i in self.items)
+
+    @property
+    def visual_tokens_after(self) -> int:
+        return sum(i.tokens_after for i in self.items)
+
+
+class RequestRecord:
+    """One ``forward`` or ``generate`` call: its samples, stage times and number of decode steps."""
+
+    def __init__(self) -> None:
+        self.samples: list[SampleRecord] = []
+        self.layer_tokens: list[list[int] | torch.Tensor] = []
+        self.decode_steps = 0
+        self._spans: list[tuple[str, object]] = []
+
+    @property
+    def stage_ms(self) -> dict[str, float]:
+        """Milliseconds per stage (vision, compress, prefill, decode), summed. Synchronises CUDA when read."""
+        total: dict[str, float] = {}
+        for name, span in self._spans:
+            if isinstance(span, tuple):
+                start, end = span
+                end.synchronize()
+                elapsed = start.elapsed_time(end)
+            else:
+                elapsed = span
+            total[name] = total.get(name, 0.0) + elapsed
+        return total
+
+    def layer_lengths(self, sample: int) -> list[int]:
+        """Prompt tokens of one sample that each decoder layer processed in prefill. May synchronise."""
+        return [int(tokens[sample]) for tokens in self.layer_tokens]
+
+    @contextlib.contextmanager
+    def span(self, name: str, device: torch.device) -> Iterator[None]:
+        if device.type == "cuda":
+            import torch
+
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record(torch.cuda.current_stream(device))
+            yield
+            end.record(torch.cuda.current_stream(device))
+            self._spans.append((name, (start, end)))
+        else:
+            begin = time.perf_counter()
+            yield
+            self._spans.append((name, 1000.0 * (time.perf_counter() - begin)))
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[RequestRecord]]:
+    """Collect a :class:`RequestRecord` for every request made inside the block."""
+    requests: list[RequestRecord] = []
+    token = _active.set(requests)
+    try:
+        yield requests
+    finally:
+        _active.reset(token)
+
+
+def new_request() -> RequestRecord | None:
+    """Open a record if somebody is listening."""
+    requests = _active.get()
+    if requests is None:
+        return None
+    requests.append(RequestRecord())
+    return requests[-1]
+
+
+@contextlib.contextmanager
+def stage(request: RequestRecord | None, name: str, device: torch.device) -> Iterator[None]:
+    """Time a block into ``request``; free when nobody listens."""
+    if request is None:
+        yield
+        return
+    with request.span(name, device):
+        yield

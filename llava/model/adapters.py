@@ -1,0 +1,38 @@
+"""Checkpoints that hold only a part of the model: a projector, or a LoRA with the non-LoRA weights."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from llava.model.checkpoint import CheckpointError, find_file
+
+
+def load_on_base(model_class: Any, path: str, base: str, config: Any, load: dict[str, Any]) -> Any:
+    """Base LLM plus the weights of ``path`` (``mm_projector.bin``, or a PEFT adapter and ``non_lora_trainables.bin``)."""
+    adapter = find_file(path, "adapter_config.json")
+    extra = find_file(path, "non_lora_trainables.bin" if adapter else "mm_projector.bin")
+    if extra is None:
+        looked = "non_lora_trainables.bin" if adapter else "mm_projector.bin (or adapter_config.json of a LoRA)"
+        raise CheckpointError(f"{path!r} has no {looked}, so there is nothing to put on model_base {base!r}.")
+    model = model_class.from_pretrained(
+        base, config=config, allow_missing=("model.mm_projector.", "model.image_newline"), **load
+    )
+    weights = {_clean(k): v for k, v in torch.load(extra, map_location="cpu", weights_only=True).items()}
+    unknown = model.load_state_dict(weights, strict=False).unexpected_keys
+    if unknown:
+        raise CheckpointError(f"{extra}: {len(unknown)} weights do not belong to {model_class.__name__} (first: {unknown[0]}).")
+    if adapter is not None:
+        if importlib.util.find_spec("peft") is None:
+            raise ImportError("LoRA checkpoints need peft: pip install peft")
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, path).merge_and_unload()
+    return model
+
+
+def _clean(name: str) -> str:
+    name = name.removeprefix("base_model.")
+    return name.removeprefix("model.") if name.startswith("model.model.") else name

@@ -1,0 +1,249 @@
+"""``load_pretrained_model``: an official LLaVA checkpoint, ready to use, with a compression method attached if asked.
+
+The signature is the official one plus ``method`` and ``method_params``. Differences (specs/base.md sections 11, 15):
+the model class follows the checkpoint's own config, and a ``model_name`` that says otherwise is an error; float32 and
+"auto" are allowed dtypes; CPU works; nothing is swallowed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accelerate_methods.errors import UnknownNameError
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava.model.checkpoint import CheckpointError, find_file, load_config, read_config
+from llava.tokenization import load_tokenizer
+
+#: family -> (class, module, substrings by which the official code recognises it in a model name)
+FAMILIES = {
+    "mistral": ("LlavaMistralForCausalLM", "llava_mistral", ("mistral", "zephyr")),
+    "qwen": ("LlavaQwenForCausalLM", "llava_qwen", ("qwen", "quyen")),
+    "llama": ("LlavaLlamaForCausalLM", "llava_llama", ("vicuna", "llama", "llava-v1.5")),
+}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_UNSUPPORTED = ("mixtral", "gemma", "mpt", "moe")
+
+
+def load_pretrained_model(
+    model_path: str,
+    model_base: str | None = None,
+    model_name: str | None = None,
+    load_8bit: bool = False,
+    load_4bit: bool = False,
+    device_map: Any = "auto",
+    torch_dtype: Any = "float16",
+    attn_implementation: str | None = "flash_attention_2",
+    customized_config: Any = None,
+    overwrite_config: dict[str, Any] | None = None,
+    method: Any = None,
+    method_params: dict[str, Any] | None = None,
+    **kwargs: Any,
+):
+    """Load a checkpoint.
+
+    Args:
+        model_path: folder or hub name of a checkpoint in the official format.
+        model_base: base LLM for checkpoints that hold a projector or a LoRA only.
+        model_name: as the official code expects it; only checked against the checkpoint, None skips the check.
+        device_map: as in transformers; a device ("cpu", "cuda:0") or "auto".
+        torch_dtype: "float16", "bfloat16", "float32", "auto", or a torch dtype.
+        attn_implementation: "flash_attention_2" falls back to "sdpa" where flash-attn is not installed or the model
+            is not on CUDA; "sdpa", "eager" or None.
+        customized_config: a config object used instead of the checkpoint's.
+        overwrite_config: config keys set before the model is built.
+        method: anything :func:`accelerate_methods.resolve` takes; attached permanently.
+        method_params: hyper-parameters for ``method``.
+        kwargs: ``multimodal`` is accepted and ignored (the config says what the checkpoint is); the rest goes to
+            ``from_pretrained``.
+
+    Returns:
+        tokenizer, model, image_processor, context_len.
+
+    Raises:
+        CheckpointError: not a LLaVA checkpoint, contradicting ``model_name``, missing weights.
+    """
+    kwargs.pop("multimodal", None)
+    source = model_base if model_base is not None else model_path
+    family = checkpoint_family(read_config(model_path), model_path)
+    if model_name:
+        check_model_name(model_name, family, model_path)
+    model_class = _model_class(family)
+    load = {
+        "dtype": resolve_dtype(torch_dtype),
+        "attn_implementation": _attention(attn_implementation, device_map),
+        "device_map": None if device_map == "auto" and not torch.cuda.is_available() else device_map,
+        **_quantisation(load_8bit, load_4bit),
+        **kwargs,
+    }
+    config = customized_config
+    if config is None or isinstance(config, (str, Path)):
+        config = load_config(model_class.config_class, model_path if config is None else config)
+    for key, value in (overwrite_config or {}).items():
+        _set_config(config, key, value)
+    tokenizer = load_tokenizer(source, config)
+    if model_base is not None:
+        from llava.model.adapters import load_on_base
+
+        model = load_on_base(model_class, model_path, model_base, config, load)
+    else:
+        model = model_class.from_pretrained(model_path, config=config, **load)
+    image_processor = _finish_vision(model, tokenizer)
+    if method is not None:
+        from accelerate_methods import accelerate
+
+        accelerate(model, method, **(method_params or {}))
+    return tokenizer, model.eval(), image_processor, _context_length(model.config)
+
+
+def checkpoint_family(config: dict[str, Any], path: str = "") -> str:
+    """Language-model family ("llama", "qwen", "mistral") that a config.json says it is."""
+    named = [*config.get("architectures", ()), str(config.get("model_type", ""))]
+    for family, (class_name, module, _) in FAMILIES.items():
+        if class_name in named or module in named:
+            return family
+    native = [n for n in named if n.endswith("ForConditionalGeneration")]
+    hint = (
+        f" {native[0]} is the transformers-native format; load it with transformers and use this project's native hosts."
+        if native
+        else ""
+    )
+    raise CheckpointError(
+        f"{path!r} is not a LLaVA checkpoint that this tree supports: architectures {config.get('architectures')}, "
+        f"model_type {config.get('model_type')!r}; supported: {', '.join(c for c, *_ in FAMILIES.values())}.{hint}"
+    )
+
+
+def check_model_name(name: str, family: str, path: str) -> None:
+    """Refuse a model name that names another family than the checkpoint's (a wrong name is garbage in the official code)."""
+    said = name_family(name)
+    if said is not None and said != family:
+        raise CheckpointError(
+            f"model_name {name!r} says {said}, but the config of {path!r} says {family}. "
+            f"Use a name of the right family (e.g. {_example(family)!r}) or leave model_name out."
+        )
+
+
+def name_family(name: str) -> str | None:
+    """Family that a model name speaks of, None if it names none (order as in the official dispatch)."""
+    lower = name.lower()
+    for word in _UNSUPPORTED:
+        if word in lower:
+            return word
+    for family, (_, _, words) in FAMILIES.items():
+        if any(word in lower for word in words):
+            return family
+    return None
+
+
+def official_dispatch(model_name: str, multimodal: bool | None = None) -> dict[str, Any]:
+    """What LLaVA-NeXT's loader would do with a name (specs/base.md section 11); documentation and conformance only.
+
+    Returns the class name ("NameError" where the official code crashes), whether the tower load is delayed by the
+    name, whether ``overwrite_config`` is applied, and whether a fast tokenizer is used.
+    """
+    lower = model_name.lower()
+    if "llava" not in lower and not multimodal:
+        return {"class": "AutoModelForCausalLM", "delay_load": None, "override_applied": None, "use_fast_tokenizer": False}
+    delay = True if "v1.5" in lower else None
+    if "mistral" in lower or "zephyr" in lower:
+        return {"class": "LlavaMistralForCausalLM", "delay_load": None, "override_applied": None, "use_fast_tokenizer": True}
+    wizard = "wizardlm-2" in lower and "vicuna" in lower
+    if wizard or any(word in lower for word in ("llama", "yi", "nous-hermes", "llava-v1.6-34b", "llava-v1.5")):
+        return {"class": "LlavaLlamaForCausalLM", "delay_load": delay, "override_applied": True, "use_fast_tokenizer": False}
+    if "qwen" in lower or "quyen" in lower:
+        return {"class": "LlavaQwenForCausalLM", "delay_load": None, "override_applied": True, "use_fast_tokenizer": True}
+    if "gemma" in lower:
+        return {"class": "NameError", "delay_load": None, "override_applied": None, "use_fast_tokenizer": False}
+    return {"class": "LlavaLlamaForCausalLM", "delay_load": None, "override_applied": True, "use_fast_tokenizer": False}
+
+
+def resolve_dtype(value: Any) -> Any:
+    """torch dtype (or "auto") of what a caller gave."""
+    if value is None or value == "auto" or isinstance(value, torch.dtype):
+        return "auto" if value is None else value
+    if value not in DTYPES:
+        raise UnknownNameError("torch_dtype", value, [*DTYPES, "auto"])
+    return DTYPES[value]
+
+
+def _model_class(family: str) -> Any:
+    class_name, module, _ = FAMILIES[family]
+    return getattr(importlib.import_module(f"llava.model.language_model.{module}"), class_name)
+
+
+def _example(family: str) -> str:
+    return {"qwen": "llava_qwen", "llama": "llava_llama", "mistral": "llava_mistral"}[family]
+
+
+def _attention(wanted: str | None, device_map: Any) -> str:
+    if wanted is None:
+        return "sdpa"
+    if wanted.startswith("flash_attention"):
+        on_cpu = device_map == "cpu" or not torch.cuda.is_available()
+        if on_cpu or importlib.util.find_spec("flash_attn") is None:
+            return "sdpa"
+    return wanted
+
+
+def _quantisation(load_8bit: bool, load_4bit: bool) -> dict[str, Any]:
+    if not (load_8bit or load_4bit):
+        return {}
+    if load_8bit and load_4bit:
+        raise ValueError("choose load_8bit or load_4bit, not both.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError("load_8bit / load_4bit need bitsandbytes: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    skip = ["lm_head", "vision_tower", "mm_projector"]
+    if load_8bit:
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)}
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=torch.float16,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=skip,
+    )
+    return {"quantization_config": config}
+
+
+def _set_config(config: Any, key: str, value: Any) -> None:
+    if key == "rope_scaling" and value:
+        # transformers 5 keeps scaling and theta together
+        kind = value.get("rope_type", value.get("type"))
+        config.rope_parameters = {**(config.rope_parameters or {}), **value, "rope_type": kind}
+        return
+    setattr(config, key, value)
+
+
+def _finish_vision(model: Any, tokenizer: Any) -> Any:
+    """Image tokens, vocabulary size, tower weights and device; returns the image processor."""
+    config = model.config
+    if getattr(config, "mm_use_im_patch_token", True):
+        tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
+    if getattr(config, "mm_use_im_start_end", False):
+        tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+    if len(tokenizer) != model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+    tower = model.get_vision_tower()
+    if tower is None:
+        return None
+    if not tower.is_loaded:
+        tower.load_model()
+        tower.to(device=model.device, dtype=model.dtype)
+    return tower.image_processor
+
+
+def _context_length(config: Any) -> int:
+    for key in ("max_sequence_length", "max_position_embeddings", "tokenizer_model_max_length"):
+        if getattr(config, key, None):
+            return getattr(config, key)
+    return 2048
+
+
+__all__ = ["CheckpointError", "find_file", "load_pretrained_model"]

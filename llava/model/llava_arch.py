@@ -1,0 +1,453 @@
+"""The multimodal part of every LLaVA model: towers, projector, splicing visual tokens into the prompt, generation.
+
+The two mixins go in front of a transformers decoder (``LlavaMetaModel``) and its causal LM (``LlavaMetaForCausalLM``).
+A compression pipeline attached to a model object (``accelerate_methods.accelerate``) is read here, at the stages of
+``shared/design.md``; without one the model computes exactly what the official code does (specs/base.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from accelerate_methods import recording
+from accelerate_methods.decoder import PromptLayout, needs_loop, run_decoder
+from accelerate_methods.items import Sequence, VisualItem, assemble, uncompressed
+from accelerate_methods.pipeline import Pipeline
+from llava.model.checkpoint import KEY_MAPPING, check_loaded, has_tower_weights, load_config
+from llava.model.layout import flat_item, image_item, pool_2d, video_item
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.splice import Spliced, splice
+
+
+class LlavaMetaModel:
+    """Adds tower, projector and newline embedding to a decoder."""
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        if getattr(config, "mm_vision_tower", None):
+            self.vision_tower = build_vision_tower(
+                config, delay_load=getattr(config, "delay_load", False), checkpoint=config.name_or_path or None
+            )
+            self.mm_projector = build_vision_projector(config)
+            if "unpad" in getattr(config, "mm_patch_merge_type", "flat"):
+                self.image_newline = nn.Parameter(torch.empty(config.hidden_size))
+
+    def get_vision_tower(self):
+        return getattr(self, "vision_tower", None)
+
+    def forward(self, *args: Any, pipeline: Pipeline | None = None, layout: PromptLayout | None = None,
+                request: Any = None, **kwargs: Any):
+        """The decoder: transformers' own forward, or the decoder loop when a pipeline needs it."""
+        if not needs_loop(pipeline):
+            return super().forward(*args, **kwargs)
+        inputs_embeds = kwargs.get("inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(args[0] if args else kwargs["input_ids"])
+        for name in ("output_attentions", "output_hidden_states"):
+            if kwargs.get(name):
+                raise ValueError(f"{name} is not available while {pipeline.name} is attached; detach it first.")
+        return run_decoder(
+            self,
+            pipeline,
+            inputs_embeds=inputs_embeds,
+            attention_mask=kwargs.get("attention_mask"),
+            position_ids=kwargs.get("position_ids"),
+            past_key_values=kwargs.get("past_key_values"),
+            use_cache=kwargs.get("use_cache"),
+            layout=layout,
+            request=request,
+        )
+
+
+class LlavaMetaForCausalLM:
+    """Adds images to ``forward`` and ``generate`` of a causal LM."""
+
+    #: pipeline attached to this object; an instance attribute, set and removed by the host
+    acceleration: Any = None
+
+    def build(self, config: Any, model_class: type) -> None:
+        """Decoder with vision side, and the head; called by the constructor of each family's class."""
+        config.model_type = self.config_class.model_type
+        self.model = model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_model(self) -> LlavaMetaModel:
+        return self.model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any):
+        """As in transformers, for checkpoints in the official format.
+
+        Weights that the checkpoint lacks are an error, save those whose names start with one of ``allow_missing``. A tower that is not inside the checkpoint (LLaVA-1.5) is left
+        unloaded; call ``get_vision_tower().load_model()``, as ``load_pretrained_model`` does.
+        """
+        config = kwargs.pop("config", None)
+        overrides = kwargs.pop("overwrite_config", None) or {}
+        if config is None:
+            config = load_config(cls.config_class, pretrained_model_name_or_path)
+        for key, value in overrides.items():
+            setattr(config, key, value)
+        if getattr(config, "mm_vision_tower", None):
+            config.delay_load = not has_tower_weights(pretrained_model_name_or_path, kwargs)
+        want_info = kwargs.pop("output_loading_info", False)
+        allow_missing = kwargs.pop("allow_missing", ())
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *args,
+            config=config,
+            key_mapping={**KEY_MAPPING, **kwargs.pop("key_mapping", {})},
+            output_loading_info=True,
+            **kwargs,
+        )
+        check_loaded(info, pretrained_model_name_or_path, allow_missing)
+        return (model, info) if want_info else model
+
+    def get_vision_tower(self):
+        return self.get_model().get_vision_tower()
+
+    # -- visual side -------------------------------------------------------------------------------------------------
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """[V, 3, S, S] -> [V, P, D] projected patch features."""
+        return self.project(self.get_vision_tower()(images))
+
+    def project(self, features: Tensor) -> Tensor:
+        """Projector in its own dtype, whatever the images came in."""
+        projector = self.get_model().mm_projector
+        parameter = next(projector.parameters(), None)
+        return projector(features if parameter is None else features.to(parameter.dtype))
+
+    def get_2dPool(self, image_feature: Tensor, stride: int = 2) -> Tensor:  # noqa: N802 - official name
+        return pool_2d(image_feature, getattr(self.config, "mm_spatial_pool_mode", "average"), stride)
+
+    def visual_items(
+        self, images: Any, modalities: list[str], image_sizes: Any = None, request: recording.RequestRecord | None = None
+    ) -> list[VisualItem]:
+        """Encode every image and video and give its tokens in the layout of the uncompressed sequence.
+
+        ``images``: [N, 3, S, S] (N plain images), or a list / 5-D tensor of items, each [3, S, S] or [V, 3, S, S].
+        Signals that the attached pipeline asks for are filled in. Sections 7.1 and 7.2 of specs/base.md.
+        """
+        tower = self.get_vision_tower()
+        if not tower.is_loaded:
+            raise RuntimeError("the vision tower is not loaded; call model.get_vision_tower().load_model() first.")
+        device = self._visual_device()
+        plain = isinstance(images, Tensor) and images.ndim == 4
+        views = [images] if plain else [v[None] if v.ndim == 3 else v for v in images]
+        pixels = torch.cat([v.to(device) for v in views])
+        self._check_modalities(modalities)
+        acceleration = self.acceleration
+        with recording.stage(request, "vision", device):
+            if acceleration is not None:
+                pixels = acceleration.resize(pixels)
+            features = tower(pixels)
+            projected = self.project(features)
+        if plain:
+            return [self._with_signals(flat_item(p[None], len(p)), f[None]) for p, f in
+                    zip(projected, features, strict=True)]
+        items = []
+        counts = [len(v) for v in views]
+        if getattr(self.config, "add_faster_video", False):
+            raise ValueError("config.add_faster_video (slow/fast video tokens) is not supported; set it to False.")
+        for index, (tokens, raw) in enumerate(zip(projected.split(counts), features.split(counts), strict=True)):
+            if index < len(modalities) and modalities[index] == "video":
+                item = video_item(
+                    self.get_2dPool(tokens),
+                    self._newline(tokens),
+                    getattr(self.config, "mm_newline_position", "one_token"),
+                    getattr(self.config, "mm_patch_merge_type", "flat"),
+                )
+            else:
+                size = None if image_sizes is None or index >= len(image_sizes) else tuple(image_sizes[index])
+                item = image_item(tokens, self._newline(tokens), size, tower.image_size, self.config)
+            items.append(self._with_signals(item, raw))
+        return items
+
+    def _visual_device(self) -> torch.device:
+        return self.get_vision_tower().device
+
+    def _newline(self, like: Tensor) -> Tensor | None:
+        newline = getattr(self.get_model(), "image_newline", None)
+        return None if newline is None else newline.to(like)
+
+    @staticmethod
+    def _check_modalities(modalities: list[str]) -> None:
+        for value in modalities:
+            if value not in ("image", "video", "text"):
+                raise ValueError(f"modality {value!r} is not known; allowed: image, video, text.")
+
+    def _with_signals(self, item: VisualItem, features: Tensor) -> VisualItem:
+        if self.acceleration is not None:
+            item.signals = self.acceleration.signals(item, features)
+        return item
+
+    def _sequences(self, items: list[VisualItem]) -> list[Sequence]:
+        method = self.acceleration.pipeline.compress if self.acceleration is not None else None
+        return [
+            assemble(item, method.compress(item))
+            if method is not None and item.modality in method.modalities
+            else uncompressed(item)
+            for item in items
+        ]
+
+    def prepare_multimodal(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        images: Any,
+        modalities: str | list[str] = ("image",),
+        image_sizes: Any = None,
+        padding_side: str | None = None,
+        request: recording.RequestRecord | None = None,
+    ) -> Spliced:
+        """Encode, compress and splice: everything between raw inputs and the decoder."""
+        modalities = [modalities] * len(images) if isinstance(modalities, str) else list(modalities)
+        device = self.get_model().embed_tokens.weight.device
+        items = self.visual_items(images, modalities, image_sizes, request)
+        with recording.stage(request, "compress", self._visual_device()):
+            sequences = self._sequences(items)
+        spliced = splice(
+            input_ids.to(device),
+            attention_mask,
+            labels,
+            [_moved(s, device) for s in sequences],
+            self.get_model().embed_tokens,
+            original_positions=self.acceleration is not None and self.acceleration.pipeline.positions == "original",
+            padding_side=padding_side or getattr(self.config, "tokenizer_padding_side", "right"),
+            max_length=getattr(self.config, "tokenizer_model_max_length", None),
+        )
+        if request is not None:
+            _describe(request, items, sequences, spliced)
+        return spliced
+
+    def prepare_inputs_labels_for_multimodal(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+        labels: Tensor | None,
+        images: Any,
+        modalities: str | list[str] = ("image",),
+        image_sizes: Any = None,
+    ):
+        """Official interface: (None, position_ids, attention_mask, past_key_values, inputs_embeds, labels).
+
+        The outputs whose inputs were None are None. Differs from the official code in one thing: a batch is never cut
+        to the number of ``modalities``.
+        """
+        if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
+            return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        spliced = self.prepare_multimodal(input_ids, attention_mask, labels, images, modalities, image_sizes)
+        return (
+            None,
+            None if position_ids is None else spliced.position_ids,
+            None if attention_mask is None else spliced.mask.to(attention_mask.dtype),
+            past_key_values,
+            spliced.inputs_embeds,
+            None if labels is None else spliced.labels,
+        )
+
+    # -- forward and generate ----------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        images: Any = None,
+        image_sizes: Any = None,
+        return_dict: bool | None = None,
+        modalities: str | list[str] = ("image",),
+        dpo_forward: bool = False,
+        cache_position: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        layout: PromptLayout | None = None,
+        request: recording.RequestRecord | None = None,
+        **kwargs: Any,
+    ):
+        """Causal LM over the expanded sequence; ``images`` are spliced in when ``input_ids`` hold placeholders.
+
+        ``layout`` and ``request`` travel from :meth:`generate` to the decoder loop and the recorder.
+        """
+        if inputs_embeds is None and images is not None and input_ids.shape[1] > 1:
+            request = request or recording.new_request()
+            spliced = self.prepare_multimodal(
+                input_ids, attention_mask, labels, images, modalities, image_sizes, request=request
+            )
+            inputs_embeds, input_ids = spliced.inputs_embeds, None
+            labels = None if labels is None else spliced.labels
+            attention_mask = spliced.mask.long() if len(set(spliced.lengths)) > 1 else None
+            position_ids = spliced.position_ids if self._gapped() or attention_mask is not None else None
+            layout = PromptLayout(spliced.visual, spliced.lengths)
+        passed = dict(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        if self.acceleration is not None:
+            passed.update(pipeline=self.acceleration.pipeline, layout=layout, request=request)
+        if output_attentions is not None:
+            passed["output_attentions"] = output_attentions
+        if output_hidden_states is not None:
+            passed["output_hidden_states"] = output_hidden_states
+        tokens = inputs_embeds if inputs_embeds is not None else input_ids
+        with _llm_stage(request, tokens):
+            outputs = self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, **passed)
+            hidden = outputs.last_hidden_state
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])
+        if dpo_forward:
+            return logits, labels
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=getattr(outputs, "hidden_states", None),
+            attentions=getattr(outputs, "attentions", None),
+        )
+        return result if return_dict is None or return_dict else result.to_tuple()
+
+    def _gapped(self) -> bool:
+        return self.acceleration is not None and self.acceleration.pipeline.positions == "original"
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        images: Any = None,
+        image_sizes: Any = None,
+        modalities: str | list[str] = ("image",),
+        **kwargs: Any,
+    ):
+        """transformers' ``generate``; returns new tokens only, also for text-only prompts.
+
+        ``inputs`` (or ``input_ids``) [B, n] may be padded on either side if ``attention_mask`` says so; samples of
+        different length are re-padded on the left, so that a batch gives the answers of its samples one by one.
+        """
+        if kwargs.get("inputs_embeds") is not None:
+            raise NotImplementedError("`inputs_embeds` is not supported; pass input ids and images.")
+        kwargs.pop("inputs_embeds", None)
+        kwargs.pop("position_ids", None)
+        inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if inputs is None:
+            raise ValueError("generate needs input ids: pass them first, as inputs= or as input_ids=.")
+        attention_mask = kwargs.pop("attention_mask", None)
+        request = recording.new_request()
+        has_images = images is not None and len(images) > 0
+        spliced = (
+            self.prepare_multimodal(
+                inputs, attention_mask, None, images, modalities, image_sizes, padding_side="left", request=request
+            )
+            if has_images
+            else self._text_only(inputs, attention_mask, request)
+        )
+        if has_images and self.acceleration is not None:
+            kwargs["layout"] = PromptLayout(spliced.visual, spliced.lengths)
+        if request is not None:
+            kwargs["request"] = request
+        return super().generate(
+            inputs_embeds=spliced.inputs_embeds,
+            attention_mask=spliced.mask.long(),
+            position_ids=spliced.position_ids,
+            **kwargs,
+        )
+
+    def _text_only(self, inputs: Tensor, mask: Tensor | None, request: recording.RequestRecord | None) -> Spliced:
+        embed = self.get_model().embed_tokens
+        spliced = splice(
+            inputs.to(embed.weight.device), mask, None, [], embed, original_positions=False, padding_side="left"
+        )
+        if request is not None:
+            _describe(request, [], [], spliced)
+        return spliced
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ):
+        # transformers looks for ``inputs_embeds`` in this signature before it accepts embeddings in generate
+        images, sizes = kwargs.pop("images", None), kwargs.pop("image_sizes", None)
+        prepared = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        if images is not None:
+            prepared["images"] = images
+        if sizes is not None:
+            prepared["image_sizes"] = sizes
+        return prepared
+
+    def initialize_vision_tokenizer(self, model_args: Any, tokenizer: Any) -> None:
+        """Add the image tokens that the config asks for and fit the embedding matrix."""
+        from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+
+        if model_args.mm_use_im_patch_token:
+            tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
+        if model_args.mm_use_im_start_end:
+            tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+        self.resize_token_embeddings(len(tokenizer))
+
+
+@contextlib.contextmanager
+def _llm_stage(request: recording.RequestRecord | None, tokens: Tensor) -> Iterator[None]:
+    if request is None:
+        yield
+        return
+    decoding = tokens.shape[1] == 1
+    request.decode_steps += decoding
+    with request.span("decode" if decoding else "prefill", tokens.device):
+        yield
+
+
+def _moved(sequence: Sequence, device: torch.device) -> Sequence:
+    """The sequence on the decoder's device (differs from the tower's under a device map)."""
+    if sequence.tokens.device == device:
+        return sequence
+    return Sequence(
+        tokens=sequence.tokens.to(device),
+        positions=sequence.positions.to(device),
+        is_content=sequence.is_content.to(device),
+        length=sequence.length,
+        num_content=sequence.num_content,
+        owner=sequence.owner,
+        info=sequence.info,
+    )
+
+
+def _describe(
+    request: recording.RequestRecord, items: list[VisualItem], sequences: list[Sequence], spliced: Spliced
+) -> None:
+    """Fill the record of a request from what was spliced."""
+    for numbers, length, dense in zip(spliced.items, spliced.lengths, spliced.dense_lengths, strict=True):
+        sample = recording.SampleRecord(dense_length=dense, length=length)
+        for n in numbers:
+            sample.items.append(
+                recording.ItemRecord(
+                    modality=items[n].modality,
+                    tokens_before=items[n].num_tokens,
+                    tokens_after=sequences[n].num_content,
+                    grid=items[n].grid,
+                    owner=sequences[n].owner,
+                    positions=sequences[n].positions,
+                    info=sequences[n].info,
+                )
+            )
+        request.samples.append(sample)

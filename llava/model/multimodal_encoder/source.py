@@ -1,0 +1,104 @@
+"""Where a vision tower's configuration and weights come from.
+
+Order: the folder ``vision_tower`` inside the checkpoint, an existing directory, the name on the hub (through its local
+cache when offline). The structure of the two official towers is also shipped with the package, so that a checkpoint
+that carries its own tower weights needs no hub access at all.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import CLIPVisionConfig, SiglipVisionConfig
+
+_KNOWN = Path(__file__).parent / "known_towers"
+_CONFIG_CLASSES = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}
+VisionConfig = CLIPVisionConfig | SiglipVisionConfig
+
+
+class TowerError(RuntimeError):
+    """A vision tower that cannot be identified or loaded."""
+
+
+def tower_folder(name: str, checkpoint: str | None) -> Path | None:
+    """A local folder holding the tower ``name``, or None if only the hub can have it."""
+    if checkpoint and (Path(checkpoint) / "vision_tower" / "config.json").is_file():
+        return Path(checkpoint) / "vision_tower"
+    if (Path(name) / "config.json").is_file():
+        return Path(name)
+    return None
+
+
+def tower_file(name: str, checkpoint: str | None, filename: str) -> Path:
+    """Path of one file of the tower; downloads it from the hub if it is not here.
+
+    Raises:
+        TowerError: it is nowhere to be had (names every place looked at).
+    """
+    folder = tower_folder(name, checkpoint)
+    if folder is not None:
+        if (folder / filename).is_file():
+            return folder / filename
+        raise TowerError(f"vision tower folder {folder} has no {filename}.")
+    known = _KNOWN / name.replace("/", "--") / filename
+    if known.is_file():
+        return known
+    from transformers.utils import cached_file
+
+    try:
+        return Path(cached_file(name, filename))
+    except Exception as error:
+        raise TowerError(
+            f"cannot find {filename} of vision tower {name!r}: no folder 'vision_tower' in the checkpoint "
+            f"({checkpoint or 'path unknown'}), no directory of that name, and the hub (or its local cache) "
+            f"does not have it: {error}"
+        ) from error
+
+
+def tower_config(name: str, checkpoint: str | None) -> VisionConfig:
+    """Configuration of the tower as it lies on the hub (all its layers)."""
+    path = tower_file(name, checkpoint, "config.json")
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    kind = str(raw.get("model_type", ""))
+    vision = raw.get("vision_config", raw)
+    for family, config_class in _CONFIG_CLASSES.items():
+        if kind in (family, f"{family}_vision_model"):
+            return config_class.from_dict(vision)
+    raise TowerError(f"{path}: model_type {kind!r} is not a supported vision tower (clip, siglip).")
+
+
+def tower_weights(name: str, checkpoint: str | None, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Vision weights below ``vision_model.<prefix>`` (names relative to ``vision_model.``), from safetensors or .bin."""
+    wanted = f"vision_model.{prefix}"
+    weights: dict[str, torch.Tensor] = {}
+    for path in _weight_files(name, checkpoint):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as source:
+                weights.update({k: source.get_tensor(k) for k in source.keys() if k.startswith(wanted)})
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            weights.update({k: v for k, v in content.items() if k.startswith(wanted)})
+    if not weights:
+        raise TowerError(f"the files of vision tower {name!r} hold no weights named {wanted}*.")
+    return {k.removeprefix("vision_model."): v for k, v in weights.items()}
+
+
+def _weight_files(name: str, checkpoint: str | None) -> list[Path]:
+    tried = []
+    for index, single in (
+        ("model.safetensors.index.json", "model.safetensors"),
+        ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+    ):
+        try:
+            return [tower_file(name, checkpoint, single)]
+        except TowerError as error:
+            tried.append(str(error))
+        try:
+            listing = json.loads(tower_file(name, checkpoint, index).read_text(encoding="utf-8"))
+        except TowerError:
+            continue
+        return [tower_file(name, checkpoint, shard) for shard in sorted(set(listing["weight_map"].values()))]
+    raise TowerError(tried[0])

@@ -1,0 +1,194 @@
+"""CLIP and SigLIP towers with the interface of LLaVA-NeXT's, on today's transformers modules.
+
+A tower runs only the encoder layers whose output is used. Weights arrive either with the checkpoint (then the tower's
+structure is built right away and ``from_pretrained`` fills it) or from the tower's own files by :meth:`load_model`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionModel, SiglipVisionModel
+
+from .source import TowerError, VisionConfig, tower_config, tower_file, tower_weights
+
+
+class VisionTower(nn.Module):
+    """Common part. Subclasses say how many layers run and what is returned.
+
+    Args:
+        name: hub name or folder (``config.mm_vision_tower``).
+        args: the LLaVA config (reads ``mm_vision_select_layer`` / ``mm_vision_select_feature``).
+        delay_load: build nothing yet; :meth:`load_model` will.
+        checkpoint: folder of the LLaVA checkpoint, whose ``vision_tower`` folder is preferred.
+    """
+
+    model_class: type[nn.Module]
+
+    def __init__(self, name: str, args: Any, delay_load: bool = False, checkpoint: str | None = None):
+        super().__init__()
+        self.vision_tower_name = name
+        self.checkpoint = checkpoint
+        self.select_layer = getattr(args, "mm_vision_select_layer", -2)
+        self.select_feature = getattr(args, "mm_vision_select_feature", "patch")
+        self.hub_config: VisionConfig = tower_config(name, checkpoint)
+        self.config = self._used_config(self.hub_config)
+        self.config._attn_implementation = "sdpa"
+        self.is_loaded = False
+        self._processor: Any = None
+        if not delay_load:
+            self.build()
+
+    def _used_config(self, config: VisionConfig) -> VisionConfig:
+        return config
+
+    def _layers_to_run(self) -> int:
+        raise NotImplementedError
+
+    def build(self) -> None:
+        """Create the modules (weights to be filled by the caller)."""
+        self.vision_tower = self.model_class(self.config)
+        self.vision_tower.requires_grad_(False)
+        self.is_loaded = True
+
+    def load_model(self, device_map: Any = None) -> None:
+        """Build and fill from the tower's own files; does nothing if the tower is already there.
+
+        ``device_map`` is accepted for compatibility; move the model as a whole instead.
+        """
+        if self.is_loaded:
+            return
+        weights = tower_weights(self.vision_tower_name, self.checkpoint)
+        with _fresh_init():
+            self.build()
+        wanted = self.vision_tower.state_dict()
+        missing = sorted(set(wanted) - set(weights))
+        if missing:
+            raise TowerError(f"vision tower {self.vision_tower_name!r} lacks {len(missing)} weights, e.g. {missing[0]}.")
+        self.vision_tower.load_state_dict({k: weights[k] for k in wanted}, strict=True)
+        self.vision_tower.eval()
+
+    def encode(self, pixels: Tensor, interpolate: bool = False) -> Tensor:
+        """[V, 3, S, S] -> [V, tokens, M] hidden states of the selected layer, special tokens included."""
+        model = self.vision_tower
+        hidden = model.embeddings(pixels.to(self.dtype), interpolate_pos_encoding=interpolate)
+        if hasattr(model, "pre_layrnorm"):
+            hidden = model.pre_layrnorm(hidden)
+        for layer in model.encoder.layers[: self._layers_to_run()]:
+            hidden = layer(hidden, attention_mask=None)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        return hidden
+
+    def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        """Patch features [V, P, M] in the dtype of the input; a list of [3, S, S] gives a list of [1, P, M].
+
+        Views whose side differs from the tower's get interpolated position embeddings.
+        """
+        if isinstance(images, list):
+            return [self.forward(image[None]) for image in images]
+        side = self.hub_config.image_size
+        interpolate = tuple(images.shape[-2:]) != (side, side)
+        return self._select(self.encode(images.to(self.device), interpolate)).to(images.dtype)
+
+    def _select(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    # -- what callers read -------------------------------------------------------------------------------------------
+
+    @property
+    def image_processor(self) -> Any:
+        if self._processor is None:
+            self._processor = self._make_processor()
+        return self._processor
+
+    def _make_processor(self) -> Any:
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vision_tower.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.vision_tower.device
+
+    @property
+    def dummy_feature(self) -> Tensor:
+        return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def image_size(self) -> int:
+        return self.config.image_size
+
+    @property
+    def num_patches_per_side(self) -> int:
+        return self.config.image_size // self.config.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.num_patches_per_side**2
+
+
+class CLIPVisionTower(VisionTower):
+    """CLIP: hidden state ``select_layer`` (counted with the embeddings as number 0), CLS dropped for "patch"."""
+
+    model_class = CLIPVisionModel
+
+    def __init__(self, name: str, args: Any, delay_load: bool = False, checkpoint: str | None = None):
+        super().__init__(name, args, delay_load, checkpoint)
+        if self.select_feature not in ("patch", "cls_patch"):
+            raise TowerError(
+                f"mm_vision_select_feature {self.select_feature!r} is not supported; allowed: patch, cls_patch."
+            )
+
+    def _layers_to_run(self) -> int:
+        states = self.config.num_hidden_layers + 1
+        return self.select_layer + states if self.select_layer < 0 else self.select_layer
+
+    def _select(self, hidden: Tensor) -> Tensor:
+        return hidden[:, 1:] if self.select_feature == "patch" else hidden
+
+    def _make_processor(self) -> Any:
+        from llava.image_processing import load_clip_image_processor
+
+        path = tower_file(self.vision_tower_name, self.checkpoint, "preprocessor_config.json")
+        return load_clip_image_processor(path.parent)
+
+
+class SigLipVisionTower(VisionTower):
+    """SigLIP without its last encoder layer and without post-layernorm and head (specs/base.md section 4.2)."""
+
+    model_class = SiglipVisionModel
+
+    def _used_config(self, config: VisionConfig) -> VisionConfig:
+        used = type(config).from_dict(config.to_dict())
+        used.num_hidden_layers = config.num_hidden_layers - 1
+        used.vision_use_head = False
+        return used
+
+    def _layers_to_run(self) -> int:
+        return self.config.num_hidden_layers
+
+    def _make_processor(self) -> Any:
+        from llava.image_processing import SigLipImageProcessor
+
+        return SigLipImageProcessor(size=self.image_size)
+
+
+@contextlib.contextmanager
+def _fresh_init():
+    """Modules made here are real tensors in float32, whatever meta-device context is active around us."""
+    with torch.device("cpu"):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)

@@ -1,0 +1,245 @@
+"""Tokenizers of LLaVA checkpoints, free of the guesses that `AutoTokenizer` makes (spec base, sections 9 and 12).
+
+Why not `AutoTokenizer`: the folders say model_type "llava", for which transformers 5 returns a generic backend that
+drops the leading word-boundary piece of LLaMA; and its SentencePiece loading parses a protobuf, which fails when the
+protobuf runtime is older than the one that sentencepiece was built with. Here SentencePiece itself reads
+tokenizer.model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers.utils import cached_file
+
+WORD_BOUNDARY = "\u2581"  # SentencePiece writes a space as this character
+SENTENCEPIECE_FILE = "tokenizer.model"
+FAST_FILE = "tokenizer.json"
+BPE_FILES = ("vocab.json", "merges.txt")
+
+
+class SentencePieceLlamaTokenizer(PreTrainedTokenizer):
+    """The slow LLaMA tokenizer over a SentencePiece BPE model with byte fallback.
+
+    Rule for a non-empty text with `legacy=False`: prefix one word boundary, split at the special and added tokens,
+    drop the prefix if it stands alone right before a special token, encode every piece with SentencePiece (its own
+    dummy prefix switched off), and put BOS in front. With `legacy=True` every piece between special tokens gets its
+    own word boundary.
+
+    Args:
+        vocab_file: path of tokenizer.model.
+        legacy: which of the two rules; LLaVA-1.5 and 1.6 (Vicuna) say False in tokenizer_config.json.
+        add_bos_token, add_eos_token: special tokens put around a sequence.
+        pad_token: LLaVA pads with "<unk>"; None leaves the tokenizer without padding.
+    Raises:
+        OSError: vocab_file is missing. RuntimeError: it is not a SentencePiece model.
+    """
+
+    vocab_files_names = {"vocab_file": SENTENCEPIECE_FILE}
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(
+        self,
+        vocab_file: str | os.PathLike[str],
+        unk_token: Any = "<unk>",
+        bos_token: Any = "<s>",
+        eos_token: Any = "</s>",
+        pad_token: Any = None,
+        add_bos_token: bool = True,
+        add_eos_token: bool = False,
+        legacy: bool = False,
+        clean_up_tokenization_spaces: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_file = str(vocab_file)
+        self.add_bos_token = add_bos_token
+        self.add_eos_token = add_eos_token
+        self.legacy = legacy
+        self._load_model(Path(vocab_file).read_bytes())
+        # AutoTokenizer's keys for other code paths; they must not reach the base class under another meaning.
+        for name in ("sp_model_kwargs", "use_fast", "backend", "tokenizer_file"):
+            kwargs.pop(name, None)
+        super().__init__(
+            unk_token=unk_token,
+            bos_token=bos_token,
+            eos_token=eos_token,
+            pad_token=pad_token,
+            add_bos_token=add_bos_token,
+            add_eos_token=add_eos_token,
+            legacy=legacy,
+            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
+            **kwargs,
+        )
+
+    def _load_model(self, model_proto: bytes) -> None:
+        self._model_proto = model_proto
+        self.sp_model = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
+        # We place the word boundary ourselves: SentencePiece would put one before every piece between special tokens.
+        self.sp_model.override_normalizer_spec(add_dummy_prefix=False)
+        self._pieces = [self.sp_model.id_to_piece(i) for i in range(self.sp_model.get_piece_size())]
+        self._base_vocab = {piece: i for i, piece in enumerate(self._pieces)}
+
+    # SentencePiece's own pickling forgets the overridden normalizer, so the model travels as bytes and is built again.
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("sp_model", "_pieces", "_base_vocab")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._load_model(state["_model_proto"])
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of pieces in tokenizer.model, without added tokens (`len()` counts those too)."""
+        return len(self._pieces)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Piece to id, added tokens included."""
+        return {**self._base_vocab, **self._added_tokens_encoder}
+
+    # -- text to ids ---------------------------------------------------------------------------------------------------
+
+    def tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        """Split a text into pieces, without BOS/EOS (`prepare_for_model` of the base class adds those)."""
+        if not text:
+            return []
+        if not self.legacy:
+            text = WORD_BOUNDARY + text.replace(WORD_BOUNDARY, " ")
+        pieces = super().tokenize(text, **kwargs)
+        if not self.legacy and pieces[0] == WORD_BOUNDARY and len(pieces) > 1 and pieces[1] in self.all_special_tokens:
+            pieces = pieces[1:]
+        return pieces
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        return self.sp_model.encode(WORD_BOUNDARY + text if self.legacy else text, out_type=str)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self._base_vocab.get(token, self.sp_model.unk_id())
+
+    def _convert_id_to_token(self, index: int) -> str:
+        if not 0 <= index < len(self._pieces):
+            raise IndexError(f"token id {index} is outside the vocabulary of {len(self)} tokens")
+        return self._pieces[index]
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """Put BOS and/or EOS around one or two sequences."""
+        bos = [self.bos_token_id] if self.add_bos_token else []
+        eos = [self.eos_token_id] if self.add_eos_token else []
+        second = bos + token_ids_1 + eos if token_ids_1 is not None else []
+        return bos + token_ids_0 + eos + second
+
+    def get_special_tokens_mask(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
+    ) -> list[int]:
+        """1 where `build_inputs_with_special_tokens` puts a special token, 0 elsewhere."""
+        if already_has_special_tokens:
+            return super().get_special_tokens_mask(token_ids_0, token_ids_1, already_has_special_tokens=True)
+        bos, eos = [1] * self.add_bos_token, [1] * self.add_eos_token
+        second = bos + [0] * len(token_ids_1) + eos if token_ids_1 is not None else []
+        return bos + [0] * len(token_ids_0) + eos + second
+
+    # -- ids to text ---------------------------------------------------------------------------------------------------
+
+    def convert_tokens_to_string(self, tokens: Iterable[str]) -> str:
+        """Join pieces to text; the word boundary that encoding put in front of the first piece is taken off again."""
+        tokens = list(tokens)
+        if tokens and tokens[0].startswith(WORD_BOUNDARY):
+            tokens[0] = tokens[0][len(WORD_BOUNDARY) :]
+        literal = set(self.all_special_tokens) | set(self._added_tokens_encoder)
+        text, run = [], []
+        for token in tokens:
+            if token in literal:  # SentencePiece would print control pieces as nothing and unknown ones as " ?? "
+                text += [self.sp_model.decode(run), token]
+                run = []
+            else:
+                run.append(token)
+        return "".join([*text, self.sp_model.decode(run)])
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+        """Write tokenizer.model, byte for byte the file it was loaded from."""
+        name = f"{filename_prefix}-{SENTENCEPIECE_FILE}" if filename_prefix else SENTENCEPIECE_FILE
+        path = Path(save_directory) / name
+        path.write_bytes(self._model_proto)
+        return (str(path),)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        """Write a folder that this class and the official code (which knows `LlamaTokenizer`) both load."""
+        files = super().save_pretrained(save_directory, *args, **kwargs)
+        config_file = Path(save_directory) / "tokenizer_config.json"
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        # The base class drops the two flags, and a reload would bring their defaults back.
+        config["tokenizer_class"] = "LlamaTokenizer"
+        config.update(add_bos_token=self.add_bos_token, add_eos_token=self.add_eos_token)
+        config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return files
+
+
+def _find(model_path: str, name: str) -> Path | None:
+    """A file of a local folder or, for a hub id, of the hub (or its cache); None when the place has no such file."""
+    if Path(model_path).is_dir():
+        path = Path(model_path) / name
+        return path if path.is_file() else None
+    found = cached_file(
+        model_path,
+        name,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return Path(found) if found else None
+
+
+def _read_json(model_path: str, name: str) -> dict[str, Any]:
+    path = _find(model_path, name)
+    return json.loads(path.read_text(encoding="utf-8")) if path else {}
+
+
+def load_tokenizer(model_path: str | os.PathLike[str], config: Any = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that a LLaVA-format checkpoint was trained with, chosen by the files that are there.
+
+    tokenizer.model (LLaMA, Vicuna, Mistral, Yi) -> `SentencePieceLlamaTokenizer`; vocab.json + merges.txt of a Qwen2
+    model, with or without tokenizer.json -> `Qwen2Tokenizer`; any other tokenizer.json -> the generic fast tokenizer,
+    which runs the file as it is.
+
+    Args:
+        model_path: folder or hub id.
+        config: model config; its tokenizer_padding_side and tokenizer_model_max_length stand in for what
+            tokenizer_config.json leaves out.
+    Raises:
+        FileNotFoundError: none of these files is there; the message lists what was looked for.
+    """
+    model_path = os.fspath(model_path)
+    settings = _read_json(model_path, "tokenizer_config.json")
+    fallback: dict[str, Any] = {}
+    for own, theirs in (("padding_side", "tokenizer_padding_side"), ("model_max_length", "tokenizer_model_max_length")):
+        value = getattr(config, theirs, None)
+        if value is not None and own not in settings:
+            fallback[own] = value
+
+    if _find(model_path, SENTENCEPIECE_FILE):
+        special = _read_json(model_path, "special_tokens_map.json")
+        if settings.get("pad_token") is None and special.get("pad_token") is not None:
+            pad = special["pad_token"]
+            fallback["pad_token"] = pad["content"] if isinstance(pad, dict) else pad
+        # An absent "legacy" means the old rule: the flag was introduced together with the new one.
+        return SentencePieceLlamaTokenizer.from_pretrained(model_path, legacy=settings.get("legacy", True), **fallback)
+
+    has_fast = _find(model_path, FAST_FILE) is not None
+    has_bpe = all(_find(model_path, name) for name in BPE_FILES)
+    if has_bpe and (not has_fast or settings.get("tokenizer_class", "").startswith("Qwen2")):
+        return Qwen2Tokenizer.from_pretrained(model_path, **fallback)
+    if has_fast:
+        return PreTrainedTokenizerFast.from_pretrained(model_path, **fallback)
+    raise FileNotFoundError(
+        f"no tokenizer in {model_path}: looked for {SENTENCEPIECE_FILE} (LLaMA, Mistral), {FAST_FILE} (Qwen2 and "
+        f"others) and {' + '.join(BPE_FILES)} (Qwen2)"
+    )

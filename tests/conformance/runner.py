@@ -1,0 +1,199 @@
+"""Run golden cases against our implementation.
+
+``DIR/<method>/*.safetensors`` with a ``case`` in the metadata are run through the adapter of their (method, stage);
+``DIR/base/text.json`` through the text checks. A case without an adapter counts as skipped and is listed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import torch  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+
+OWN_GOLDEN = Path(__file__).resolve().parent.parent / "golden"
+
+
+@dataclasses.dataclass
+class Case:
+    """One golden file: inputs and expected outputs under their names without ``in.`` / ``out.``."""
+
+    path: Path
+    method: str
+    stage: str
+    params: dict[str, Any]
+    atol: float
+    rtol: float
+    inputs: dict[str, torch.Tensor]
+    outputs: dict[str, torch.Tensor]
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}/{self.path.stem}"
+
+
+@dataclasses.dataclass
+class Context:
+    """What an adapter may need besides the case."""
+
+    root: Path
+    method: str
+
+    def checkpoint(self, name: str) -> Path:
+        """Folder of a tiny checkpoint: DIR/checkpoints, DIR/<method>, then the same two places of tests/golden."""
+        tried = [base / part / name for base in (self.root, OWN_GOLDEN) for part in ("checkpoints", self.method)]
+        for path in tried:
+            if path.exists():
+                return path
+        raise FileNotFoundError(f"checkpoint {name!r} is in none of {', '.join(map(str, tried))}")
+
+
+@dataclasses.dataclass
+class Result:
+    name: str
+    status: str  # passed | failed | skipped
+    detail: str = ""
+
+
+def load_case(path: Path) -> Case | None:
+    """The case of a file, or None if it carries none (weights that cases refer to)."""
+    with safe_open(path, framework="pt") as source:
+        metadata = source.metadata() or {}
+        if "case" not in metadata:
+            return None
+        case = json.loads(metadata["case"])
+        tensors = {key: source.get_tensor(key) for key in source.keys()}
+    inputs = {k[3:]: v for k, v in tensors.items() if k.startswith("in.")}
+    outputs = {k[4:]: v for k, v in tensors.items() if k.startswith("out.")}
+    if "row_index" in outputs:  # says which rows were recorded: an input of the comparison, not a result
+        inputs["row_index"] = outputs.pop("row_index")
+    return Case(
+        path=path,
+        method=case["method"],
+        stage=case["stage"],
+        params=case.get("params", {}),
+        atol=float(case.get("atol", 0.0)),
+        rtol=float(case.get("rtol", 0.0)),
+        inputs=inputs,
+        outputs=outputs,
+    )
+
+
+def difference(name: str, got: Any, expected: torch.Tensor, atol: float, rtol: float) -> str | None:
+    """What differs between one output and its golden value, or None. Integers and booleans must match exactly."""
+    got = torch.as_tensor(got)
+    if tuple(got.shape) != tuple(expected.shape):
+        return f"{name}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    if not expected.is_floating_point():
+        wrong = (got.long() != expected.long()).sum().item()
+        if wrong:
+            first = (got.long() != expected.long()).flatten().nonzero()[0].item()
+            return (
+                f"{name}: {wrong} of {expected.numel()} differ, first at flat index {first}: "
+                f"got {got.flatten()[first].item()}, expected {expected.flatten()[first].item()}"
+            )
+        return None
+    got, expected = got.double(), expected.double()
+    if not torch.isfinite(got).all() and torch.isfinite(expected).all():
+        return f"{name}: {(~torch.isfinite(got)).sum().item()} non-finite values"
+    error = (got - expected).abs()
+    excess = error - (atol + rtol * expected.abs())
+    if (excess > 0).any():
+        return (
+            f"{name}: {(excess > 0).sum().item()} of {expected.numel()} beyond atol={atol:g} rtol={rtol:g}, "
+            f"largest error {error.max().item():.3g}"
+        )
+    return None
+
+
+def run_case(case: Case, adapters: dict, root: Path) -> Result:
+    adapter = adapters.get((case.method, case.stage))
+    if adapter is None:
+        return Result(case.name, "skipped", f"no adapter for {case.method}.{case.stage}")
+    try:
+        outputs = adapter(case.inputs, case.params, Context(root, case.method))
+    except NotImplementedError as reason:
+        return Result(case.name, "skipped", str(reason))
+    except Exception:
+        return Result(case.name, "failed", traceback.format_exc(limit=-4).strip())
+    problems = []
+    for key, expected in case.outputs.items():
+        if key not in outputs:
+            problems.append(f"{key}: the adapter gives no such output")
+        elif (problem := difference(key, outputs[key], expected, case.atol, case.rtol)) is not None:
+            problems.append(problem)
+    return Result(case.name, "failed" if problems else "passed", "; ".join(problems))
+
+
+def run_text(path: Path, checks: dict, root: Path) -> Iterator[Result]:
+    """Every item of every section of a text.json."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for section, value in content.items():
+        if section in ("format", "source"):
+            continue
+        label = f"{path.parent.name}/text.json:{section}"
+        if section not in checks:
+            yield Result(label, "skipped", "no check for this section")
+            continue
+        try:
+            for name, ok, detail in checks[section](value, Context(root, path.parent.name)):
+                yield Result(f"{label}:{name}", "passed" if ok else "failed", "" if ok else detail)
+        except Exception:
+            yield Result(label, "failed", traceback.format_exc(limit=-4).strip())
+
+
+def run(root: Path, method: str | None = None, stage: str | None = None) -> Iterator[Result]:
+    """All results below ``root``, filtered by method folder and stage."""
+    from .adapters import ADAPTERS, TEXT_CHECKS
+
+    if not root.is_dir():
+        raise SystemExit(f"{root} is not a folder")
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and p.name != "checkpoints")
+    if method is not None:
+        if method not in {p.name for p in folders}:
+            raise SystemExit(f"no method {method!r} below {root}; there are: {', '.join(p.name for p in folders)}")
+        folders = [p for p in folders if p.name == method]
+    for folder in folders:
+        for path in sorted(folder.glob("*.safetensors")):
+            case = load_case(path)
+            if case is not None and stage in (None, case.stage):
+                yield run_case(case, ADAPTERS, root)
+        text = folder / "text.json"
+        if text.is_file() and stage in (None, "text"):
+            yield from run_text(text, TEXT_CHECKS, root)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.conformance", description=__doc__)
+    parser.add_argument("directory", type=Path, help="folder with <method>/*.safetensors")
+    parser.add_argument("--method", help="only this method's folder")
+    parser.add_argument("--stage", help='only this stage ("text" for text.json)')
+    parser.add_argument("-v", "--verbose", action="store_true", help="a line per case, not only per failure")
+    args = parser.parse_args(argv)
+    counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
+    skipped: dict[str, int] = {}
+    with torch.no_grad():
+        for result in run(args.directory, args.method, args.stage):
+            counts[result.status] += 1
+            if result.status == "skipped":
+                skipped[result.detail] = skipped.get(result.detail, 0) + 1
+            if result.status == "failed" or args.verbose:
+                print(f"{result.status.upper():8}{result.name}{': ' + result.detail if result.detail else ''}", flush=True)
+    for reason, count in sorted(skipped.items()):
+        print(f"SKIPPED {count}: {reason}")
+    if not sum(counts.values()):
+        print(f"no case found below {args.directory}", file=sys.stderr)
+        return 1
+    print(f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")
+    return 1 if counts["failed"] else 0
