@@ -39,10 +39,13 @@ class PromptLayout:
     Attributes:
         visual: [B, L] True at visual tokens.
         lengths: real tokens per sample, known on the host (no device read needed).
+        infos: per sample, what the compress method said about each of its items (``Compressed.info``), for methods
+            with a stage on either side of the LLM; empty dicts where nothing was compressed.
     """
 
     visual: Tensor
     lengths: list[int]
+    infos: list[list[dict[str, object]]] = dataclasses.field(default_factory=list)
 
     def expanded(self, batch: int) -> PromptLayout:
         """Repeated for beams or several return sequences."""
@@ -52,6 +55,7 @@ class PromptLayout:
         return PromptLayout(
             visual=self.visual.repeat_interleave(times, dim=0),
             lengths=[n for n in self.lengths for _ in range(times)],
+            infos=[i for i in self.infos for _ in range(times)],
         )
 
 
@@ -64,7 +68,8 @@ class Selection:
         valid: [B, K] False where a sample has fewer than K (padding stands on the left); None if all are real.
         hidden_states: [B, L, D] replacement states to gather from (for methods that merge), or None.
         trim_cache: also cut the KV cache of the layers already run.
-        positions: "original" keeps position ids (gaps), "compact" re-numbers from 0.
+        positions: "original" keeps position ids (gaps); "compact" re-numbers from 0 for the layers to come, which
+            generated tokens then continue.
     """
 
     indices: Tensor
@@ -93,6 +98,9 @@ class PrefillStep:
         visual: [B, L] True at visual tokens.
         valid: [B, L] False at padding, or None.
         position_ids: [B, L].
+        infos: per sample, the ``info`` of the compress stage for each of its items.
+
+    Padding stands on the left, so the last row is the last prompt token of every sample.
     """
 
     def __init__(self, loop: _Loop, layer: int):
@@ -103,6 +111,7 @@ class PrefillStep:
         self.visual = loop.visual
         self.valid = loop.valid
         self.position_ids = loop.position_ids
+        self.infos = loop.layout.infos
 
     def attention(self, rows: Tensor, *, rotary: bool = True, causal: bool = True) -> Tensor:
         """Attention probabilities [B, H, R, L] of layer ``layer - 1`` for the query positions ``rows`` [R] only.
@@ -119,6 +128,7 @@ class DecodeStep:
     """What a decode method sees in one step, before decoder layer ``layer``.
 
     Attributes:
+        layer: 0-based index of the layer about to run.
         visual: [B, S] True at visual keys of that layer's cache (the token being decoded included, as False).
         valid: [B, S] False at padding, or None.
         memory: dict that lives as long as the request, for state between steps.
@@ -130,18 +140,53 @@ class DecodeStep:
 
     def attention(self) -> Tensor:
         """[B, H, S] probabilities of the current token over the cached keys of layer ``layer - 1``."""
-        rows = torch.zeros(1, dtype=torch.long, device=self._loop.hidden.device)
-        return self._loop.attention_rows(self.layer - 1, rows, self.valid, rotary=True, causal=False)[:, :, 0]
+        rows = torch.zeros(1, dtype=torch.long, device=self.visual.device)
+        scores = self._loop.attention_rows(self.layer - 1, rows, self.valid, rotary=True, causal=False)[:, :, 0]
+        if scores.shape[-1] != self.visual.shape[1]:
+            raise MethodError(
+                f"layer {self.layer - 1} caches {scores.shape[-1]} keys and layer {self.layer} {self.visual.shape[1]}: "
+                "a decode method cannot take its scores across the layer where a prefill method dropped tokens."
+            )
+        return scores
 
 
 @dataclasses.dataclass
 class _CacheState:
-    """Per-request facts about each layer's cache: masks over the entries that prefill left there."""
+    """Per-request facts about each layer's cache, over the entries that prefill (and later turns) left there.
 
-    valid: list[Tensor | None]
-    visual: list[Tensor]
+    Attributes:
+        valid: per layer [B, S] False at padding, or None.
+        visual: per layer [B, S].
+        shift: per layer [B, 1], how far its positions lie behind those of the prompt ("compact" selections), or None.
+        next_position: [B, 1] position of the next token.
+        has_visual: whether there is anything for a decode method to act on.
+    """
+
     has_visual: bool
+    valid: list[Tensor | None] = dataclasses.field(default_factory=list)
+    visual: list[Tensor] = dataclasses.field(default_factory=list)
+    shift: list[Tensor | None] = dataclasses.field(default_factory=list)
+    next_position: Tensor | None = None
     memory: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class DecoderOutput(BaseModelOutputWithPast):
+    """transformers' output plus which rows of the input the last layer still had (None: all of them).
+
+    Attributes:
+        kept: [B, K] rows of the input; kept_valid: [B, K] False at padding, or None.
+    """
+
+    kept: Tensor | None = None
+    kept_valid: Tensor | None = None
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """[B, L] labels of the input -> labels of the rows that are left."""
+        if self.kept is None:
+            return labels
+        labels = labels.gather(1, self.kept)
+        return labels if self.kept_valid is None else labels.masked_fill(~self.kept_valid, -100)
 
 
 class _KeyView:
@@ -152,9 +197,8 @@ class _KeyView:
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = self._cache.update(keys, values, layer_idx, *args, **kwargs)
-        index = self._indices[:, None, :, None]
-        pick = [t.gather(2, index.expand(-1, t.shape[1], -1, t.shape[3])) for t in (keys, values)]
-        return pick[0], pick[1]
+        _check_whole(keys, self._cache.get_seq_length(layer_idx))
+        return _gather_keys(keys, self._indices), _gather_keys(values, self._indices)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
@@ -176,14 +220,18 @@ def run_decoder(
     use_cache: bool | None = None,
     layout: PromptLayout | None = None,
     request: RequestRecord | None = None,
-) -> BaseModelOutputWithPast:
+) -> DecoderOutput:
     """Run ``decoder`` on [B, q, D] embeddings under ``pipeline``.
 
     Args:
         decoder: a transformers decoder (``LlamaModel``, ``Qwen2Model``, ...).
         attention_mask: [B, cached + q] 2-D padding mask or None.
-        position_ids: [B or 1, q] or None for consecutive ones.
+        position_ids: [B or 1, q] or None for consecutive ones (after a prefill of this loop: from its last position).
+        past_key_values: a ``DynamicCache``; static ones cannot hold layers of different length.
         layout: where visual tokens stand; None (text only) bypasses the prefill and decode stages.
+
+    Prefill methods act once, on the first prompt of a cache; later turns run uncut on what they left. They expect
+    padding on the left and leave it there.
     """
     return _Loop(
         decoder, pipeline, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, layout, request
@@ -196,47 +244,63 @@ class _Loop:
         self.config = decoder.config
         self.layers = decoder.layers[: self.config.num_hidden_layers]
         use_cache = self.config.use_cache if use_cache is None else use_cache
+        if cache is not None and not isinstance(cache, DynamicCache):
+            raise MethodError(
+                f"{pipeline.name} needs a DynamicCache (layers may differ in length), got {type(cache).__name__}; "
+                "do not set cache_implementation."
+            )
         self.cache = DynamicCache(config=self.config) if use_cache and cache is None else cache
         self.use_cache = use_cache
         self.hidden = hidden
         batch, self.new = hidden.shape[:2]
         self.past = self.cache.get_seq_length() if self.cache is not None else 0
+        self.state: _CacheState | None = getattr(self.cache, "accelerate_state", None) if self.past else None
         if position_ids is None:
-            position_ids = torch.arange(self.past, self.past + self.new, device=hidden.device)[None]
+            start = self.past if self.state is None else self.state.next_position
+            position_ids = start + torch.arange(self.new, device=hidden.device)[None]
         self.position_ids = position_ids.expand(batch, -1)
         if mask is not None and mask.dim() != 2:
             raise MethodError(f"the decoder loop takes a 2-D padding mask, got {mask.dim()}-D.")
         self.mask = None if mask is None else mask.bool()
         self.valid = None if self.mask is None else self.mask[:, -self.new :]
-        self.layout = layout.expanded(batch) if layout is not None else None
+        self.layout = layout.expanded(batch) if layout is not None and not self.past else None
         self.visual = (
             self.layout.visual
-            if self.layout is not None and self.past == 0
+            if self.layout is not None
             else torch.zeros(batch, self.new, dtype=torch.bool, device=hidden.device)
         )
         self.rope = decoder.rotary_emb(hidden, self.position_ids)
+        self.shift: Tensor | None = None
+        self.kept: Tensor | None = None
         self.inputs: dict[int, Tensor] = {}
         self.input_ropes: dict[int, tuple[Tensor, Tensor]] = {}
 
     # -- running -----------------------------------------------------------------------------------------------------
 
-    def run(self) -> BaseModelOutputWithPast:
-        state: _CacheState | None = getattr(self.cache, "accelerate_state", None)
-        prefilling = self.past == 0
-        if prefilling:
-            self._prefill()
+    def run(self) -> DecoderOutput:
+        next_position = self.position_ids.amax(1, keepdim=True) + 1
+        if self.past:
+            self._continue()
         else:
-            self._continue(state)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.decoder.norm(self.hidden), past_key_values=self.cache if self.use_cache else None
+            self._prefill()
+        if self.state is not None:
+            self.state.next_position = next_position
+        return DecoderOutput(
+            last_hidden_state=self.decoder.norm(self.hidden),
+            past_key_values=self.cache if self.use_cache else None,
+            kept=self.kept,
+            kept_valid=self.valid if self.kept is not None else None,
         )
 
     def _prefill(self) -> None:
         method = self.pipeline.prefill
         acts = self.layout is not None and method is not None and self.new > 1
         at = set(method.prefill_layers(len(self.layers))) if acts else set()
-        lengths: list[int] | Tensor = self.layout.lengths if self.layout is not None else [self.new] * len(self.hidden)
-        state = _CacheState(valid=[], visual=[], has_visual=self.layout is not None)
+        if self.layout is not None:
+            lengths: list[int] | Tensor = self.layout.lengths
+        else:
+            lengths = [self.new] * len(self.hidden) if self.valid is None else self.valid.sum(1)
+        state = self.state = _CacheState(has_visual=self.layout is not None)
         masks: dict[str, Any] = {}
         for index, layer in enumerate(self.layers):
             if index in at:
@@ -244,11 +308,7 @@ class _Loop:
                 if selection is not None:
                     self._apply(selection, index, state)
                     masks.clear()
-                    lengths = (
-                        [self.new] * len(self.hidden)
-                        if selection.valid is None and self.valid is None
-                        else self.valid.sum(1)
-                    )
+                    lengths = [self.new] * len(self.hidden) if self.valid is None else self.valid.sum(1)
             if index + 1 in at:
                 self.inputs, self.input_ropes = {index: self.hidden}, {index: self.rope}
             kind = self._layer_type(index)
@@ -257,6 +317,7 @@ class _Loop:
             self.hidden = self._call(layer, masks[kind], self.cache)
             state.valid.append(self.valid)
             state.visual.append(self.visual)
+            state.shift.append(self.shift)
             if self.request is not None:
                 self.request.layer_tokens.append(lengths)
         if self.cache is not None:
@@ -267,47 +328,61 @@ class _Loop:
         source = self.hidden if selection.hidden_states is None else selection.hidden_states
         self.hidden = _gather(source, picked)
         self.visual = self.visual.gather(1, picked)
+        self.kept = picked if self.kept is None else self.kept.gather(1, picked)
         if self.valid is not None or selection.valid is not None:
             valid = torch.ones_like(picked, dtype=torch.bool) if self.valid is None else self.valid.gather(1, picked)
             self.valid = valid if selection.valid is None else valid & selection.valid
         self.new = picked.shape[1]
         if selection.positions == "compact":
             start = 0 if self.valid is None else (self.new - self.valid.sum(1, keepdim=True))
-            self.position_ids = (torch.arange(self.new, device=picked.device)[None] - start).clamp(min=0)
-            self.position_ids = self.position_ids.expand(picked.shape[0], -1)
+            compact = (torch.arange(self.new, device=picked.device)[None] - start).clamp(min=0)
+            behind = self.position_ids.amax(1, keepdim=True) - compact.amax(1, keepdim=True)
+            self.shift = behind if self.shift is None else self.shift + behind
+            self.position_ids = compact.expand(picked.shape[0], -1)
             self.rope = self.decoder.rotary_emb(self.hidden, self.position_ids)
         else:
             self.position_ids = self.position_ids.gather(1, picked)
             self.rope = tuple(_gather(part.expand(picked.shape[0], -1, -1), picked) for part in self.rope)
         if selection.trim_cache and self.cache is not None:
             for done in range(index):
-                entry = self.cache.layers[done]
-                entry.keys = _gather_keys(entry.keys, picked)
-                entry.values = _gather_keys(entry.values, picked)
+                self._trim(self.cache.layers[done], state.visual[done].shape[1], picked)
                 state.valid[done], state.visual[done] = self.valid, self.visual
 
-    def _continue(self, state: _CacheState | None) -> None:
+    @staticmethod
+    def _trim(entry: Any, length: int, picked: Tensor) -> None:
+        """Cut one layer's cache to ``picked``."""
+        _check_whole(entry.keys, length)
+        entry.keys, entry.values = _gather_keys(entry.keys, picked), _gather_keys(entry.values, picked)
+        if hasattr(entry, "cumulative_length"):  # a sliding-window layer counts what it has seen
+            entry.cumulative_length = picked.shape[1]
+
+    def _continue(self) -> None:
         """Decode step(s), or a later turn of a chat, on top of a cache."""
-        method = self.pipeline.decode
-        start = len(self.layers)
-        if method is not None and state is not None and self.new == 1:
+        state, method, start = self.state, self.pipeline.decode, len(self.layers)
+        if method is not None and state is not None and state.has_visual and self.new == 1:
             start = method.decode_layer(len(self.layers))
-        shown: Tensor | None = None
+        shown: Selection | None = None
+        shift: Tensor | None = None
         for index, layer in enumerate(self.layers):
-            valid = self._grown(state.valid[index], index, True) if state is not None else self.mask
-            if index == start and index > 0 and state.has_visual:
+            valid = self._keys_valid(index)
+            if state is not None and state.shift[index] is not shift:  # changes at layers with a "compact" selection
+                shift = state.shift[index]
+                self.rope = self.decoder.rotary_emb(self.hidden, self.position_ids - shift)
+            if index == start and index > 0:
                 visual = self._grown(state.visual[index], index, False)
                 keep = method.decode(DecodeStep(self, index, visual, valid, state.memory))
-                shown = None if keep is None else Selection.from_mask(keep)
+                if keep is not None:
+                    shown = Selection.from_mask(keep if valid is None else keep & valid)
             if index + 1 == start:
                 self.inputs, self.input_ropes = {index: self.hidden}, {index: self.rope}
-            cache, mask = self.cache, valid
-            if shown is not None:
-                cache, mask = _KeyView(self.cache, shown.indices), shown.valid
-            self.hidden = self._call(layer, self._decode_mask(mask, index), cache)
+            if shown is None:
+                self.hidden = self._call(layer, self._decode_mask(valid, index), self.cache)
+            else:
+                view = _KeyView(self.cache, shown.indices)
+                self.hidden = self._call(layer, self._key_mask(shown.valid), view)
         if state is not None and self.new > 1:  # a later turn: its tokens become part of what decode steps must see
             for index in range(len(self.layers)):
-                state.valid[index] = self._grown(state.valid[index], index, True, after=True)
+                state.valid[index] = self._keys_valid(index, after=True)
                 state.visual[index] = self._grown(state.visual[index], index, False, after=True)
 
     def _call(self, layer: Any, mask: Any, cache: Any) -> Tensor:
@@ -339,32 +414,58 @@ class _Loop:
             position_ids=None,
         )
 
-    def _grown(self, mask: Tensor | None, index: int, fill: bool, after: bool = False) -> Tensor | None:
-        """A prefill mask of layer ``index`` extended by everything cached since and the tokens of this call."""
-        if mask is None:
-            return None
+    def _keys_valid(self, index: int, after: bool = False) -> Tensor | None:
+        """[B, S] which keys of layer ``index`` are real, those of this call included; None if all are."""
+        if self.state is None:
+            return self.mask
+        valid = self.state.valid[index]
+        if valid is None:
+            if self.new == 1 or self.valid is None:
+                return None
+            valid = torch.ones_like(self.state.visual[index])
+        valid = self._grown(valid, index, True, after)
+        if self.new > 1 and self.valid is not None:  # a later turn may be padded itself
+            valid = torch.cat([valid[:, : -self.new], self.valid], dim=1)
+        return valid
+
+    def _grown(self, mask: Tensor, index: int, fill: bool, after: bool = False) -> Tensor:
+        """A mask over layer ``index``'s cache, extended by everything cached since and the tokens of this call."""
         total = self.cache.get_seq_length(index) + (0 if after else self.new)
-        extra = mask.new_full((mask.shape[0], total - mask.shape[1]), fill)
-        return torch.cat([mask, extra], dim=1)
+        mask = mask[:, : total - self.new]  # generate may have cropped the cache
+        return torch.cat([mask, mask.new_full((mask.shape[0], total - mask.shape[1]), fill)], dim=1)
 
     def _decode_mask(self, valid: Tensor | None, index: int) -> Any:
-        """Mask for ``new`` queries at the end of ``valid`` [B, S] keys (None: no padding)."""
+        """Mask for ``new`` queries at the end of the cache; ``valid`` [B, S] over all keys ever cached (None: all)."""
         if valid is None and self.new == 1:
             return None
-        if "flash" in (self.config._attn_implementation or ""):
+        if self._is_flash:
             return valid
-        if valid is None:
-            size = self.cache.get_seq_length(index) + self.new
-            valid = torch.ones(self.hidden.shape[0], size, dtype=torch.bool, device=self.hidden.device)
-        size = valid.shape[1]
-        query = torch.arange(size - self.new, size, device=valid.device)
-        allowed = valid[:, None, None, :] & (torch.arange(size, device=valid.device) <= query[:, None])
-        # A query that is itself padding would see nothing and turn into NaN; let it see the first key.
-        allowed = allowed | (~allowed.any(-1, keepdim=True) & (torch.arange(size, device=valid.device) == 0))
-        if self.config._attn_implementation == "eager":
+        length, offset = self.cache.get_mask_sizes(self.new, index)
+        keys = torch.arange(offset, offset + length, device=self.hidden.device)
+        query = torch.arange(self.new, device=keys.device)[:, None] + (offset + length - self.new)
+        allowed = keys <= query
+        if self._layer_type(index) == "sliding_attention":
+            allowed &= keys > query - self.config.sliding_window
+        return self._key_mask(None if valid is None else valid[:, offset:], allowed)
+
+    def _key_mask(self, valid: Tensor | None, allowed: Tensor | None = None) -> Any:
+        """What the attention backend takes for [B, K] valid keys and [q, K] allowed pairs."""
+        if valid is not None and self._is_flash:
+            return valid
+        if valid is not None:
+            allowed = valid[:, None, None] if allowed is None else valid[:, None, None] & allowed
+            # A query that is itself padding would see nothing and turn into NaN; let it see everything.
+            allowed = allowed | ~allowed.any(-1, keepdim=True)
+        elif allowed is not None:
+            allowed = allowed[None, None].expand(self.hidden.shape[0], -1, -1, -1)
+        if allowed is not None and self.config._attn_implementation == "eager":
             lowest = torch.finfo(self.hidden.dtype).min
             return torch.zeros_like(allowed, dtype=self.hidden.dtype).masked_fill(~allowed, lowest)
         return allowed
+
+    @property
+    def _is_flash(self) -> bool:
+        return "flash" in (self.config._attn_implementation or "")
 
     # -- attention for chosen rows ------------------------------------------------------------------------------------
 
@@ -374,12 +475,15 @@ class _Loop:
         layer = self.layers[index]
         attention = layer.self_attn
         hidden, (cos, sin) = self.inputs[index], self.input_ropes[index]
-        normed = layer.input_layernorm(hidden)
+        cached = self.cache.layers[index].keys if rotary and self.cache is not None else None
+        if cached is not None:
+            _check_whole(cached, self.cache.get_seq_length(index))
+        # all rows are needed only where the keys have to be computed again
+        normed = layer.input_layernorm(hidden if cached is None else hidden[:, rows])
         heads = self.config.num_attention_heads
         dim = attention.head_dim
-        query = attention.q_proj(normed[:, rows]).unflatten(-1, (heads, dim))
+        query = attention.q_proj(normed[:, rows] if cached is None else normed).unflatten(-1, (heads, dim))
         query = getattr(attention, "q_norm", torch.nn.Identity())(query).transpose(1, 2)
-        cached = self.cache.layers[index].keys if rotary and self.cache is not None else None
         if rotary:
             query = _rotate(query, cos[:, rows], sin[:, rows])
         if cached is not None:
@@ -409,6 +513,14 @@ def _gather(states: Tensor, indices: Tensor) -> Tensor:
 
 def _gather_keys(states: Tensor, indices: Tensor) -> Tensor:
     return states.gather(2, indices[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+
+
+def _check_whole(keys: Tensor, length: int) -> None:
+    if keys.shape[2] < length:
+        raise MethodError(
+            f"the sliding window of this model has already dropped {length - keys.shape[2]} keys of the prompt; "
+            "methods that look back into the KV cache need a prompt within the window."
+        )
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

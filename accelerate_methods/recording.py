@@ -27,7 +27,8 @@ _active: ContextVar[list[RequestRecord] | None] = ContextVar("accelerate_methods
 class ItemRecord:
     """One image or video of a sample.
 
-    ``owner`` [F, N] and ``positions`` [R] are the provenance of ``items.Sequence`` (None when it was not compressed).
+    ``owner`` [F, N] and ``positions`` [R] are the provenance of ``items.Sequence``, ``kept`` [F, N] is True where an
+    output token stands; None when the item was not compressed.
     """
 
     modality: str
@@ -36,6 +37,7 @@ class ItemRecord:
     grid: tuple[int, int] | None = None
     owner: torch.Tensor | None = None
     positions: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
     info: dict[str, object] = dataclasses.field(default_factory=dict)
 
 

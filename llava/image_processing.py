@@ -142,9 +142,7 @@ def _read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _pil_images(images: Any) -> list[Image.Image]:
     """Any accepted input as a non-empty list of RGB PIL images."""
-    if isinstance(images, Image.Image):
-        images = [images]
-    elif isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 3:
+    if isinstance(images, Image.Image) or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 3):
         images = [images]
     pil = [image.convert("RGB") if isinstance(image, Image.Image) else _from_array(image) for image in images]
     if not pil:

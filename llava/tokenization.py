@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import sentencepiece
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
@@ -22,6 +22,10 @@ WORD_BOUNDARY = "\u2581"  # SentencePiece writes a space as this character
 SENTENCEPIECE_FILE = "tokenizer.model"
 FAST_FILE = "tokenizer.json"
 BPE_FILES = ("vocab.json", "merges.txt")
+# ModelProto.normalizer_spec (field 3) { add_dummy_prefix (field 3) = false }. A message field that occurs again is
+# merged into the first one, so these bytes after a model switch the prefix off, without the protobuf package and on
+# every release of sentencepiece (0.2.3 took away the method that did it).
+_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
 class SentencePieceLlamaTokenizer(PreTrainedTokenizer):
@@ -41,8 +45,8 @@ class SentencePieceLlamaTokenizer(PreTrainedTokenizer):
         OSError: vocab_file is missing. RuntimeError: it is not a SentencePiece model.
     """
 
-    vocab_files_names = {"vocab_file": SENTENCEPIECE_FILE}
-    model_input_names = ["input_ids", "attention_mask"]
+    vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": SENTENCEPIECE_FILE}
+    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
 
     def __init__(
         self,
@@ -79,13 +83,12 @@ class SentencePieceLlamaTokenizer(PreTrainedTokenizer):
 
     def _load_model(self, model_proto: bytes) -> None:
         self._model_proto = model_proto
-        self.sp_model = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
         # We place the word boundary ourselves: SentencePiece would put one before every piece between special tokens.
-        self.sp_model.override_normalizer_spec(add_dummy_prefix=False)
+        self.sp_model = sentencepiece.SentencePieceProcessor(model_proto=model_proto + _NO_DUMMY_PREFIX)
         self._pieces = [self.sp_model.id_to_piece(i) for i in range(self.sp_model.get_piece_size())]
         self._base_vocab = {piece: i for i, piece in enumerate(self._pieces)}
 
-    # SentencePiece's own pickling forgets the overridden normalizer, so the model travels as bytes and is built again.
+    # The model travels as bytes and is built again, whatever the installed SentencePiece knows of pickling.
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("sp_model", "_pieces", "_base_vocab")}
 

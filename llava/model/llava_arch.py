@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from accelerate_methods import recording
-from accelerate_methods.decoder import PromptLayout, needs_loop, run_decoder
+from accelerate_methods.decoder import DecoderOutput, PromptLayout, needs_loop, run_decoder
 from accelerate_methods.items import Sequence, VisualItem, assemble, uncompressed
 from accelerate_methods.pipeline import Pipeline
 from llava.model.checkpoint import KEY_MAPPING, check_loaded, has_tower_weights, load_config
@@ -87,8 +87,9 @@ class LlavaMetaForCausalLM:
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any):
         """As in transformers, for checkpoints in the official format.
 
-        Weights that the checkpoint lacks are an error, save those whose names start with one of ``allow_missing``. A tower that is not inside the checkpoint (LLaVA-1.5) is left
-        unloaded; call ``get_vision_tower().load_model()``, as ``load_pretrained_model`` does.
+        Weights that the checkpoint lacks are an error, save those whose names start with one of ``allow_missing``. A
+        tower that is not inside the checkpoint (LLaVA-1.5) is left unloaded; call ``get_vision_tower().load_model()``,
+        as ``load_pretrained_model`` does.
         """
         config = kwargs.pop("config", None)
         overrides = kwargs.pop("overwrite_config", None) or {}
@@ -126,11 +127,15 @@ class LlavaMetaForCausalLM:
         parameter = next(projector.parameters(), None)
         return projector(features if parameter is None else features.to(parameter.dtype))
 
-    def get_2dPool(self, image_feature: Tensor, stride: int = 2) -> Tensor:  # noqa: N802 - official name
+    def get_2dPool(self, image_feature: Tensor, stride: int = 2) -> Tensor:
         return pool_2d(image_feature, getattr(self.config, "mm_spatial_pool_mode", "average"), stride)
 
     def visual_items(
-        self, images: Any, modalities: list[str], image_sizes: Any = None, request: recording.RequestRecord | None = None
+        self,
+        images: Any,
+        modalities: list[str],
+        image_sizes: Any = None,
+        request: recording.RequestRecord | None = None,
     ) -> list[VisualItem]:
         """Encode every image and video and give its tokens in the layout of the uncompressed sequence.
 
@@ -152,8 +157,12 @@ class LlavaMetaForCausalLM:
             features = tower(pixels)
             projected = self.project(features)
         if plain:
-            return [self._with_signals(flat_item(p[None], len(p)), f[None]) for p, f in
-                    zip(projected, features, strict=True)]
+            return [
+                self._with_signals(flat_item(p[None], len(p)), f[None])
+                for p, f in zip(projected, features, strict=True)
+            ]
+        # plain integers: the grid arithmetic is that of python floats
+        sizes = [] if image_sizes is None else [tuple(int(side) for side in size) for size in image_sizes]
         items = []
         counts = [len(v) for v in views]
         if getattr(self.config, "add_faster_video", False):
@@ -167,7 +176,7 @@ class LlavaMetaForCausalLM:
                     getattr(self.config, "mm_patch_merge_type", "flat"),
                 )
             else:
-                size = None if image_sizes is None or index >= len(image_sizes) else tuple(image_sizes[index])
+                size = sizes[index] if index < len(sizes) else None
                 item = image_item(tokens, self._newline(tokens), size, tower.image_size, self.config)
             items.append(self._with_signals(item, raw))
         return items
@@ -218,8 +227,8 @@ class LlavaMetaForCausalLM:
             sequences = self._sequences(items)
         spliced = splice(
             input_ids.to(device),
-            attention_mask,
-            labels,
+            None if attention_mask is None else attention_mask.to(device),
+            None if labels is None else labels.to(device),
             [_moved(s, device) for s in sequences],
             self.get_model().embed_tokens,
             original_positions=self.acceleration is not None and self.acceleration.pipeline.positions == "original",
@@ -246,7 +255,7 @@ class LlavaMetaForCausalLM:
         The outputs whose inputs were None are None. Differs from the official code in one thing: a batch is never cut
         to the number of ``modalities``.
         """
-        if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
+        if self.get_vision_tower() is None or not _any(images) or input_ids.shape[1] == 1:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
         spliced = self.prepare_multimodal(input_ids, attention_mask, labels, images, modalities, image_sizes)
         return (
@@ -286,16 +295,23 @@ class LlavaMetaForCausalLM:
 
         ``layout`` and ``request`` travel from :meth:`generate` to the decoder loop and the recorder.
         """
-        if inputs_embeds is None and images is not None and input_ids.shape[1] > 1:
+        if inputs_embeds is None and _any(images) and input_ids.shape[1] > 1:
             request = request or recording.new_request()
             spliced = self.prepare_multimodal(
-                input_ids, attention_mask, labels, images, modalities, image_sizes, request=request
+                input_ids,
+                attention_mask,
+                labels,
+                images,
+                modalities,
+                image_sizes,
+                padding_side="left" if self._cuts_inside() else None,
+                request=request,
             )
             inputs_embeds, input_ids = spliced.inputs_embeds, None
             labels = None if labels is None else spliced.labels
             attention_mask = spliced.mask.long() if len(set(spliced.lengths)) > 1 else None
             position_ids = spliced.position_ids if self._gapped() or attention_mask is not None else None
-            layout = PromptLayout(spliced.visual, spliced.lengths)
+            layout = PromptLayout(spliced.visual, spliced.lengths, spliced.infos)
         passed = dict(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -310,11 +326,16 @@ class LlavaMetaForCausalLM:
         if output_hidden_states is not None:
             passed["output_hidden_states"] = output_hidden_states
         tokens = inputs_embeds if inputs_embeds is not None else input_ids
-        with _llm_stage(request, tokens):
+        decoding = past_key_values is not None and past_key_values.get_seq_length() > 0
+        with _llm_stage(request, tokens, decoding):
             outputs = self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, **passed)
             hidden = outputs.last_hidden_state
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
+        if request is not None and not decoding and not request.layer_tokens:  # the model's own forward: no layer cuts
+            request.layer_tokens = [[sample.length for sample in request.samples]] * self.config.num_hidden_layers
+        if labels is not None and isinstance(outputs, DecoderOutput):
+            labels = outputs.labels(labels)
         if dpo_forward:
             return logits, labels
         loss = None
@@ -331,6 +352,10 @@ class LlavaMetaForCausalLM:
 
     def _gapped(self) -> bool:
         return self.acceleration is not None and self.acceleration.pipeline.positions == "original"
+
+    def _cuts_inside(self) -> bool:
+        """Whether the sequence gets shorter between decoder layers."""
+        return self.acceleration is not None and self.acceleration.pipeline.prefill is not None
 
     @torch.no_grad()
     def generate(
@@ -355,7 +380,7 @@ class LlavaMetaForCausalLM:
             raise ValueError("generate needs input ids: pass them first, as inputs= or as input_ids=.")
         attention_mask = kwargs.pop("attention_mask", None)
         request = recording.new_request()
-        has_images = images is not None and len(images) > 0
+        has_images = _any(images)
         spliced = (
             self.prepare_multimodal(
                 inputs, attention_mask, None, images, modalities, image_sizes, padding_side="left", request=request
@@ -364,7 +389,7 @@ class LlavaMetaForCausalLM:
             else self._text_only(inputs, attention_mask, request)
         )
         if has_images and self.acceleration is not None:
-            kwargs["layout"] = PromptLayout(spliced.visual, spliced.lengths)
+            kwargs["layout"] = PromptLayout(spliced.visual, spliced.lengths, spliced.infos)
         if request is not None:
             kwargs["request"] = request
         return super().generate(
@@ -376,9 +401,9 @@ class LlavaMetaForCausalLM:
 
     def _text_only(self, inputs: Tensor, mask: Tensor | None, request: recording.RequestRecord | None) -> Spliced:
         embed = self.get_model().embed_tokens
-        spliced = splice(
-            inputs.to(embed.weight.device), mask, None, [], embed, original_positions=False, padding_side="left"
-        )
+        device = embed.weight.device
+        mask = None if mask is None else mask.to(device)
+        spliced = splice(inputs.to(device), mask, None, [], embed, original_positions=False, padding_side="left")
         if request is not None:
             _describe(request, [], [], spliced)
         return spliced
@@ -406,12 +431,15 @@ class LlavaMetaForCausalLM:
         self.resize_token_embeddings(len(tokenizer))
 
 
+def _any(images: Any) -> bool:
+    return images is not None and len(images) > 0
+
+
 @contextlib.contextmanager
-def _llm_stage(request: recording.RequestRecord | None, tokens: Tensor) -> Iterator[None]:
+def _llm_stage(request: recording.RequestRecord | None, tokens: Tensor, decoding: bool) -> Iterator[None]:
     if request is None:
         yield
         return
-    decoding = tokens.shape[1] == 1
     request.decode_steps += decoding
     with request.span("decode" if decoding else "prefill", tokens.device):
         yield
@@ -432,6 +460,12 @@ def _moved(sequence: Sequence, device: torch.device) -> Sequence:
     )
 
 
+def _kept(item: VisualItem, sequence: Sequence) -> Tensor | None:
+    if sequence.owner is None:
+        return None
+    return torch.isin(item.positions, sequence.positions[sequence.is_content])
+
+
 def _describe(
     request: recording.RequestRecord, items: list[VisualItem], sequences: list[Sequence], spliced: Spliced
 ) -> None:
@@ -447,6 +481,7 @@ def _describe(
                     grid=items[n].grid,
                     owner=sequences[n].owner,
                     positions=sequences[n].positions,
+                    kept=_kept(items[n], sequences[n]),
                     info=sequences[n].info,
                 )
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class Spliced:
         position_ids: [B, L]; 0 in padding.
         visual: [B, L] True at content tokens of images and videos (newlines count as text).
         lengths: real tokens per sample; dense_lengths: what they would be without compression.
-        items: indices of the visual items each sample holds.
+        items: indices of the visual items each sample holds; infos: what their compression said (``Compressed.info``).
     """
 
     inputs_embeds: Tensor
@@ -34,6 +35,7 @@ class Spliced:
     lengths: list[int]
     dense_lengths: list[int]
     items: list[list[int]]
+    infos: list[list[dict[str, object]]]
 
 
 def splice(
@@ -79,9 +81,9 @@ def splice(
         targets = None if labels is None else labels[sample][keep[sample]]
         holes = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
         bounds = [-1, *holes, ids.shape[0]]
-        texts = [ids[a + 1 : b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        texts = [ids[a + 1 : b] for a, b in pairwise(bounds)]
         embedded = embed(torch.cat(texts)).split([len(t) for t in texts])
-        for piece, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for piece, (start, end) in enumerate(pairwise(bounds)):
             row.add_text(embedded[piece], None if targets is None else targets[start + 1 : end])
             if piece < len(holes):
                 row.add_visual(sequences[used], used)
@@ -102,6 +104,7 @@ class _Row:
         self.positions: list[Tensor] = []
         self.visual: list[Tensor] = []
         self.items: list[int] = []
+        self.infos: list[dict[str, object]] = []
         self.length = self.dense_length = 0
 
     def add_text(self, embeds: Tensor, labels: Tensor | None) -> None:
@@ -114,6 +117,7 @@ class _Row:
         labels = torch.full((tokens.shape[0],), IGNORE_INDEX, device=tokens.device)
         self._add(tokens, labels, sequence.positions, sequence.length, sequence.is_content)
         self.items.append(number)
+        self.infos.append(sequence.info)
 
     def _add(self, embeds: Tensor, labels: Tensor, positions: Tensor, dense: int, visual: Tensor) -> None:
         count = embeds.shape[0]
@@ -160,4 +164,5 @@ def _pad(rows: list[_Row], side: str) -> Spliced:
         lengths=[row.length for row in rows],
         dense_lengths=[row.dense_length for row in rows],
         items=[row.items for row in rows],
+        infos=[row.infos for row in rows],
     )

@@ -19,8 +19,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
-import torch  # noqa: E402
-from safetensors import safe_open  # noqa: E402
+import torch  # noqa: E402 - the hub must be off before transformers is imported
+from safetensors import safe_open
 
 OWN_GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 
@@ -189,7 +189,8 @@ def main(argv: list[str] | None = None) -> int:
             if result.status == "skipped":
                 skipped[result.detail] = skipped.get(result.detail, 0) + 1
             if result.status == "failed" or args.verbose:
-                print(f"{result.status.upper():8}{result.name}{': ' + result.detail if result.detail else ''}", flush=True)
+                detail = f": {result.detail}" if result.detail else ""
+                print(f"{result.status.upper():8}{result.name}{detail}", flush=True)
     for reason, count in sorted(skipped.items()):
         print(f"SKIPPED {count}: {reason}")
     if not sum(counts.values()):

@@ -68,7 +68,7 @@ def pool(inputs, params, context):
 
 def video_newline(inputs, params, context):
     item = video_item(
-        inputs["pooled"].float(), inputs["image_newline"], params["mm_newline_position"], params["mm_patch_merge_type"]
+        inputs["pooled"].float(), inputs.get("image_newline"), params["mm_newline_position"], params["mm_patch_merge_type"]
     )
     return {"tokens": uncompressed(item).tokens}
 
@@ -76,7 +76,7 @@ def video_newline(inputs, params, context):
 def spatial_merge(inputs, params, context):
     size = tuple(inputs["image_size"].tolist())
     item = image_item(
-        inputs["features"].float(), inputs["image_newline"], size, params["tower_image_size"], SimpleNamespace(**params)
+        inputs["features"].float(), inputs.get("image_newline"), size, params["tower_image_size"], SimpleNamespace(**params)
     )
     return {"tokens": uncompressed(item).tokens}
 
@@ -85,7 +85,7 @@ def prepare_multimodal(inputs, params, context):
     model = load_tiny(params, context)
     _, positions, mask, _, embeds, labels = model.prepare_inputs_labels_for_multimodal(
         inputs["input_ids"],
-        None,
+        inputs.get("position_ids"),
         inputs.get("attention_mask"),
         None,
         inputs.get("labels"),
@@ -96,6 +96,8 @@ def prepare_multimodal(inputs, params, context):
     if (positions is None) != params.get("out_position_ids_is_none", True):
         raise AssertionError("position_ids should be None exactly when the input ones were")
     out = _embedding_outputs(embeds, inputs)
+    if positions is not None:
+        out["position_ids"] = positions
     if mask is not None:
         out["attention_mask"] = mask
     if labels is not None:

@@ -1,0 +1,55 @@
+# Shared by the scripts: find a Python, make the environment once, report problems in one line. Source it.
+#
+#   PYTHON=/path/to/python   use this interpreter with what it has installed; nothing is set up
+#   VENV=/path               where the environment lives (default: .venv in the project)
+
+set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+VENV="${VENV:-$ROOT/.venv}"
+
+say() { printf '\033[1m%s\033[0m\n' "$*" >&2; }
+die() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+# First Python on the machine that we support (3.10 to 3.13).
+find_python() {
+    local candidate
+    for candidate in python3.12 python3.11 python3.10 python3.13 python3 python; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    die "no Python 3.10 to 3.13 found; install one, or name it with PYTHON=/path/to/python"
+}
+
+# An environment with the project, the harness plugin and their pinned dependencies; sets PY. Redone when a file that
+# says what to install changes.
+ensure_env() {
+    if [[ -n "${PYTHON:-}" ]]; then
+        PY="$PYTHON"
+        "$PY" -c 'import llava, accelerate_methods, lmms_eval' 2>/dev/null ||
+            die "PYTHON=$PYTHON lacks the packages; unset PYTHON to have an environment made, or run: " \
+                "pip install -c constraints.txt -e '.[video,plots,dev]' -e lmms-eval"
+        return
+    fi
+    PY="$VENV/bin/python"
+    local wanted stamp="$VENV/.installed"
+    wanted="$(cd "$ROOT" && cat setup.py constraints.txt lmms-eval/pyproject.toml | cksum) $ROOT"
+    if [[ -x "$PY" && -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
+        return
+    fi
+    local started=$SECONDS base uv
+    base="$(find_python)"
+    say "Setting up $VENV with $base (once; torch is large, this can take some minutes)"
+    if uv="$(command -v uv)"; then
+        [[ -x "$PY" ]] || "$uv" venv -q --python "$base" "$VENV"
+    else
+        [[ -x "$PY" ]] || "$base" -m venv "$VENV" || die "python -m venv failed; on Debian: apt-get install python3-venv"
+        "$PY" -m pip install -q --disable-pip-version-check uv
+        uv="$VENV/bin/uv"
+    fi
+    # Installed as editable: the scripts, configs and assets of this checkout are what runs.
+    (cd "$ROOT" && "$uv" pip install --python "$PY" -c constraints.txt -e '.[video,plots,dev]' -e lmms-eval)
+    printf '%s' "$wanted" >"$stamp"
+    say "Environment ready after $((SECONDS - started)) s"
+}

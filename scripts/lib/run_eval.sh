@@ -1,0 +1,38 @@
+# Evaluate one method on one model family through the lmms-eval command line, next to the dense model.
+# Sourced by scripts/eval/<method>_<model>.sh, which set CONFIG (a file of configs/ without its suffix).
+#
+# Without PRETRAINED: the embedded tiny model and benchmark.
+# With PRETRAINED: that checkpoint, on all GPUs asked for.
+#
+#   PRETRAINED        checkpoint folder or hub name
+#   TASKS             comma-separated lmms-eval tasks                      (default: videomme / the embedded tasks)
+#   METHODS           what to compare                (default: "dense" and the config's method; "all" for every method)
+#   RETENTION_RATIO   share of visual tokens kept                          (default: the config's)
+#   LIMIT             documents per task                                   (default: all)
+#   NUM_PROCESSES     GPUs per machine                                     (default: all visible)
+#   NUM_MACHINES, MACHINE_RANK, MAIN_PROCESS_IP, MAIN_PROCESS_PORT         several nodes, as in `accelerate launch`
+#   BATCH_SIZE, MODEL_ARGS (extra k=v,k=v), OUTPUT (folder for the results), DRY_RUN=1 (print the commands only)
+#   FULL=1            embedded benchmark: the full sets instead of the quick subset
+
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+ensure_env
+cd "$ROOT"
+
+arguments=(--config "$CONFIG")
+add() { [[ -z "$2" ]] || arguments+=("$1" "$2"); }
+add --pretrained "${PRETRAINED:-}"
+add --tasks "${TASKS:-}"
+add --methods "${METHODS:-}"
+add --retention-ratio "${RETENTION_RATIO:-}"
+add --limit "${LIMIT:-}"
+add --num-processes "${NUM_PROCESSES:-}"
+add --num-machines "${NUM_MACHINES:-}"
+add --machine-rank "${MACHINE_RANK:-}"
+add --main-process-ip "${MAIN_PROCESS_IP:-}"
+add --main-process-port "${MAIN_PROCESS_PORT:-}"
+add --batch-size "${BATCH_SIZE:-}"
+add --model-args "${MODEL_ARGS:-}"
+add --output "${OUTPUT:-}"
+[[ -z "${DRY_RUN:-}" ]] || arguments+=(--dry-run)
+[[ -z "${FULL:-}" ]] || arguments+=(--full)
+exec "$PY" -m lmms_eval_accelerate.compare "${arguments[@]}" "$@"
