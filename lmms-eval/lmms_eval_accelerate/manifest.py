@@ -1,0 +1,32 @@
+"""What lmms-eval reads at start-up: one model id per family and method. Nothing heavy may be imported here.
+
+lmms-eval loads all plugins in one try block: an import that fails here would take every other plugin along.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from accelerate_methods.registry import available
+
+if TYPE_CHECKING:
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+#: our family -> id of the stock model whose prompts and inputs it reproduces
+FAMILIES = {"llava": "llava", "llava_onevision": "llava_onevision", "llava_video": "llava_vid"}
+
+#: suffix of the model id that takes any method (``method=`` or ``config=``), or none
+ANY_METHOD = "accelerated"
+
+
+def model_ids() -> dict[str, tuple[str, str | None]]:
+    """Model id -> (family, method); method None where the arguments choose it."""
+    suffixes: dict[str, str | None] = {ANY_METHOD: None, **{name: name for name in available()}}
+    return {f"{family}_{suffix}": (family, method) for family in FAMILIES for suffix, method in suffixes.items()}
+
+
+def manifests() -> list[ModelManifest]:
+    """Entry point ``lmms_eval.models``. The class of an id is made when it is asked for, see ``models/__init__.py``."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return [ModelManifest(model_id=name, simple_class_path=f"{__package__}.models.{name}") for name in model_ids()]

@@ -1,0 +1,487 @@
+"""The engine that all model classes share: loading, grouping and batching of requests, generation, costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from lmms_eval.api.instance import GenerationResult, Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from loguru import logger
+from torch import Tensor
+from tqdm import tqdm
+
+from accelerate_methods import record
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.conversation import SeparatorStyle, conv_templates
+from llava.mm_utils import KeywordsStoppingCriteria, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+from lmms_eval_accelerate import prompts
+from lmms_eval_accelerate.arguments import COMMON, Arguments, parse_arguments
+from lmms_eval_accelerate.costs import Costs, sample_costs, skipped_costs, summarise
+from lmms_eval_accelerate.manifest import FAMILIES
+from lmms_eval_accelerate.visuals import VisualError, document_visuals
+
+
+@dataclasses.dataclass
+class Question:
+    """One document as the model gets it.
+
+    Attributes:
+        text: the user's turn, with its placeholders; or several turns [user, assistant, user, ...].
+        visuals: "plain": one tensor [N, 3, S, S] of N images without any-resolution layout; otherwise a list with
+            a tensor per image or video.
+        form: "text", "plain", "image" or "video". One ``generate`` call takes questions of one form, because the
+            form of ``images`` decides how the tokens of an image are laid out.
+        sizes: (width, height) of the images.
+    """
+
+    text: str | list[str]
+    visuals: Any = None
+    form: str = "text"
+    sizes: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+
+
+class Likelihood(GenerationResult):
+    """(loss, is_greedy) of a continuation, with its costs.
+
+    lmms-eval 0.7.3 turns a bare tuple into text, and every multiple-choice task then fails on ``"(1.2, False)"``; the
+    ``text`` of a ``GenerationResult`` goes through untouched.
+    """
+
+    def __init__(self, loss: float, is_greedy: bool, costs: Costs | None = None):
+        super().__init__((loss, is_greedy), costs)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.text)
+
+
+class LlavaAccelerated(lmms):
+    """Base of the families; see ``families.py``. Constructor arguments are those of ``--model_args``."""
+
+    is_simple = True
+    model_id: ClassVar[str] = ""
+    family: ClassVar[str] = ""
+    default_method: ClassVar[str | None] = None
+    defaults: ClassVar[dict[str, Any]] = {}
+    #: settings of the model made last, for the run's summary
+    last_settings: ClassVar[dict[str, Any]] = {}
+
+    # -- start -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def parse(cls, **given: Any) -> Arguments:
+        """Check model arguments without loading anything."""
+        defaults = {**COMMON, "prompt_model": FAMILIES[cls.family], **cls.defaults}
+        if isinstance(given.get("prompt_model"), str) and given["prompt_model"].lower() == "none":
+            defaults["prompt_model"] = None
+        return parse_arguments(cls.model_id or cls.__name__, cls.family, cls.default_method, defaults, given)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> LlavaAccelerated:
+        with _failing_loudly():
+            return super().create_from_arg_string(arg_string, additional_config)
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.args = self.parse(**kwargs)
+        self._costs: list[dict[str, Any]] = []
+        self._warm = False
+        self._set_ranks()
+        self._device = self._choose_device()
+        self._load()
+        self.settings = {**self.args.to_dict(), "dtype": str(self.model.dtype), "device": _device_name(self._device)}
+        LlavaAccelerated.last_settings = {**self.settings, "world_size": self._world_size}
+        logger.info(f"{self.model_id}: {self.args.pipeline.describe()} on {self.settings['device']}")
+
+    def _set_ranks(self) -> None:
+        # The harness made the process group already; this only reads it (and makes one for library use).
+        self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._rank, self._world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+    def _choose_device(self) -> torch.device:
+        wanted = self.args.device
+        if wanted in ("auto", "cuda") and torch.cuda.is_available():
+            wanted = f"cuda:{self.accelerator.local_process_index}"
+        device = torch.device("cpu" if wanted == "auto" else wanted)
+        if device.type == "cuda":
+            if self._world_size > 1:  # one --device for all ranks would put them on one GPU
+                device = torch.device("cuda", self.accelerator.local_process_index)
+            torch.cuda.set_device(device)
+        return device
+
+    def _load(self) -> None:
+        args = self.args
+        dtype = args.dtype
+        if dtype == "auto":
+            dtype = "float16" if self._device.type == "cuda" else "float32"
+        self._tokenizer, self._model, self.image_processor, self.max_length = load_pretrained_model(
+            str(args.pretrained),
+            args.model_base,
+            args.model_name,
+            device_map=args.device_map or str(self._device),
+            torch_dtype=dtype,
+            attn_implementation=args.attn_implementation,
+            overwrite_config=self.overwrite_config(),
+            method=args.pipeline,
+        )
+        self._model.eval()
+        if args.device_map is None:
+            self._model.to(self._device)
+        self.conv_template = args.conv_template or self.default_template()
+        if self.conv_template not in conv_templates:
+            from accelerate_methods.errors import UnknownNameError
+
+            raise UnknownNameError("conv_template", self.conv_template, conv_templates)
+
+    @property
+    def model(self) -> Any:
+        return self._model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
+    @property
+    def config(self) -> Any:
+        return self._model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def batch_size(self) -> int:
+        return self.args.batch_size
+
+    # -- what a family says ------------------------------------------------------------------------------------------
+
+    def overwrite_config(self) -> dict[str, Any]:
+        """Config keys to set before the model is built."""
+        return {}
+
+    def default_template(self) -> str:
+        """Conversation template if the arguments name none."""
+        raise NotImplementedError
+
+    def question(self, context: str, visuals: list[Any], gen_kwargs: dict, metadata: dict, where: str) -> Question:
+        """Placeholders, text and tensors of one document."""
+        raise NotImplementedError
+
+    def sampling(self, gen_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of ``generate`` out of a task's generation arguments, as the stock model reads them."""
+        temperature = gen_kwargs.get("temperature", 0)
+        chosen = {
+            "do_sample": temperature > 0,
+            "num_beams": gen_kwargs.get("num_beams", 1),
+            "max_new_tokens": gen_kwargs.get("max_new_tokens", 1024),
+        }
+        if temperature > 0:
+            chosen.update(temperature=temperature, top_p=gen_kwargs.get("top_p"))
+        return chosen
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Answers in the order of the requests, with their costs."""
+        with _failing_loudly():
+            prompts.align(requests, self.args.prompt_model)
+            answers: list[GenerationResult] = [GenerationResult("") for _ in requests]
+            todo = [i for i, r in enumerate(requests) if not _padding(r)]
+            bar = tqdm(total=len(todo), disable=self._rank != 0, desc=self.model_id or "generating")
+            for group in _grouped(requests, todo):
+                for index, answer in self._answer_group([(i, requests[i]) for i in group]):
+                    answers[index] = answer
+                    bar.update()
+            bar.close()
+            return answers
+
+    def _answer_group(self, group: list[tuple[int, Instance]]) -> Iterator[tuple[int, GenerationResult]]:
+        """Answer requests of one task with equal generation arguments, in batches of one form."""
+        gen_kwargs = group[0][1].args[1]
+        waiting: dict[str, list[tuple[int, Question]]] = {}
+        for number, (index, request) in enumerate(group, 1):
+            try:
+                question = self._read(*request.args, request.metadata)
+                waiting.setdefault(question.form, []).append((index, question))
+            except VisualError as error:
+                yield index, GenerationResult("", self._skip(error))
+            for form in list(waiting):
+                if len(waiting[form]) == self.batch_size or number == len(group):
+                    batch = waiting.pop(form)
+                    results = self._generate([question for _, question in batch], gen_kwargs)
+                    yield from ((i, result) for (i, _), result in zip(batch, results, strict=True))
+
+    def _read(
+        self,
+        context: str,
+        gen_kwargs: dict,
+        doc_to_visual: Callable,
+        doc_id: Any,
+        task: str,
+        split: str,
+        metadata: dict,
+    ) -> Question:
+        where = f"task {task}, split {split}, doc {doc_id}"
+        visuals = document_visuals(doc_to_visual, self.task_dict[task][split], doc_id, where)
+        return self.question(context, visuals, gen_kwargs, {**(metadata or {}), "task": task}, where)
+
+    def _skip(self, error: VisualError) -> Costs:
+        if self.args.on_error == "stop":
+            raise error
+        logger.warning(f"skipped: {error}")
+        costs = skipped_costs(error, self.args.pipeline.name)
+        self._costs.append(costs.to_dict())
+        return costs
+
+    def _generate(self, questions: list[Question], gen_kwargs: dict[str, Any]) -> list[GenerationResult]:
+        """One ``generate`` call."""
+        ids, mask = self._pad([self._ids(self.prompt(q.text)) for q in questions])
+        kwargs = self.sampling(gen_kwargs)
+        if questions[0].form == "video":
+            kwargs["stopping_criteria"] = [KeywordsStoppingCriteria([self._separator()], self.tokenizer, ids)]
+        if not kwargs.get("do_sample"):  # a checkpoint's generation_config may hold them, and transformers would warn
+            kwargs.update(temperature=None, top_p=None, top_k=None)
+        if "image" in questions[0].form or questions[0].form == "plain":
+            kwargs["image_sizes"] = [size for q in questions for size in q.sizes]
+        if questions[0].form != "text":
+            kwargs.update(self._images(questions))
+        begin = self._clock()
+        with torch.inference_mode(), record() as calls:
+            output = self.model.generate(
+                ids, attention_mask=mask, pad_token_id=self._pad_id, use_cache=self.args.use_cache, **kwargs
+            )
+        elapsed = self._clock() - begin
+        answers = [_until_end(row, self._end_ids()) for row in output.tolist()]
+        texts = self.tokenizer.batch_decode([a for a in answers], skip_special_tokens=True)
+        costs = sample_costs(
+            calls[0], self.config, [len(a) for a in answers], elapsed, self.args.pipeline.name, not self._warm
+        )
+        self._warm = True
+        self._costs.extend(c.to_dict() for c in costs)
+        stops = gen_kwargs.get("until") or [] if self.args.until == "apply" else []
+        stops = [stops] if isinstance(stops, str) else stops
+        return [GenerationResult(_cut(text, stops), c) for text, c in zip(texts, costs, strict=True)]
+
+    def _images(self, questions: list[Question]) -> dict[str, Any]:
+        if questions[0].form == "plain":
+            return {"images": torch.cat([q.visuals for q in questions])}
+        images = [visual for q in questions for visual in q.visuals]
+        return {"images": images, "modalities": [questions[0].form] * len(images)}
+
+    def prompt(self, text: str | list[str], answer: str | None = None) -> str:
+        """The conversation in the model's template, open for the assistant or closed with ``answer``."""
+        conversation = conv_templates[self.conv_template].copy()
+        turns = [text] if isinstance(text, str) else text
+        for number, turn in enumerate(turns):
+            conversation.append_message(conversation.roles[number % 2], turn)
+        conversation.append_message(conversation.roles[1], answer)
+        if conversation.sep_style is SeparatorStyle.LLAMA_3 and conversation.tokenizer is None:
+            conversation.tokenizer = self.tokenizer
+        return conversation.get_prompt()
+
+    def _separator(self) -> str:
+        template = conv_templates[self.conv_template]
+        return template.sep2 if template.sep_style is SeparatorStyle.TWO else template.sep
+
+    def _ids(self, prompt: str) -> Tensor:
+        return tokenizer_image_token(prompt, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
+
+    @property
+    def _pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    def _end_ids(self) -> set[int]:
+        end = self.model.generation_config.eos_token_id
+        return {self.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
+
+    def _pad(self, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Right-padded ids and mask; the model pads on the left after the splice."""
+        # from lengths, not from the pad id: some tokenizers pad with a token that prompts contain
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._pad_id)
+        mask = torch.arange(ids.shape[1])[None] < torch.tensor([[len(row)] for row in rows])
+        return ids.to(self._device), mask.long().to(self._device)
+
+    def _clock(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return 1000.0 * time.perf_counter()
+
+    # -- likelihood --------------------------------------------------------------------------------------------------
+
+    def loglikelihood(self, requests: list[Instance]) -> list[Likelihood]:
+        """(mean cross-entropy of the continuation, whether greedy decoding would have produced it).
+
+        Lower is better, as lmms-eval's multiple-choice tasks expect. The continuation includes what the template puts
+        behind it (``</s>``, ``<|im_end|>``), as in the stock models. Unlike theirs, the greedy check compares at the
+        positions of the expanded sequence.
+        """
+        with _failing_loudly():
+            prompts.align(requests, self.args.prompt_model)
+            bar = tqdm(requests, disable=self._rank != 0, desc=self.model_id or "loglikelihood")
+            return [Likelihood(0.0, False) if _padding(request) else self._likelihood(request) for request in bar]
+
+    def _likelihood(self, request: Instance) -> Likelihood:
+        if len(request.args) == 2:  # the text alone (acc_mutual_info)
+            question, continuation = Question(request.args[0]), request.args[1]
+        else:
+            context, target, doc_to_visual, doc_id, task, split = request.args
+            try:
+                question = self._read(context, {}, doc_to_visual, doc_id, task, split, request.metadata)
+            except VisualError as error:
+                return Likelihood(float("inf"), False, self._skip(error))
+            continuation = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
+        start = len(self._ids(self.prompt(question.text)))
+        ids = self._ids(self.prompt(question.text, continuation))
+        wanted = ids[start:].to(self._device)
+        if len(wanted) == 0:
+            raise ValueError(f"the continuation {continuation!r} has no tokens.")
+        kwargs: dict[str, Any] = {}
+        if question.form != "text":
+            kwargs = {**self._images([question]), "image_sizes": question.sizes or None}
+        begin = self._clock()
+        with torch.inference_mode(), record() as calls:
+            # Counted from the end: visual tokens before it expand, and methods drop them; the continuation stays.
+            logits = self.model(
+                input_ids=ids[None].to(self._device), logits_to_keep=len(wanted) + 1, use_cache=False, **kwargs
+            ).logits[0, :-1]
+        elapsed = self._clock() - begin
+        costs = None
+        if calls and calls[0].samples:
+            costs = sample_costs(calls[0], self.config, [0], elapsed, self.args.pipeline.name, not self._warm)[0]
+            self._costs.append(costs.to_dict())
+            self._warm = True
+        logits = logits.float().to(wanted.device)
+        loss = torch.nn.functional.cross_entropy(logits, wanted)
+        return Likelihood(float(loss), bool((logits.argmax(-1) == wanted).all()), costs)
+
+    # -- several rounds ----------------------------------------------------------------------------------------------
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
+        """Answers of all rounds per document; the task's ``doc_to_text`` asks the next round or ends it."""
+        with _failing_loudly():
+            prompts.align(requests, self.args.prompt_model)
+            return [[] if _padding(request) else self._rounds(request) for request in requests]
+
+    def _rounds(self, request: Instance) -> list[str]:
+        context, gen_kwargs, doc_to_visual, doc_to_text, doc_id, task, split = request.args
+        answers: list[str] = []
+        state = None
+        while True:
+            try:
+                question = self._read(context, gen_kwargs, doc_to_visual, doc_id, task, split, request.metadata)
+                answers.append(self._generate([question], gen_kwargs)[0].text)
+            except VisualError as error:
+                self._skip(error)
+                answers.append("")
+            visuals, context, ends, outputs, state = doc_to_text(
+                self.task_dict[task][split][doc_id],
+                previous_output=answers,
+                round_idx=len(answers),
+                previous_round_info=state,
+            )
+            answers = list(outputs)
+            if ends:
+                return answers
+            doc_to_visual = _constant(visuals)
+
+    # -- end ---------------------------------------------------------------------------------------------------------
+
+    def clean(self) -> None:
+        """Called once on every rank when all requests are answered: log the costs of all ranks, free the model."""
+        with _failing_loudly():
+            costs = self._costs
+            if self._world_size > 1 and torch.distributed.is_initialized():
+                everyone: list[Any] = [None] * self._world_size
+                torch.distributed.all_gather_object(everyone, costs)
+                costs = [c for part in everyone for c in part]
+            if self._rank == 0 and costs:
+                self._log(costs)
+            self._costs = []
+        super().clean()
+
+    @staticmethod
+    def _log(costs: list[dict[str, Any]]) -> None:
+        seconds = sum(c.get("generate_ms", 0.0) for c in costs) / 1000.0
+        tokens = sum(c.get("generated_tokens", 0) for c in costs)
+        log_metrics(
+            total_elapsed_time=seconds,
+            total_gen_tokens=tokens,
+            avg_speed=tokens / seconds if seconds else 0.0,
+            additional_metrics={"total_requests": len(costs), **summarise(costs)},
+        )
+
+
+def _grouped(requests: list[Instance], indices: list[int]) -> list[list[int]]:
+    """Indices of requests that may share a batch: same task and generation arguments. Long contexts first."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for index in indices:
+        _, gen_kwargs, _, _, task, split = requests[index].args
+        key = (f"{task}/{split}", json.dumps(gen_kwargs, sort_keys=True, default=str))
+        groups.setdefault(key, []).append(index)
+    return [sorted(group, key=lambda i: -len(requests[i].args[0])) for group in groups.values()]
+
+
+def _padding(request: Instance) -> bool:
+    """Cloned by the harness so that all ranks have equally many requests; we need no such thing."""
+    return bool((request.metadata or {}).get("__padding_only__"))
+
+
+def _until_end(ids: list[int], ends: set[int]) -> list[int]:
+    """Generated ids up to and with the first end token (the rest is padding of the batch)."""
+    for position, token in enumerate(ids):
+        if token in ends:
+            return ids[: position + 1]
+    return ids
+
+
+def _cut(text: str, stops: list[str]) -> str:
+    """Text before the first stop string; white space in front does not count as one."""
+    text = text.strip()
+    for stop in stops:
+        if stop:
+            text = text.split(stop)[0]
+    return text.strip()
+
+
+def _constant(value: Any) -> Callable[[Any], Any]:
+    return lambda document: value
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+class _failing_loudly:
+    """Let an error end the stock command line with exit code 1.
+
+    ``lmms-eval`` catches every ``Exception`` of a run, prints it and exits 0. ``SystemExit`` passes its handler and
+    ends the process in the ordinary way. Used for that command only: library users get the error itself.
+    """
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception) and _is_stock_command():
+            traceback.print_exception(error)
+            logger.error(f"the run failed: {type(error).__name__}: {error}")
+            raise SystemExit(1) from error
+
+
+def _is_stock_command() -> bool:
+    program = Path(sys.argv[0])
+    return program.stem == "lmms-eval" or program.parts[-2:] == ("lmms_eval", "__main__.py")

@@ -1,0 +1,115 @@
+"""The summary of a run: metrics, mean costs over the samples of all ranks, settings, versions."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lmms_eval_accelerate.arguments import short_hash
+from lmms_eval_accelerate.costs import summarise
+from lmms_eval_accelerate.runs import scores
+
+_PACKAGES = (
+    "lmms-eval",
+    "lmms-eval-accelerate",
+    "mllm-accelerate",
+    "torch",
+    "transformers",
+    "datasets",
+    "decord",
+    "av",
+)
+_ROWS = {
+    "samples": "samples",
+    "skipped": "skipped (unreadable)",
+    "visual_tokens_before": "visual tokens before",
+    "visual_tokens_after": "visual tokens after",
+    "prompt_tokens": "prompt tokens",
+    "vision_ms": "vision ms",
+    "compress_ms": "compress ms",
+    "prefill_ms": "prefill ms",
+    "decode_ms": "decode ms",
+    "llm_tflops_dense": "LLM TFLOPs dense",
+    "llm_tflops": "LLM TFLOPs",
+    "generated_tokens": "new tokens",
+}
+
+
+def build(results: dict[str, Any], samples: dict[str, list[dict]], options: argparse.Namespace) -> dict[str, Any]:
+    """Everything about a run that can be said without git. ``samples`` are those of all ranks."""
+    from lmms_eval_accelerate.models.base import LlavaAccelerated
+
+    settings = LlavaAccelerated.last_settings
+    by_task = {task: _costs(entries) for task, entries in samples.items()}
+    costs = {
+        "overall": _overall(by_task, results),
+        "by_task": {task: summarise(entries) for task, entries in by_task.items() if entries},
+    }
+    return {
+        "model": options.model,
+        "method": settings.get("method"),
+        "methods": settings.get("methods"),
+        "method_hash": short_hash(settings["methods"]) if settings else None,
+        "tasks": {task: scores(values) for task, values in results["results"].items()},
+        "n_samples": {task: len(entries) for task, entries in samples.items()},
+        "costs": costs,
+        "settings": settings,
+        "model_args": options.model_args,
+        "gen_kwargs": results.get("config", {}).get("gen_kwargs"),
+        "limit": results.get("config", {}).get("limit"),
+        "date": results.get("date"),
+        "versions": _versions(),
+    }
+
+
+def show(report: dict[str, Any], path: Path) -> None:
+    """Print metrics and costs."""
+    console = Console()
+    table = Table(title=f"{report['model']}  {report['method'] or ''}", title_justify="left")
+    table.add_column("task")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for task, metrics in report["tasks"].items():
+        for name, value in metrics.items():
+            table.add_row(task, name, f"{value:.4f}")
+    console.print(table)
+    if report["costs"]["by_task"]:
+        costs = Table(title="means per sample, without warm-up, all ranks", title_justify="left")
+        costs.add_column("")
+        by_task = report["costs"]["by_task"]
+        for task in by_task:
+            costs.add_column(task, justify="right")
+        for key, title in _ROWS.items():
+            costs.add_row(title, *(f"{means[key]:.5g}" if key in means else "-" for means in by_task.values()))
+        console.print(costs)
+    console.print(f"written to {path}", soft_wrap=True)
+
+
+def _costs(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = (cost for entry in entries for cost in entry.get("token_counts") or [])
+    return [cost for cost in found if cost and ("prompt_tokens" in cost or cost.get("skipped"))]
+
+
+def _overall(by_task: dict[str, list[dict]], results: dict[str, Any]) -> dict[str, Any]:
+    flat = [cost for entries in by_task.values() for cost in entries]
+    if flat:
+        return summarise(flat)
+    # Likelihood requests have no place for costs in the samples; the model's own log has their means over all ranks.
+    logged = results.get("throughput") or {}
+    return {key.removeprefix("avg_"): value for key, value in logged.items() if key.startswith("avg_")}
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions

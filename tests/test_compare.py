@@ -1,0 +1,158 @@
+"""The comparison behind scripts/eval/*.sh: which commands it runs, what it reads, what it shows, how it fails."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lmms_eval")
+
+from lmms_eval_accelerate import compare, comparison
+
+import accelerate_methods
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def plan_of(*argv: str) -> compare.Plan:
+    return compare._plan(compare._parser().parse_args(list(argv)))
+
+
+def option(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+def test_settings_take_their_own_ratio_or_the_common_one():
+    settings = compare.settings_of("dense fastvid random@0.25,fastvid", 0.1)
+    assert [s.label for s in settings] == ["dense", "fastvid@0.1", "random@0.25"]
+
+
+def test_all_means_dense_and_every_method():
+    settings = compare.settings_of("all", 0.2)
+    assert [s.label for s in settings] == ["dense", *(f"{n}@0.2" for n in accelerate_methods.available())]
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"), [("fastvd", "Did you mean 'fastvid'"), ("fastvid@7", "outside the allowed")]
+)
+def test_bad_methods_fail_before_any_run(methods, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        compare.main(["--methods", methods, "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_embedded_run_needs_no_arguments():
+    command = plan_of().command(compare.Setting("fastvid", 0.1))
+    assert command[:3] == [sys.executable, "-m", "lmms_eval_accelerate"]
+    arguments = dict(pair.split("=") for pair in option(command, "--model_args").split(","))
+    assert arguments["pretrained"] == str(ROOT / "assets" / "tiny-llava-onevision")
+    assert (arguments["config"], arguments["retention_ratio"]) == ("fastvid/llava_onevision", "0.1")
+    assert option(command, "--tasks") == "shapes_video,easy_vqa"
+
+
+def test_real_run_gives_every_method_the_setting_of_the_paper():
+    plan = plan_of("--pretrained", "org/model", "--tasks", "videomme", "--config", "fastvid/llava_video")
+    for setting in (compare.Setting(None), compare.Setting("random", 0.1)):
+        command = plan.command(setting)
+        assert option(command, "--model") == "llava_video_accelerated"
+        arguments = dict(pair.split("=") for pair in option(command, "--model_args").split(","))
+        assert arguments["max_frames_num"] == "64" and arguments["mm_spatial_pool_mode"] == "average"
+        assert arguments["force_sample"] == "true"
+        assert ("method" in arguments) == (setting.method is not None)
+
+
+def test_several_gpus_and_machines_go_through_accelerate_launch():
+    plan = plan_of(
+        *("--pretrained", "org/model", "--num-processes", "8", "--num-machines", "2", "--machine-rank", "1"),
+        *("--main-process-ip", "10.0.0.1", "--main-process-port", "29501"),
+    )
+    command = plan.command(compare.Setting(None))
+    assert command[1:3] == ["-m", "accelerate.commands.launch"]
+    assert option(command, "--num_processes") == "16" and option(command, "--machine_rank") == "1"
+    assert option(command, "--main_process_ip") == "10.0.0.1"
+    assert command[command.index("lmms_eval_accelerate") - 1] == "-m"
+
+
+def test_dry_run_prints_commands_and_runs_nothing(tmp_path, capsys):
+    compare.main(["--dry-run", "--methods", "dense fastvid@0.2", "--output", str(tmp_path / "out")])
+    printed = capsys.readouterr().out.strip().splitlines()
+    assert len(printed) == 2 and "retention_ratio=0.2" in printed[1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failing_run_stops_with_its_log_and_exit_code_1(tmp_path, monkeypatch, capsys):
+    script = "import sys; print('the reason why'); sys.exit(3)"
+    monkeypatch.setattr(compare.Plan, "command", lambda self, setting: [sys.executable, "-c", script])
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(["--methods", "dense fastvid", "--output", str(tmp_path / "out")])
+    assert stopped.value.code == 1
+    printed = capsys.readouterr().out
+    assert "dense failed" in printed and "the reason why" in printed
+    assert not (tmp_path / "out" / "fastvid@0.1.log").exists()
+
+
+def write_summary(folder: Path, score: float, after: float, compress: float, prefill: float) -> Path:
+    costs = {
+        "samples": 50,
+        "visual_tokens_before": 784.0,
+        "visual_tokens_after": after,
+        "llm_tflops_dense": 2.0,
+        "llm_tflops": 2.0 * after / 784,
+        "vision_ms": 30.0,
+        "compress_ms": compress,
+        "prefill_ms": prefill,
+    }
+    folder.mkdir(parents=True)
+    report = {"tasks": {"clips": {"exact_match": score, "other": 0.1}}, "costs": {"by_task": {"clips": costs}}}
+    (folder / "summary.json").write_text(json.dumps(report), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def found(tmp_path):
+    folders = {
+        "dense": write_summary(tmp_path / "dense", 0.95, 784, 0.0, 40.0),
+        "fastvid@0.25": write_summary(tmp_path / "a", 0.94, 196, 4.0, 16.0),
+        "fastvid@0.1": write_summary(tmp_path / "b", 0.90, 64, 3.0, 5.0),
+    }
+    return comparison.read(folders)
+
+
+def test_rows_are_relative_to_dense_with_overhead_included(found):
+    assert [row.setting for row in found] == ["dense", "fastvid@0.25", "fastvid@0.1"]
+    assert found[1].speedup == pytest.approx(2.0) and found[2].speedup == pytest.approx(5.0)
+    assert found[2].change == pytest.approx(-0.05) and found[2].kept == pytest.approx(64 / 784)
+
+
+def test_table_fits_eighty_columns(found):
+    from rich.console import Console
+
+    console = Console(width=80, file=io.StringIO())
+    console.print(comparison.tables(found))
+    text = console.file.getvalue()
+    assert "…" not in text and "5.00x" in text and "64 (8%)" in text and "-5.0" in text
+
+
+def test_markdown_json_and_curve(found, tmp_path):
+    comparison.write(found, tmp_path)
+    assert "| fastvid@0.1 | 90.0 | -5.0 | 64 (8%) |" in (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))[2]["tokens_after"] == 64
+    from PIL import Image
+
+    picture = Image.open(comparison.draw_curve(found, tmp_path / "curve.png")).convert("RGB")
+    colours = {c for n, c in picture.getcolors(1 << 20) if n > 50 and len(set(c)) > 1}
+    assert colours, "the method's line is drawn in colour"
+
+
+def test_script_prints_its_commands():
+    environment = os.environ | {"PYTHON": sys.executable, "DRY_RUN": "1", "RETENTION_RATIO": "0.2", "LIMIT": "3"}
+    script = ROOT / "scripts" / "eval" / "fastvid_llava_ov.sh"
+    done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "retention_ratio=0.2" in done.stdout and "--limit 3" in done.stdout
