@@ -53,6 +53,7 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+# ruff: noqa: F401 - for type checkers and editors only
 if TYPE_CHECKING:
     from .attach import accelerate, detach
     from .base import CompressMethod, DecodeMethod, Method, PrefillMethod, SampleMethod

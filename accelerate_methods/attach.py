@@ -10,20 +10,33 @@ from .pipeline import Pipeline, resolve
 
 
 class Acceleration:
-    """A pipeline attached to one model. Leaving the ``with`` block (or :meth:`detach`) restores what was there before."""
+    """A pipeline attached to one model. Leaving the ``with`` block (or :meth:`detach`) restores what was there before.
+
+    Nested accelerations of one model come off in the reverse order.
+    """
 
     def __init__(self, model: Any, pipeline: Pipeline):
         self.pipeline = pipeline
         self._model = model
         self._host = host_for(model)
         self._previous = self._host.attach(model, pipeline)
+        self._state = self._host.attached(model)
         self._attached = True
 
     def detach(self) -> None:
-        """Restore the model's former state; calling it again does nothing."""
-        if self._attached:
+        """Restore the model's former state; calling it again does nothing.
+
+        Raises:
+            MethodError: something attached later is still there.
+        """
+        if not self._attached:
+            return
+        current = self._host.attached(self._model)
+        if current is not None and current is not self._state:
+            raise MethodError(f"{self.pipeline.name} is covered by a later acceleration; detach that one first.")
+        if current is self._state:  # otherwise detach(model) has taken everything off
             self._host.restore(self._model, self._previous)
-            self._attached = False
+        self._attached = False
 
     def __enter__(self) -> Acceleration:
         if not self._attached:

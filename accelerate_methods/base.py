@@ -86,7 +86,13 @@ class Method:
     # -- validation helpers for __post_init__ ------------------------------------------------------------------------
 
     def _check_number(
-        self, field: str, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False, integer: bool = False
+        self,
+        field: str,
+        *,
+        low: float = -math.inf,
+        high: float = math.inf,
+        open_low: bool = False,
+        integer: bool = False,
     ) -> None:
         value = getattr(self, field)
         if value is None:
@@ -97,7 +103,8 @@ class Method:
         if value < low or value > high or (open_low and value == low):
             left = "(" if open_low or low == -math.inf else "["
             right = ")" if high == math.inf else "]"
-            raise MethodError(f"{self.name}: {field}={value!r} is outside the allowed range {left}{low:g}, {high:g}{right}.")
+            allowed = f"{left}{low:g}, {high:g}{right}"
+            raise MethodError(f"{self.name}: {field}={value!r} is outside the allowed range {allowed}.")
 
     def _check_choice(self, field: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, field)

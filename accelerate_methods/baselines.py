@@ -118,7 +118,8 @@ class DownsampledInput(SampleMethod):
 
     def input_side(self, side: int, patch: int) -> int:
         patches = side // patch
-        return patch * max(1, int(patches * math.sqrt(self.retention_ratio) + 1e-9))
+        kept = max(1, int(patches * math.sqrt(self.retention_ratio) + 1e-9))
+        return side if kept == patches else patch * kept  # a side need not be a multiple of the patch
 
 
 @register("random_prefill")

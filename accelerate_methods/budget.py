@@ -33,7 +33,8 @@ class BudgetedMethod(Method):
         if len(given) != 1:
             got = ", ".join(given) or "none"
             raise MethodError(
-                f"{self.name}: give exactly one budget out of retention_ratio, tokens_per_image, tokens_per_frame (got {got})."
+                f"{self.name}: give exactly one budget out of retention_ratio, tokens_per_image, tokens_per_frame "
+                f"(got {got})."
             )
 
     def budget(self, item: VisualItem) -> int:

@@ -332,6 +332,7 @@ class _Loop:
         if self.valid is not None or selection.valid is not None:
             valid = torch.ones_like(picked, dtype=torch.bool) if self.valid is None else self.valid.gather(1, picked)
             self.valid = valid if selection.valid is None else valid & selection.valid
+            self.visual = self.visual & self.valid  # padding slots hold whatever was dropped
         self.new = picked.shape[1]
         if selection.positions == "compact":
             start = 0 if self.valid is None else (self.new - self.valid.sum(1, keepdim=True))

@@ -109,7 +109,7 @@ class FastVID(CompressMethod):
 
 @dataclasses.dataclass
 class Problem:
-    """One merging problem: ``anchor_frames``, each with ``count`` context tokens, share the pool of frames [start, end)."""
+    """One merging problem: ``anchor_frames`` of ``count`` context tokens each share the pool of frames [start, end)."""
 
     start: int
     end: int

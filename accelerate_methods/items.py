@@ -61,18 +61,17 @@ class VisualItem:
             return self.signals[name]
         except KeyError:
             have = ", ".join(sorted(self.signals)) or "none"
-            raise MethodError(f"signal {name!r} was not provided for this {self.modality} (provided: {have}).") from None
+            message = f"signal {name!r} was not provided for this {self.modality} (provided: {have})."
+            raise MethodError(message) from None
 
     def dense(self) -> Tensor:
         """[length, D] the uncompressed sequence."""
         flat = self.features.flatten(0, 1)
-        if self.newlines is None or self.newlines.shape[0] == 0:
-            if flat.shape[0] == self.length:
-                return flat  # content only: already in layout order
+        if self.newlines is None:
+            return flat  # content only: already in layout order
         out = flat.new_empty(self.length, flat.shape[-1])
         out[self.positions.flatten()] = flat
-        if self.newlines is not None:
-            out[self.newline_positions] = self.newlines.to(out.dtype)
+        out[self.newline_positions] = self.newlines.to(out.dtype)
         return out
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from .base import STAGES, CompressMethod, DecodeMethod, EncodeMethod, Method, PrefillMethod, SampleMethod
 from .errors import MethodError, UnknownNameError
-from .registry import available, get
+from .registry import available, get, method_class
 
+BUDGETS = ("retention_ratio", "tokens_per_image", "tokens_per_frame")
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -95,6 +96,7 @@ def resolve(spec: Any, **params: Any) -> Pipeline:
             raise MethodError(f"parameters {', '.join(sorted(params))} given, but no method to apply them to.")
         return Pipeline()
     names = [p.name if isinstance(p, Method) else p["method"] for p in pending]
+    overrides: list[dict[str, Any]] = [{} for _ in pending]
     for key, value in params.items():
         owner, dot, field = key.partition(".")
         if dot:
@@ -105,22 +107,22 @@ def resolve(spec: Any, **params: Any) -> Pipeline:
             target, field = 0, key
         else:
             raise MethodError(f"parameter {key!r} is ambiguous for {'+'.join(names)}; write it as <method>.{key}.")
-        entry = pending[target]
-        if isinstance(entry, Method):
-            entry = entry.to_dict()
-        pending[target] = _with_override(entry, field, value)
-    return Pipeline(tuple(p if isinstance(p, Method) else get(p["method"], **_without_method(p)) for p in pending))
+        overrides[target][field] = value
+    return Pipeline(tuple(_built(p, o) for p, o in zip(pending, overrides, strict=True)))
 
 
-def _with_override(entry: dict[str, Any], field: str, value: Any) -> dict[str, Any]:
-    budgets = {"retention_ratio", "tokens_per_image", "tokens_per_frame"}
-    if field in budgets and value is not None:  # a budget given by the caller replaces the config's, whatever its unit
-        entry = {k: v for k, v in entry.items() if k not in budgets}
-    return {**entry, field: value}
-
-
-def _without_method(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in entry.items() if k != "method"}
+def _built(entry: Method | dict[str, Any], overrides: dict[str, Any]) -> Method:
+    """The method of an entry, with the caller's parameters over those of the entry."""
+    if isinstance(entry, Method):
+        if not overrides:
+            return entry
+        entry = entry.to_dict()
+    if any(overrides.get(name) is not None for name in BUDGETS):
+        # a budget given by the caller replaces the one that was there, whatever its unit
+        known = method_class(entry["method"]).parameters()
+        overrides = {name: None for name in BUDGETS if name in known} | overrides
+    params = {**entry, **overrides}
+    return get(params.pop("method"), **params)
 
 
 def _expand(spec: Any) -> list[Method | dict[str, Any]]:
@@ -182,9 +184,10 @@ def read_config(spec: str | Path) -> dict[str, Any]:
 
 def _expand_mapping(content: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     if "methods" in content:
-        return [entry for part in content["methods"] for entry in _expand_mapping(part, where)]
+        return [entry for part in content["methods"] for entry in _expand(part)]
     if "method" not in content:
-        raise MethodError(f"{where}: no 'method' (or 'methods') key; found {', '.join(map(str, content)) or 'nothing'}.")
+        found = ", ".join(map(str, content)) or "nothing"
+        raise MethodError(f"{where}: no 'method' (or 'methods') key; found {found}.")
     method = content["method"]
     if method is None or str(method).lower() in {"none", "dense"}:
         return []

@@ -86,7 +86,7 @@ class RequestRecord:
 
     def layer_lengths(self, sample: int) -> list[int]:
         """Prompt tokens of one sample that each decoder layer processed in prefill. May synchronise."""
-        return [int(tokens[sample]) for tokens in self.layer_tokens]
+        return [int(tokens[sample * (len(tokens) // len(self.samples))]) for tokens in self.layer_tokens]  # beams
 
     @contextlib.contextmanager
     def span(self, name: str, device: torch.device) -> Iterator[None]:

@@ -27,6 +27,10 @@ class Host(ABC):
         """Put ``pipeline`` on this model object and return its former state (opaque, for :meth:`restore`)."""
 
     @abstractmethod
+    def attached(self, model: Any) -> Any:
+        """The state that is on this model object now, None if nothing is attached."""
+
+    @abstractmethod
     def restore(self, model: Any, previous: Any) -> None:
         """Put a former state back; None means nothing attached."""
 

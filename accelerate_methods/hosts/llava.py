@@ -50,7 +50,9 @@ class LlavaAcceleration:
             return {}
         out: dict[str, Tensor] = {}
         if self._head is not None:
-            frame_features, attention = self._head(features.to(self._head.probe))
+            if self._head.probe.device != features.device:  # the model was moved after attaching
+                self._head.to(features.device)
+            frame_features, attention = self._head(features.to(self._head.probe.dtype))
             out["frame_features"] = frame_features
             out["pooling_attention"] = self._to_token_grid(attention, item)
         return {name: value for name, value in out.items() if name in method.signals}
@@ -74,13 +76,18 @@ class LlavaHost(Host):
     def attach(self, model: Any, pipeline: Pipeline) -> Any:
         tower = model.get_vision_tower()
         if tower is None or not tower.is_loaded:
-            raise MethodError(f"{type(model).__name__} has no loaded vision tower; there are no visual tokens to compress.")
+            raise MethodError(
+                f"{type(model).__name__} has no loaded vision tower; there are no visual tokens to compress."
+            )
         is_siglip = tower.hub_config.model_type == "siglip_vision_model"
         self.check(pipeline, _HEAD_SIGNALS if is_siglip else frozenset(), f"a {tower.hub_config.model_type} tower")
         self._check_layers(model, pipeline)
-        previous = model.__dict__.get("acceleration")
+        previous = self.attached(model)
         model.acceleration = LlavaAcceleration(model, pipeline) if pipeline.methods else None
         return previous
+
+    def attached(self, model: Any) -> Any:
+        return model.__dict__.get("acceleration")
 
     def restore(self, model: Any, previous: Any) -> None:
         if previous is None:

@@ -11,19 +11,22 @@ from llava.model.checkpoint import CheckpointError, find_file
 
 
 def load_on_base(model_class: Any, path: str, base: str, config: Any, load: dict[str, Any]) -> Any:
-    """Base LLM plus the weights of ``path`` (``mm_projector.bin``, or a PEFT adapter and ``non_lora_trainables.bin``)."""
+    """Base LLM plus what ``path`` holds: ``mm_projector.bin``, or a PEFT adapter with ``non_lora_trainables.bin``."""
     adapter = find_file(path, "adapter_config.json")
     extra = find_file(path, "non_lora_trainables.bin" if adapter else "mm_projector.bin")
     if extra is None:
         looked = "non_lora_trainables.bin" if adapter else "mm_projector.bin (or adapter_config.json of a LoRA)"
         raise CheckpointError(f"{path!r} has no {looked}, so there is nothing to put on model_base {base!r}.")
+    config.tower_checkpoint = path  # from_pretrained points config.name_or_path at the base
     model = model_class.from_pretrained(
         base, config=config, allow_missing=("model.mm_projector.", "model.image_newline"), **load
     )
     weights = {_clean(k): v for k, v in torch.load(extra, map_location="cpu", weights_only=True).items()}
     unknown = model.load_state_dict(weights, strict=False).unexpected_keys
     if unknown:
-        raise CheckpointError(f"{extra}: {len(unknown)} weights do not belong to {model_class.__name__} (first: {unknown[0]}).")
+        raise CheckpointError(
+            f"{extra}: {len(unknown)} weights do not belong to {model_class.__name__} (first: {unknown[0]})."
+        )
     if adapter is not None:
         if importlib.util.find_spec("peft") is None:
             raise ImportError("LoRA checkpoints need peft: pip install peft")

@@ -108,7 +108,7 @@ def checkpoint_family(config: dict[str, Any], path: str = "") -> str:
             return family
     native = [n for n in named if n.endswith("ForConditionalGeneration")]
     hint = (
-        f" {native[0]} is the transformers-native format; load it with transformers and use this project's native hosts."
+        f" {native[0]} is the transformers-native format, which transformers itself loads."
         if native
         else ""
     )
@@ -119,7 +119,7 @@ def checkpoint_family(config: dict[str, Any], path: str = "") -> str:
 
 
 def check_model_name(name: str, family: str, path: str) -> None:
-    """Refuse a model name that names another family than the checkpoint's (a wrong name is garbage in the official code)."""
+    """Refuse a model name of another family than the checkpoint's (the official code would load garbage)."""
     said = name_family(name)
     if said is not None and said != family:
         raise CheckpointError(
@@ -147,19 +147,23 @@ def official_dispatch(model_name: str, multimodal: bool | None = None) -> dict[s
     name, whether ``overwrite_config`` is applied, and whether a fast tokenizer is used.
     """
     lower = model_name.lower()
-    if "llava" not in lower and not multimodal:
-        return {"class": "AutoModelForCausalLM", "delay_load": None, "override_applied": None, "use_fast_tokenizer": False}
     delay = True if "v1.5" in lower else None
+
+    def outcome(name: str, fast: bool, delay: bool | None = None, override: bool | None = None) -> dict[str, Any]:
+        return {"class": name, "delay_load": delay, "override_applied": override, "use_fast_tokenizer": fast}
+
+    if "llava" not in lower and not multimodal:
+        return outcome("AutoModelForCausalLM", fast=False)
     if "mistral" in lower or "zephyr" in lower:
-        return {"class": "LlavaMistralForCausalLM", "delay_load": None, "override_applied": None, "use_fast_tokenizer": True}
+        return outcome("LlavaMistralForCausalLM", fast=True)
     wizard = "wizardlm-2" in lower and "vicuna" in lower
     if wizard or any(word in lower for word in ("llama", "yi", "nous-hermes", "llava-v1.6-34b", "llava-v1.5")):
-        return {"class": "LlavaLlamaForCausalLM", "delay_load": delay, "override_applied": True, "use_fast_tokenizer": False}
+        return outcome("LlavaLlamaForCausalLM", fast=False, delay=delay, override=True)
     if "qwen" in lower or "quyen" in lower:
-        return {"class": "LlavaQwenForCausalLM", "delay_load": None, "override_applied": True, "use_fast_tokenizer": True}
+        return outcome("LlavaQwenForCausalLM", fast=True, override=True)
     if "gemma" in lower:
-        return {"class": "NameError", "delay_load": None, "override_applied": None, "use_fast_tokenizer": False}
-    return {"class": "LlavaLlamaForCausalLM", "delay_load": None, "override_applied": True, "use_fast_tokenizer": False}
+        return outcome("NameError", fast=False)
+    return outcome("LlavaLlamaForCausalLM", fast=False, override=True)
 
 
 def resolve_dtype(value: Any) -> Any:
@@ -184,7 +188,7 @@ def _attention(wanted: str | None, device_map: Any) -> str:
     if wanted is None:
         return "sdpa"
     if wanted.startswith("flash_attention"):
-        on_cpu = device_map == "cpu" or not torch.cuda.is_available()
+        on_cpu = device_map is None or str(device_map) == "cpu" or not torch.cuda.is_available()
         if on_cpu or importlib.util.find_spec("flash_attn") is None:
             return "sdpa"
     return wanted

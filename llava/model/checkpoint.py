@@ -30,7 +30,8 @@ def find_file(path: str | Path, name: str) -> Path | None:
     try:
         found = cached_file(str(path), name, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
-        raise CheckpointError(f"cannot reach checkpoint {str(path)!r}: no such folder, and the hub says: {error}") from error
+        message = f"cannot reach checkpoint {str(path)!r}: no such folder, and the hub says: {error}"
+        raise CheckpointError(message) from error
     return None if found is None else Path(found)
 
 
@@ -62,7 +63,8 @@ def weight_names(path: str | Path) -> set[str]:
     if (found := find_file(path, "pytorch_model.bin")) is not None:
         return set(torch.load(found, map_location="meta", weights_only=True, mmap=True))
     raise CheckpointError(
-        f"{str(path)!r} has no weights: looked for model.safetensors and pytorch_model.bin, single or sharded (with index)."
+        f"{str(path)!r} has no weights: looked for model.safetensors and pytorch_model.bin, single or sharded (with "
+        "index)."
     )
 
 
@@ -75,7 +77,9 @@ def has_tower_weights(path: str | Path, kwargs: Mapping[str, Any] | None = None)
 
 def check_loaded(info: Mapping[str, Any], path: Any, allow_missing: tuple[str, ...] = ()) -> None:
     """Refuse a checkpoint that left weights of the model uninitialised; a half-loaded model answers nonsense."""
-    missing = sorted(k for k in info["missing_keys"] if not _IGNORABLE.search(k) and not k.startswith(tuple(allow_missing)))
+    missing = sorted(
+        k for k in info["missing_keys"] if not _IGNORABLE.search(k) and not k.startswith(tuple(allow_missing))
+    )
     mismatched = [str(m[0] if isinstance(m, tuple) else m) for m in info.get("mismatched_keys", ())]
     errors = info.get("error_msgs") or []
     if missing or mismatched or errors:

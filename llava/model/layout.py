@@ -21,7 +21,7 @@ NEWLINE_POSITIONS = ("grid", "frame", "one_token", "no_token")
 
 
 def pool_2d(features: Tensor, mode: str, stride: int = 2) -> Tensor:
-    """[T, h*h, C] -> [T, h'*h', C]; h' = floor(h/stride) for average and max, ceil(h/stride) for bilinear (section 6)."""
+    """[T, h*h, C] -> [T, h'*h', C]; h' is floor(h/stride) for average and max, ceil(h/stride) for bilinear (6)."""
     frames, patches, width = features.shape
     side = math.isqrt(patches)
     maps = features.view(frames, side, side, width).permute(0, 3, 1, 2)
@@ -111,7 +111,12 @@ def flat_item(features: Tensor, patches: int | None) -> VisualItem:
 
 
 def _anyres_item(
-    features: Tensor, newline: Tensor | None, size: tuple[int, int] | None, tower_size: int, config: Any, merge_type: str
+    features: Tensor,
+    newline: Tensor | None,
+    size: tuple[int, int] | None,
+    tower_size: int,
+    config: Any,
+    merge_type: str,
 ) -> VisualItem:
     views, patches, width = features.shape
     side = math.isqrt(patches)

@@ -33,7 +33,9 @@ class LlavaMetaModel:
         super().__init__(config)
         if getattr(config, "mm_vision_tower", None):
             self.vision_tower = build_vision_tower(
-                config, delay_load=getattr(config, "delay_load", False), checkpoint=config.name_or_path or None
+                config,
+                delay_load=getattr(config, "delay_load", False),
+                checkpoint=getattr(config, "tower_checkpoint", None) or config.name_or_path or None,
             )
             self.mm_projector = build_vision_projector(config)
             if "unpad" in getattr(config, "mm_patch_merge_type", "flat"):
@@ -378,6 +380,9 @@ class LlavaMetaForCausalLM:
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
         if inputs is None:
             raise ValueError("generate needs input ids: pass them first, as inputs= or as input_ids=.")
+        if kwargs.get("use_cache") is False:
+            # transformers would feed only the newest token to the second step: the prompt exists as embeddings alone
+            raise ValueError("generate needs the KV cache (use_cache=False is not possible with images as embeddings).")
         attention_mask = kwargs.pop("attention_mask", None)
         request = recording.new_request()
         has_images = _any(images)

@@ -35,7 +35,8 @@ class SiglipPoolingHead(nn.Module):
         """Read the head of the hub tower ``name`` (or of the checkpoint's ``vision_tower`` folder)."""
         config: VisionConfig = tower_config(name, checkpoint)
         if config.model_type != "siglip_vision_model":
-            raise TowerError(f"vision tower {name!r} is {config.model_type}; only SigLIP has an attention-pooling head.")
+            message = f"vision tower {name!r} is {config.model_type}; only SigLIP has an attention-pooling head."
+            raise TowerError(message)
         weights = tower_weights(name, checkpoint, "post_layernorm") | {
             k.removeprefix("head."): v for k, v in tower_weights(name, checkpoint, "head.").items()
         }

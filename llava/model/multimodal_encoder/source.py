@@ -8,6 +8,7 @@ that carries its own tower weights needs no hub access at all.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -43,6 +44,9 @@ def tower_file(name: str, checkpoint: str | None, filename: str) -> Path:
         if (folder / filename).is_file():
             return folder / filename
         raise TowerError(f"vision tower folder {folder} has no {filename}.")
+    cached = _cached(name, filename)
+    if cached is not None:
+        return cached
     known = _KNOWN / name.replace("/", "--") / filename
     if known.is_file():
         return known
@@ -58,6 +62,16 @@ def tower_file(name: str, checkpoint: str | None, filename: str) -> Path:
         ) from error
 
 
+def _cached(name: str, filename: str) -> Path | None:
+    """The file in the local hub cache, without asking the hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):  # a path, not a name on the hub
+        return None
+    found = try_to_load_from_cache(name, filename)
+    return Path(found) if isinstance(found, str) else None
+
+
 def tower_config(name: str, checkpoint: str | None) -> VisionConfig:
     """Configuration of the tower as it lies on the hub (all its layers)."""
     path = tower_file(name, checkpoint, "config.json")
@@ -71,7 +85,7 @@ def tower_config(name: str, checkpoint: str | None) -> VisionConfig:
 
 
 def tower_weights(name: str, checkpoint: str | None, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Vision weights below ``vision_model.<prefix>`` (names relative to ``vision_model.``), from safetensors or .bin."""
+    """Vision weights below ``vision_model.<prefix>``, named relative to ``vision_model.``; safetensors or .bin."""
     wanted = f"vision_model.{prefix}"
     weights: dict[str, torch.Tensor] = {}
     for path in _weight_files(name, checkpoint):

@@ -67,7 +67,7 @@ class VisionTower(nn.Module):
         wanted = self.vision_tower.state_dict()
         missing = sorted(set(wanted) - set(weights))
         if missing:
-            raise TowerError(f"vision tower {self.vision_tower_name!r} lacks {len(missing)} weights, e.g. {missing[0]}.")
+            raise TowerError(f"vision tower {self.vision_tower_name!r} lacks {len(missing)} weights: {missing[0]} ...")
         self.vision_tower.load_state_dict({k: weights[k] for k in wanted}, strict=True)
         self.vision_tower.eval()
 

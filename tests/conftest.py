@@ -1,0 +1,59 @@
+"""Shared fixtures: offline, few threads, every tiny model loaded once in float32."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).resolve().parent / "golden"
+CHECKPOINTS = GOLDEN / "checkpoints"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads():
+    import torch
+
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def loaded():
+    """load(name): (tokenizer, model, image_processor, context_len) of a tiny checkpoint, float32, loaded once."""
+    from llava.model.builder import load_pretrained_model
+
+    cache = {}
+
+    def load(name):
+        if name not in cache:
+            cache[name] = load_pretrained_model(
+                str(CHECKPOINTS / name), device_map="cpu", torch_dtype="float32", attn_implementation="sdpa"
+            )
+        return cache[name]
+
+    return load
+
+
+@pytest.fixture
+def tiny(loaded):
+    """tiny(name, **config): the shared model; config changes are undone and everything detached afterwards."""
+    import accelerate_methods
+
+    touched = {}
+
+    def get(name, **config):
+        model = loaded(name)[1]
+        touched.setdefault(name, (model, dict(model.config.__dict__)))
+        for key, value in config.items():
+            setattr(model.config, key, value)
+        return model
+
+    yield get
+    for model, saved in touched.values():
+        accelerate_methods.detach(model)
+        model.config.__dict__.clear()
+        model.config.__dict__.update(saved)
