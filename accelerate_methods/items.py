@@ -95,7 +95,7 @@ class Compressed:
 
 
 @dataclasses.dataclass
-class Sequence:
+class VisualSequence:
     """An item ready to be spliced into the prompt: content tokens and surviving newlines in layout order.
 
     Attributes:
@@ -116,14 +116,14 @@ class Sequence:
     info: dict[str, object] = dataclasses.field(default_factory=dict)
 
 
-def uncompressed(item: VisualItem) -> Sequence:
+def uncompressed(item: VisualItem) -> VisualSequence:
     """The item as it is."""
     tokens = item.dense()
     positions = torch.arange(item.length, device=tokens.device)
     content = torch.ones(item.length, dtype=torch.bool, device=tokens.device)
     if item.newline_positions is not None:
         content[item.newline_positions] = False
-    return Sequence(
+    return VisualSequence(
         tokens=tokens,
         positions=positions,
         is_content=content,
@@ -132,7 +132,7 @@ def uncompressed(item: VisualItem) -> Sequence:
     )
 
 
-def assemble(item: VisualItem, compressed: Compressed) -> Sequence:
+def assemble(item: VisualItem, compressed: Compressed) -> VisualSequence:
     """Put back the newlines that still close something and sort everything by layout position.
 
     A newline survives if the row (or frame) it closes still holds a kept token; the single newline after a
@@ -155,7 +155,7 @@ def assemble(item: VisualItem, compressed: Compressed) -> Sequence:
     rank = torch.empty_like(order)
     rank[order] = torch.arange(order.shape[0], device=order.device)
     owner = torch.where(compressed.owner >= 0, rank[compressed.owner.clamp(min=0)], compressed.owner)
-    return Sequence(
+    return VisualSequence(
         tokens=tokens[order],
         positions=positions[order],
         is_content=is_content[order],

@@ -27,8 +27,8 @@ _active: ContextVar[list[RequestRecord] | None] = ContextVar("accelerate_methods
 class ItemRecord:
     """One image or video of a sample.
 
-    ``owner`` [F, N] and ``positions`` [R] are the provenance of ``items.Sequence``, ``kept`` [F, N] is True where an
-    output token stands; None when the item was not compressed.
+    ``owner`` [F, N] and ``positions`` [R] are the provenance of ``items.VisualSequence``, ``kept`` [F, N] is True where
+    an output token stands; None when the item was not compressed.
     """
 
     modality: str

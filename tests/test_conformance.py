@@ -16,7 +16,7 @@ CASES = sorted(p for p in GOLDEN.glob("*/*.safetensors") if p.parent.name != "ch
 TEXTS = [(p, section) for p in sorted(GOLDEN.glob("*/text.json")) for section in json.loads(p.read_text("utf-8"))]
 
 
-#: recorded with Pillow 13, which resizes vertically first where that is cheaper; older ones never do (docs/differences.md)
+#: recorded with Pillow 13, which resizes vertically first where that is cheaper; older versions never do
 PILLOW_13 = {"process_anyres_siglip_range"}
 
 

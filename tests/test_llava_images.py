@@ -64,7 +64,7 @@ def _config(mode, pinpoints=None):
 def test_golden(path):
     with safe_open(path, "pt") as file:
         case = json.loads(file.metadata()["case"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     inputs = {name[3:]: t for name, t in tensors.items() if name.startswith("in.")}
     expected = {name[4:]: t for name, t in tensors.items() if name.startswith("out.")}
     outputs = ADAPTERS[case["method"], case["stage"]](inputs, case["params"], CONTEXT)

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from accelerate_methods import recording
 from accelerate_methods.decoder import DecoderOutput, PromptLayout, needs_loop, run_decoder
-from accelerate_methods.items import Sequence, VisualItem, assemble, uncompressed
+from accelerate_methods.items import VisualItem, VisualSequence, assemble, uncompressed
 from accelerate_methods.pipeline import Pipeline
 from llava.model.checkpoint import KEY_MAPPING, check_loaded, has_tower_weights, load_config
 from llava.model.layout import flat_item, image_item, pool_2d, video_item
@@ -201,7 +201,7 @@ class LlavaMetaForCausalLM:
             item.signals = self.acceleration.signals(item, features)
         return item
 
-    def _sequences(self, items: list[VisualItem]) -> list[Sequence]:
+    def _sequences(self, items: list[VisualItem]) -> list[VisualSequence]:
         method = self.acceleration.pipeline.compress if self.acceleration is not None else None
         return [
             assemble(item, method.compress(item))
@@ -450,11 +450,11 @@ def _llm_stage(request: recording.RequestRecord | None, tokens: Tensor, decoding
         yield
 
 
-def _moved(sequence: Sequence, device: torch.device) -> Sequence:
+def _moved(sequence: VisualSequence, device: torch.device) -> VisualSequence:
     """The sequence on the decoder's device (differs from the tower's under a device map)."""
     if sequence.tokens.device == device:
         return sequence
-    return Sequence(
+    return VisualSequence(
         tokens=sequence.tokens.to(device),
         positions=sequence.positions.to(device),
         is_content=sequence.is_content.to(device),
@@ -465,14 +465,14 @@ def _moved(sequence: Sequence, device: torch.device) -> Sequence:
     )
 
 
-def _kept(item: VisualItem, sequence: Sequence) -> Tensor | None:
+def _kept(item: VisualItem, sequence: VisualSequence) -> Tensor | None:
     if sequence.owner is None:
         return None
     return torch.isin(item.positions, sequence.positions[sequence.is_content])
 
 
 def _describe(
-    request: recording.RequestRecord, items: list[VisualItem], sequences: list[Sequence], spliced: Spliced
+    request: recording.RequestRecord, items: list[VisualItem], sequences: list[VisualSequence], spliced: Spliced
 ) -> None:
     """Fill the record of a request from what was spliced."""
     for numbers, length, dense in zip(spliced.items, spliced.lengths, spliced.dense_lengths, strict=True):

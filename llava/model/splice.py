@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from accelerate_methods.items import Sequence as VisualSequence
+from accelerate_methods.items import VisualSequence
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 

@@ -19,7 +19,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
-import torch  # noqa: E402 - the hub must be off before transformers is imported
+import torch
 from safetensors import safe_open
 
 OWN_GOLDEN = Path(__file__).resolve().parent.parent / "golden"

@@ -18,7 +18,7 @@ from llava.model.layout import image_item, pool_2d, video_item
 
 @lru_cache(maxsize=4)
 def _load(folder: str):
-    return load_pretrained_model(folder, None, None, device_map="cpu", torch_dtype="float32", attn_implementation="sdpa")
+    return load_pretrained_model(folder, device_map="cpu", torch_dtype="float32", attn_implementation="sdpa")
 
 
 def load_tiny(params: dict[str, Any], context: Any):
@@ -67,17 +67,15 @@ def pool(inputs, params, context):
 
 
 def video_newline(inputs, params, context):
-    item = video_item(
-        inputs["pooled"].float(), inputs.get("image_newline"), params["mm_newline_position"], params["mm_patch_merge_type"]
-    )
+    newline, position = inputs.get("image_newline"), params["mm_newline_position"]
+    item = video_item(inputs["pooled"].float(), newline, position, params["mm_patch_merge_type"])
     return {"tokens": uncompressed(item).tokens}
 
 
 def spatial_merge(inputs, params, context):
     size = tuple(inputs["image_size"].tolist())
-    item = image_item(
-        inputs["features"].float(), inputs.get("image_newline"), size, params["tower_image_size"], SimpleNamespace(**params)
-    )
+    newline, tower_size = inputs.get("image_newline"), params["tower_image_size"]
+    item = image_item(inputs["features"].float(), newline, size, tower_size, SimpleNamespace(**params))
     return {"tokens": uncompressed(item).tokens}
 
 
@@ -148,7 +146,7 @@ def load_dispatch(section: list[dict[str, Any]], context: Any) -> Iterator[tuple
         family = families.get(item["class"])
         if family is not None:
             said = name_family(item["model_name"])
-            yield f"{label}/family", said in (None, family), f"our name check reads {said}, the official class is {family}"
+            yield f"{label}/family", said in (None, family), f"our check reads {said}, the official class is {family}"
             other = "qwen" if family != "qwen" else "llama"
             if said is not None:
                 try:
