@@ -220,10 +220,13 @@ def _gpus() -> int:
 
 def _pictures(plan: Plan, args: argparse.Namespace, settings: list[Setting], rows: list[comparison.Row]) -> list[Path]:
     made = []
-    if len({row.kept for row in rows}) > 2:
+    if comparison.cut_tasks(rows):
         made.append(comparison.draw_curve(rows, plan.output / "accuracy_vs_retention.png"))
     video = args.picture or (TASKS / "shapes_video" / "clips" / "0000.mp4" if args.pretrained is None else None)
-    drawn = next((s for s in settings if s.method == read_config(args.config)["method"]), None)
+    config = read_config(args.config)
+    of_config = [s for s in settings if s.method == config["method"]]
+    usual = [s for s in of_config if s.retention == config["params"].get("retention_ratio")]
+    drawn = next(iter(usual or of_config), None)
     if video is not None and drawn is not None:
         made.append(draw_clip(plan, drawn, video, plan.output / "kept_tokens.png"))
     return made
@@ -232,12 +235,14 @@ def _pictures(plan: Plan, args: argparse.Namespace, settings: list[Setting], row
 def draw_clip(plan: Plan, setting: Setting, video: Path, path: Path) -> Path:
     """Which visual tokens of ``video`` the method of ``setting`` keeps, drawn over its frames."""
     import torch
+    from transformers.utils import logging
 
     from accelerate_methods.visualize import draw_kept_tokens
     from llava.constants import IMAGE_TOKEN_INDEX
     from llava.model.builder import load_pretrained_model
     from llava.video_utils import load_video
 
+    logging.disable_progress_bar()
     _, model, processor, _ = load_pretrained_model(
         plan.pretrained, device_map="auto", torch_dtype="auto" if torch.cuda.is_available() else "float32"
     )

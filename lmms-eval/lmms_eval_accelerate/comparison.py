@@ -141,15 +141,20 @@ def write(found: list[Row], folder: Path) -> None:
     (folder / "comparison.md").write_text(markdown(found), encoding="utf-8")
 
 
+def cut_tasks(found: list[Row]) -> dict[str, list[Row]]:
+    """Tasks on which every setting but the dense one dropped tokens (a video method leaves images alone)."""
+    tasks = {t: [r for r in here if r.setting != DENSE] for t, here in _by_task(found).items()}
+    return {t: _by_task(found)[t] for t, others in tasks.items() if others and all(r.kept < 1 for r in others)}
+
+
 def draw_curve(found: list[Row], path: Path) -> Path:
-    """Accuracy against the share of visual tokens kept; a line per method, a panel per task with tokens cut."""
+    """Accuracy against the share of visual tokens kept; a line per method, a panel per task of :func:`cut_tasks`."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    by_task = _by_task(found)
-    panels = {t: here for t, here in by_task.items() if any(row.kept < 1 for row in here)} or by_task
+    panels = cut_tasks(found)
     figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.8), squeeze=False)
     for axis, (task, here) in zip(axes[0], panels.items(), strict=True):
         for row in here:
@@ -158,6 +163,7 @@ def draw_curve(found: list[Row], path: Path) -> Path:
         methods = dict.fromkeys(row.setting.partition("@")[0] for row in here if row.setting != DENSE)
         for method in methods:
             points = sorted((100 * r.kept, 100 * r.score) for r in here if r.setting.partition("@")[0] == method)
+            # a line between points of one run each: no more is claimed
             axis.plot(*zip(*points, strict=True), marker="o", label=method)
         axis.set(title=task, xlabel="visual tokens kept (%)", ylabel="accuracy (%)")
         axis.grid(alpha=0.3)
