@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ def load_on_base(model_class: Any, path: str, base: str, config: Any, load: dict
     if extra is None:
         looked = "non_lora_trainables.bin" if adapter else "mm_projector.bin (or adapter_config.json of a LoRA)"
         raise CheckpointError(f"{path!r} has no {looked}, so there is nothing to put on model_base {base!r}.")
-    config.tower_checkpoint = path  # from_pretrained points config.name_or_path at the base
+    if (Path(path) / "vision_tower").is_dir():  # otherwise the base's, to which from_pretrained points the config
+        config.tower_checkpoint = path
     model = model_class.from_pretrained(
         base, config=config, allow_missing=("model.mm_projector.", "model.image_newline"), **load
     )

@@ -27,6 +27,8 @@ def find_file(path: str | Path, name: str) -> Path | None:
     if Path(path).is_dir():
         found = Path(path) / name
         return found if found.is_file() else None
+    if str(path).startswith((".", "/", "~")):
+        raise CheckpointError(f"checkpoint folder {str(path)!r} does not exist.")
     try:
         found = cached_file(str(path), name, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
