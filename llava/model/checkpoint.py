@@ -28,7 +28,7 @@ def find_file(path: str | Path, name: str) -> Path | None:
         found = Path(path) / name
         return found if found.is_file() else None
     if str(path).startswith((".", "/", "~")):
-        raise CheckpointError(f"checkpoint folder {str(path)!r} does not exist.")
+        raise CheckpointError(f"cannot reach checkpoint {str(path)!r}: no such folder.")
     try:
         found = cached_file(str(path), name, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
