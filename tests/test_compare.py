@@ -67,7 +67,8 @@ def test_real_run_gives_every_method_the_setting_of_the_paper():
         assert ("method" in arguments) == (setting.method is not None)
 
 
-def test_several_gpus_and_machines_go_through_accelerate_launch():
+def test_several_gpus_and_machines_go_through_accelerate_launch(monkeypatch):
+    monkeypatch.setattr(compare, "_gpus", lambda: 8)
     plan = plan_of(
         *("--pretrained", "org/model", "--num-processes", "8", "--num-machines", "2", "--machine-rank", "1"),
         *("--main-process-ip", "10.0.0.1", "--main-process-port", "29501"),
@@ -77,6 +78,17 @@ def test_several_gpus_and_machines_go_through_accelerate_launch():
     assert option(command, "--num_processes") == "16" and option(command, "--machine_rank") == "1"
     assert option(command, "--main_process_ip") == "10.0.0.1"
     assert command[command.index("lmms_eval_accelerate") - 1] == "-m"
+
+
+def test_several_processes_without_gpus_go_through_torchrun(monkeypatch):
+    monkeypatch.setattr(compare, "_gpus", lambda: 0)
+    command = plan_of("--num-processes", "2").command(compare.Setting(None))
+    assert command[1:3] == ["-m", "torch.distributed.run"] and option(command, "--nproc_per_node") == "2"
+
+
+def test_number_of_processes_defaults_to_the_gpus_but_for_the_embedded_model(monkeypatch):
+    monkeypatch.setattr(compare, "_gpus", lambda: 4)
+    assert plan_of("--pretrained", "org/model").processes == 4 and plan_of().processes == 1
 
 
 def test_dry_run_prints_commands_and_runs_nothing(tmp_path, capsys):

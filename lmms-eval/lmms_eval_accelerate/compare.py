@@ -85,17 +85,26 @@ class Plan:
         return [*command, "--limit", self.limit] if self.limit else command
 
     def launcher(self) -> list[str]:
-        total = self.processes * self.machines
+        """How the processes are started: accelerate on GPUs, torchrun on CPUs, neither for a single process."""
         module = ["-m", "lmms_eval_accelerate"]
-        if total == 1:
+        if self.processes * self.machines == 1:
             return [sys.executable, *module]
-        where = ["--num_machines", str(self.machines), "--machine_rank", str(self.machine_rank)]
-        if self.main_ip:
-            where += ["--main_process_ip", self.main_ip]
-        if self.main_port:
-            where += ["--main_process_port", self.main_port]
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-        return [*launch, "--num_processes", str(total), *where, *module]
+        if _gpus():
+            return [
+                *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"),
+                *("--num_processes", str(self.processes * self.machines)),
+                *("--num_machines", str(self.machines), "--machine_rank", str(self.machine_rank)),
+                *(("--main_process_ip", self.main_ip) if self.main_ip else ()),
+                *(("--main_process_port", self.main_port) if self.main_port else ()),
+                *module,
+            ]
+        return [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(self.processes)),
+            *("--nnodes", str(self.machines), "--node_rank", str(self.machine_rank)),
+            *(("--master_addr", self.main_ip) if self.main_ip else ()),
+            *(("--master_port", self.main_port) if self.main_port else ()),
+            *module,
+        ]
 
 
 def settings_of(methods: str, retention: float) -> list[Setting]:
@@ -168,9 +177,13 @@ def main(argv: list[str] | None = None) -> None:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
+        disable=not console.is_terminal,
     ) as progress:
-        for setting in settings:
+        for number, setting in enumerate(settings, 1):
+            begin = time.time()
             run(plan, setting, console, progress)
+            if not console.is_terminal:  # where bars are not drawn, a line per run is the progress
+                print(f"{number}/{len(settings)} {setting.label}: {time.time() - begin:.0f} s", flush=True)
     if args.machine_rank != 0:
         return  # rank 0's machine has the results of all
     rows = comparison.read({s.label: plan.output / s.label for s in settings})
@@ -204,7 +217,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         model_args=model_args,
         limit=args.limit,
         batch_size=args.batch_size,
-        processes=args.num_processes or _gpus(),
+        processes=args.num_processes or (max(1, _gpus()) if args.pretrained else 1),
         machines=args.num_machines,
         machine_rank=args.machine_rank,
         main_ip=args.main_process_ip,
@@ -215,7 +228,7 @@ def _plan(args: argparse.Namespace) -> Plan:
 def _gpus() -> int:
     import torch
 
-    return max(1, torch.cuda.device_count())
+    return torch.cuda.device_count()
 
 
 def _pictures(plan: Plan, args: argparse.Namespace, settings: list[Setting], rows: list[comparison.Row]) -> list[Path]:
@@ -268,7 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model-args", default="", help="further model arguments, k=v,k=v")
     parser.add_argument("--output", type=Path, help="a folder that does not exist yet")
     parser.add_argument("--picture", type=Path, help="video on which the kept tokens are drawn")
-    parser.add_argument("--num-processes", type=int, help="per machine; default: the visible GPUs")
+    parser.add_argument("--num-processes", type=int, help="per machine; default: the visible GPUs (embedded: 1)")
     parser.add_argument("--num-machines", type=int, default=1)
     parser.add_argument("--machine-rank", type=int, default=0)
     parser.add_argument("--main-process-ip")

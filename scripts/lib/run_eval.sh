@@ -9,7 +9,7 @@
 #   METHODS           what to compare                (default: "dense" and the config's method; "all" for every method)
 #   RETENTION_RATIO   share of visual tokens kept                          (default: the config's)
 #   LIMIT             documents per task                                   (default: all)
-#   NUM_PROCESSES     GPUs per machine                                     (default: all visible)
+#   NUM_PROCESSES     GPUs (without any: processes) per machine   (default: all visible GPUs; embedded model: 1)
 #   NUM_MACHINES, MACHINE_RANK, MAIN_PROCESS_IP, MAIN_PROCESS_PORT         several nodes, as in `accelerate launch`
 #   BATCH_SIZE, MODEL_ARGS (extra k=v,k=v), OUTPUT (folder for the results), DRY_RUN=1 (print the commands only)
 #   FULL=1            embedded benchmark: the full sets instead of the quick subset
