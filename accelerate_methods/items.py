@@ -28,6 +28,8 @@ class VisualItem:
         newline_of: [length] for each layout row the index (0..S-1) of the newline that closes its row/frame, else -1.
         keep_all_newlines: whether newlines stay even if nothing in their row/frame does.
         signals: what the method asked for (see ``base.SIGNALS``).
+        full_tokens, full_length: content tokens and layout rows at the full input size, where a sample stage made the
+            input smaller; None otherwise.
     """
 
     modality: str
@@ -41,6 +43,8 @@ class VisualItem:
     newline_of: Tensor | None = None
     keep_all_newlines: bool = False
     signals: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    full_tokens: int | None = None
+    full_length: int | None = None
 
     @property
     def num_frames(self) -> int:

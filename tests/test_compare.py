@@ -151,6 +151,15 @@ def test_table_fits_eighty_columns(found):
     assert "…" not in text and "5.00x" in text and "64 (8%)" in text and "-5.0" in text
 
 
+def test_long_names_do_not_squeeze_the_numbers(found):
+    from rich.console import Console
+
+    found[2].setting = "a_method_with_a_long_name@0.25"
+    console = Console(width=80, file=io.StringIO())
+    console.print(comparison.tables(found))
+    assert "…" not in console.file.getvalue() and "5.00x" in console.file.getvalue()
+
+
 def test_markdown_json_and_curve(found, tmp_path):
     comparison.write(found, tmp_path)
     assert "| fastvid@0.1 | 90.0 | -5.0 | 64 (8%) |" in (tmp_path / "comparison.md").read_text(encoding="utf-8")

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -57,11 +58,16 @@ def _config(mode, pinpoints=None):
     return SimpleNamespace(image_aspect_ratio=mode, image_grid_pinpoints=pinpoints)
 
 
+#: recorded with Pillow 13, which resizes vertically first where that is cheaper; older versions never do
+PILLOW_13 = {"process_anyres_siglip_range"}
+
 # -- golden ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_golden(path):
+    if path.stem in PILLOW_13 and int(PIL.__version__.split(".")[0]) < 13:
+        pytest.skip(f"Pillow {PIL.__version__} resizes this image in another order than the recording one")
     with safe_open(path, "pt") as file:
         case = json.loads(file.metadata()["case"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}

@@ -618,8 +618,13 @@ def test_downsample(name, call, tokens, tiny):
     with accelerate(model, "downsample", retention_ratio=0.25), record() as requests:
         assert torch.isfinite(model(input_ids=prompt, **call).logits).all()
         assert model.generate(prompt, **call, **GREEDY).shape == (1, 5)
-    assert requests[0].samples[0].visual_tokens_after == tokens
-    dense = model(input_ids=prompt, **call).logits
+    sample = requests[0].samples[0]
+    assert sample.visual_tokens_after == tokens
+    with record() as dense_requests:
+        dense = model(input_ids=prompt, **call).logits
+    full = dense_requests[0].samples[0]
+    assert sample.visual_tokens_before == full.visual_tokens_before > tokens
+    assert sample.dense_length == full.length > sample.length
     with accelerate(model, "downsample", retention_ratio=1.0):
         assert torch.equal(model(input_ids=prompt, **call).logits, dense)
 
@@ -629,7 +634,7 @@ def test_downsample_then_fastvid(tiny):
     with accelerate(model, "downsample+fastvid", **{"fastvid.retention_ratio": 0.5}), record() as requests:
         model(input_ids=prompt, images=[pixels(3)], modalities=["video"])
     sample = requests[0].samples[0]
-    assert sample.visual_tokens_before == 3 * 49 and sample.visual_tokens_after <= 3 * 24
+    assert sample.visual_tokens_before == 3 * 196 and sample.visual_tokens_after <= 3 * 24
 
 
 def test_static_cache_is_refused_while_attached(tiny):

@@ -153,35 +153,46 @@ class LlavaMetaForCausalLM:
         pixels = torch.cat([v.to(device) for v in views])
         self._check_modalities(modalities)
         acceleration = self.acceleration
+        side = pixels.shape[-1]
         with recording.stage(request, "vision", device):
             if acceleration is not None:
                 pixels = acceleration.resize(pixels)
             features = tower(pixels)
             projected = self.project(features)
-        if plain:
-            return [
-                self._with_signals(flat_item(p[None], len(p)), f[None])
-                for p, f in zip(projected, features, strict=True)
-            ]
         # plain integers: the grid arithmetic is that of python floats
-        sizes = [] if image_sizes is None else [tuple(int(side) for side in size) for size in image_sizes]
-        items = []
-        counts = [len(v) for v in views]
+        sizes = [] if image_sizes is None else [tuple(int(edge) for edge in size) for size in image_sizes]
         if getattr(self.config, "add_faster_video", False):
             raise ValueError("config.add_faster_video (slow/fast video tokens) is not supported; set it to False.")
+        items = []
+        counts = [1] * len(pixels) if plain else [len(v) for v in views]
         for index, (tokens, raw) in enumerate(zip(projected.split(counts), features.split(counts), strict=True)):
-            if index < len(modalities) and modalities[index] == "video":
-                item = video_item(
-                    self.get_2dPool(tokens),
-                    self._newline(tokens),
-                    getattr(self.config, "mm_newline_position", "one_token"),
-                    getattr(self.config, "mm_patch_merge_type", "flat"),
-                )
-            else:
-                size = sizes[index] if index < len(sizes) else None
-                item = image_item(tokens, self._newline(tokens), size, tower.image_size, self.config)
+            modality = "plain" if plain else modalities[index] if index < len(modalities) else "image"
+            size = sizes[index] if index < len(sizes) else None
+            item = self._lay_out(tokens, modality, size)
+            if pixels.shape[-1] != side:  # only the shape of what the full-size input would have given
+                full = self._lay_out(self._full_size(tokens, pixels.shape[-1], side), modality, size)
+                item.full_tokens, item.full_length = full.num_tokens, full.length
             items.append(self._with_signals(item, raw))
         return items
+
+    def _lay_out(self, tokens: Tensor, modality: str, size: tuple[int, int] | None) -> VisualItem:
+        """[V, P, D] projected patches of one item -> its layout."""
+        if modality == "plain":
+            return flat_item(tokens, tokens.shape[1])
+        if modality == "video":
+            return video_item(
+                self.get_2dPool(tokens),
+                self._newline(tokens),
+                getattr(self.config, "mm_newline_position", "one_token"),
+                getattr(self.config, "mm_patch_merge_type", "flat"),
+            )
+        return image_item(tokens, self._newline(tokens), size, self.get_vision_tower().image_size, self.config)
+
+    def _full_size(self, tokens: Tensor, side: int, full_side: int) -> Tensor:
+        """A meta tensor shaped as the tokens would be at ``full_side`` instead of ``side`` pixels."""
+        patch = self.get_vision_tower().hub_config.patch_size
+        special = tokens.shape[1] - (side // patch) ** 2
+        return torch.empty(tokens.shape[0], (full_side // patch) ** 2 + special, tokens.shape[2], device="meta")
 
     def _visual_device(self) -> torch.device:
         return self.get_vision_tower().device
@@ -476,12 +487,13 @@ def _describe(
 ) -> None:
     """Fill the record of a request from what was spliced."""
     for numbers, length, dense in zip(spliced.items, spliced.lengths, spliced.dense_lengths, strict=True):
-        sample = recording.SampleRecord(dense_length=dense, length=length)
+        shrunk = sum((items[n].full_length or items[n].length) - items[n].length for n in numbers)
+        sample = recording.SampleRecord(dense_length=dense + shrunk, length=length)
         for n in numbers:
             sample.items.append(
                 recording.ItemRecord(
                     modality=items[n].modality,
-                    tokens_before=items[n].num_tokens,
+                    tokens_before=items[n].full_tokens or items[n].num_tokens,
                     tokens_after=sequences[n].num_content,
                     grid=items[n].grid,
                     owner=sequences[n].owner,

@@ -115,8 +115,9 @@ def tables(found: list[Row]) -> Group:
     for task, here in _by_task(found).items():
         view = Table(title=_title(task, here), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for index, header in enumerate(_HEADERS):
-            # two short lines per header keep the table within 80 columns
-            view.add_column(header.replace(" ", "\n"), justify="right" if index else "left", no_wrap=True)
+            # two short lines per header keep the table within 80 columns; long method names are folded
+            wrap = {"no_wrap": True} if index else {"overflow": "fold"}
+            view.add_column(header.replace(" ", "\n"), justify="right" if index else "left", **wrap)
         for row in here:
             view.add_row(*_cells(row))
         views.append(view)
