@@ -17,8 +17,8 @@ from .errors import MethodError, UnknownNameError
 if TYPE_CHECKING:
     import torch
 
-    from .decoder import DecodeStep, PrefillStep, Selection
     from .items import Compressed, VisualItem
+    from .steps import DecodeStep, PrefillStep, Selection
 
 #: Everything a method may ask a host for, with the shape it gets. F frames/views, N visual tokens per frame.
 SIGNALS = {

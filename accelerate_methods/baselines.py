@@ -10,10 +10,10 @@ import torch
 
 from .base import CompressMethod, PrefillMethod, SampleMethod
 from .budget import BudgetedMethod, floor_share
-from .decoder import PrefillStep, Selection
 from .errors import MethodError
 from .items import Compressed, VisualItem, selection
 from .registry import register
+from .steps import PrefillStep, Selection
 
 
 @register("random")

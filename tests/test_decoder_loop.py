@@ -18,9 +18,10 @@ from transformers import (
 )
 
 from accelerate_methods.base import DecodeMethod, PrefillMethod
-from accelerate_methods.decoder import PromptLayout, Selection, run_decoder
+from accelerate_methods.decoder import run_decoder
 from accelerate_methods.errors import MethodError
 from accelerate_methods.pipeline import Pipeline, resolve
+from accelerate_methods.steps import PromptLayout, Selection
 
 KINDS = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from accelerate_methods import recording
-from accelerate_methods.decoder import DecoderOutput, PromptLayout, needs_loop, run_decoder
+from accelerate_methods.decoder import DecoderOutput, needs_loop, run_decoder
 from accelerate_methods.items import VisualItem, VisualSequence, assemble, uncompressed
 from accelerate_methods.pipeline import Pipeline
+from accelerate_methods.steps import PromptLayout
 from llava.model.checkpoint import KEY_MAPPING, check_loaded, has_tower_weights, load_config
 from llava.model.layout import flat_item, image_item, pool_2d, video_item
 from llava.model.multimodal_encoder.builder import build_vision_tower

@@ -1,0 +1,129 @@
+"""What the decoder loop shows a method, and what the method gives back. Free of transformers, as methods are."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import MethodError
+
+
+@dataclasses.dataclass
+class PromptLayout:
+    """What the splice knows about a batch of prompts and the loop needs.
+
+    Attributes:
+        visual: [B, L] True at visual tokens.
+        lengths: real tokens per sample, known on the host (no device read needed).
+        infos: per sample, what the compress method said about each of its items (``Compressed.info``), for methods
+            with a stage on either side of the LLM; empty dicts where nothing was compressed.
+    """
+
+    visual: Tensor
+    lengths: list[int]
+    infos: list[list[dict[str, object]]] = dataclasses.field(default_factory=list)
+
+    def expanded(self, batch: int) -> PromptLayout:
+        """Repeated for beams or several return sequences."""
+        times = batch // self.visual.shape[0]
+        if times == 1:
+            return self
+        return PromptLayout(
+            visual=self.visual.repeat_interleave(times, dim=0),
+            lengths=[n for n in self.lengths for _ in range(times)],
+            infos=[i for i in self.infos for _ in range(times)],
+        )
+
+
+@dataclasses.dataclass
+class Selection:
+    """Tokens that go on after a prefill stage.
+
+    Attributes:
+        indices: [B, K] ascending positions in the sequence that the layer got.
+        valid: [B, K] False where a sample has fewer than K (padding stands on the left); None if all are real.
+        hidden_states: [B, L, D] replacement states to gather from (for methods that merge), or None.
+        trim_cache: also cut the KV cache of the layers already run.
+        positions: "original" keeps position ids (gaps); "compact" re-numbers from 0 for the layers to come, which
+            generated tokens then continue.
+    """
+
+    indices: Tensor
+    valid: Tensor | None = None
+    hidden_states: Tensor | None = None
+    trim_cache: bool = False
+    positions: str = "original"
+
+    @classmethod
+    def from_mask(cls, keep: Tensor, **kwargs: Any) -> Selection:
+        """From a boolean [B, L]; reads the counts from the device once."""
+        counts = keep.sum(1)
+        width = int(counts.max())
+        # A stable sort of the mask moves the kept positions, in order, to the right end.
+        order = torch.sort(keep.to(torch.int8), dim=1, stable=True).indices[:, keep.shape[1] - width :]
+        valid = torch.arange(width, device=keep.device) >= (width - counts)[:, None]
+        return cls(indices=order, valid=None if keep.shape[0] == 1 else valid, **kwargs)
+
+
+class PrefillStep:
+    """What a prefill method sees before decoder layer ``layer``.
+
+    Attributes:
+        layer: 0-based index of the layer about to run; num_layers: how many there are.
+        hidden_states: [B, L, D] its input.
+        visual: [B, L] True at visual tokens.
+        valid: [B, L] False at padding, or None.
+        position_ids: [B, L].
+        infos: per sample, the ``info`` of the compress stage for each of its items.
+
+    Padding stands on the left, so the last row is the last prompt token of every sample.
+    """
+
+    def __init__(self, loop: Any, layer: int):
+        self._loop = loop
+        self.layer = layer
+        self.num_layers = len(loop.layers)
+        self.hidden_states = loop.hidden
+        self.visual = loop.visual
+        self.valid = loop.valid
+        self.position_ids = loop.position_ids
+        self.infos = loop.layout.infos
+
+    def attention(self, rows: Tensor, *, rotary: bool = True, causal: bool = True) -> Tensor:
+        """Attention probabilities [B, H, R, L] of layer ``layer - 1`` for the query positions ``rows`` [R] only.
+
+        Softmax in float32, returned in the model dtype. ``rotary=False`` gives position-free scores, ``causal=False``
+        lets every row see every key; padding is never seen.
+        """
+        if self.layer == 0:
+            raise MethodError("there is no attention before layer 0; ask for a layer >= 1.")
+        return self._loop.attention_rows(self.layer - 1, rows, self.valid, rotary=rotary, causal=causal)
+
+
+class DecodeStep:
+    """What a decode method sees in one step, before decoder layer ``layer``.
+
+    Attributes:
+        layer: 0-based index of the layer about to run.
+        visual: [B, S] True at visual keys of that layer's cache (the token being decoded included, as False).
+        valid: [B, S] False at padding, or None.
+        memory: dict that lives as long as the request, for state between steps.
+    """
+
+    def __init__(self, loop: Any, layer: int, visual: Tensor, valid: Tensor | None, memory: dict[str, Any]):
+        self._loop, self.layer = loop, layer
+        self.visual, self.valid, self.memory = visual, valid, memory
+
+    def attention(self) -> Tensor:
+        """[B, H, S] probabilities of the current token over the cached keys of layer ``layer - 1``."""
+        rows = torch.zeros(1, dtype=torch.long, device=self.visual.device)
+        scores = self._loop.attention_rows(self.layer - 1, rows, self.valid, rotary=True, causal=False)[:, :, 0]
+        if scores.shape[-1] != self.visual.shape[1]:
+            raise MethodError(
+                f"layer {self.layer - 1} caches {scores.shape[-1]} keys and layer {self.layer} {self.visual.shape[1]}: "
+                "a decode method cannot take its scores across the layer where a prefill method dropped tokens."
+            )
+        return scores
