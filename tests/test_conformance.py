@@ -2,7 +2,6 @@
 
 import json
 
-import PIL
 import pytest
 import torch
 from safetensors import safe_open
@@ -10,20 +9,15 @@ from safetensors.torch import save_file
 
 from tests.conformance import adapters, runner
 
-from .conftest import GOLDEN
+from .conftest import GOLDEN, skip_without_pillow_13
 
 CASES = sorted(p for p in GOLDEN.glob("*/*.safetensors") if p.parent.name != "checkpoints")
 TEXTS = [(p, section) for p in sorted(GOLDEN.glob("*/text.json")) for section in json.loads(p.read_text("utf-8"))]
 
 
-#: recorded with Pillow 13, which resizes vertically first where that is cheaper; older versions never do
-PILLOW_13 = {"process_anyres_siglip_range"}
-
-
 @pytest.mark.parametrize("path", CASES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_golden(path):
-    if path.stem in PILLOW_13 and int(PIL.__version__.split(".")[0]) < 13:
-        pytest.skip(f"Pillow {PIL.__version__} resizes this image in another order than the recording one")
+    skip_without_pillow_13(path)
     case = runner.load_case(path)
     if case is None:
         pytest.skip("weights for other cases")

@@ -1,7 +1,6 @@
 """Image processors, any-resolution grids and `process_images` of `llava` against the golden files and beyond."""
 
 import base64
-import importlib.util
 import io
 import json
 import random
@@ -10,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import PIL
 import pytest
 import torch
 from PIL import Image
@@ -27,6 +25,9 @@ from llava.mm_utils import (
     resize_and_pad_image,
     select_best_resolution,
 )
+from tests.conformance.adapters.base_text_image import ADAPTERS
+
+from .conftest import skip_without_pillow_13
 
 HERE = Path(__file__).parent
 CHECKPOINTS = HERE / "golden/checkpoints"
@@ -38,18 +39,6 @@ CLIP_TOWER, SIGLIP_TOWER = (
 GOLDEN = [path for kind in ("anyres_grid", "process") for path in sorted((HERE / "golden/base").glob(f"{kind}_*"))]
 
 
-def _adapters():
-    """The adapters by path, so that the tests run alone and however pytest sets up its import path."""
-    path = HERE / "conformance/adapters/base_text_image.py"
-    spec = importlib.util.spec_from_file_location("_base_text_image", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-ADAPTERS = _adapters().ADAPTERS
-
-
 def _image(width, height, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
@@ -58,16 +47,12 @@ def _config(mode, pinpoints=None):
     return SimpleNamespace(image_aspect_ratio=mode, image_grid_pinpoints=pinpoints)
 
 
-#: recorded with Pillow 13, which resizes vertically first where that is cheaper; older versions never do
-PILLOW_13 = {"process_anyres_siglip_range"}
-
 # -- golden ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_golden(path):
-    if path.stem in PILLOW_13 and int(PIL.__version__.split(".")[0]) < 13:
-        pytest.skip(f"Pillow {PIL.__version__} resizes this image in another order than the recording one")
+    skip_without_pillow_13(path)
     with safe_open(path, "pt") as file:
         case = json.loads(file.metadata()["case"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}

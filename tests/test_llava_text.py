@@ -1,7 +1,6 @@
 """Templates, tokenizers and stopping criteria of `llava`: text.json, and what the official code breaks on."""
 
 import copy
-import importlib.util
 import json
 import pickle
 import shutil
@@ -18,6 +17,7 @@ from llava import constants
 from llava.conversation import Conversation, SeparatorStyle, conv_templates, default_conversation
 from llava.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path, tokenizer_image_token
 from llava.tokenization import SentencePieceLlamaTokenizer, load_tokenizer
+from tests.conformance.adapters.base_text_image import TEXT_CHECKS
 
 HERE = Path(__file__).parent
 TEXT = json.loads((HERE / "golden/base/text.json").read_text(encoding="utf-8"))
@@ -26,18 +26,6 @@ CONTEXT = SimpleNamespace(checkpoint=lambda name: CHECKPOINTS / name)
 LLAMA, QWEN = CHECKPOINTS / "tiny-llava-1.5", CHECKPOINTS / "tiny-llava-onevision"
 LLAMA_CASES = TEXT["tokenizer_image_token"]["by_checkpoint_tokenizer"]["tiny-llava-1.5"]
 QWEN_CASES = TEXT["tokenizer_image_token"]["by_checkpoint_tokenizer"]["tiny-llava-onevision"]
-
-
-def _adapters():
-    """The adapters by path, so that the tests run alone and however pytest sets up its import path."""
-    path = HERE / "conformance/adapters/base_text_image.py"
-    spec = importlib.util.spec_from_file_location("_base_text_image", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-CHECKS = _adapters().TEXT_CHECKS
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +41,16 @@ def qwen():
 # -- golden ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("section", sorted(CHECKS))
+@pytest.mark.parametrize("section", sorted(TEXT_CHECKS))
 def test_golden_section(section):
-    results = CHECKS[section](TEXT[section], CONTEXT)
+    results = TEXT_CHECKS[section](TEXT[section], CONTEXT)
     assert results
     assert [f"{name}: {detail}" for name, ok, detail in results if not ok] == []
 
 
 def test_every_section_is_checked():
     described = {"format", "source"}
-    assert set(TEXT) - described - {"load_dispatch"} == set(CHECKS)
+    assert set(TEXT) - described - {"load_dispatch"} == set(TEXT_CHECKS)
 
 
 def test_constants():
