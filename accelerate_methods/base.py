@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import MethodError, UnknownNameError
@@ -19,15 +20,17 @@ if TYPE_CHECKING:
 
     from .items import Compressed, VisualItem
     from .steps import DecodeStep, PrefillStep, Selection
+    from .views import CompressedViews, Views
 
-#: Everything a method may ask a host for, with the shape it gets. F frames/views, N visual tokens per frame.
+#: Everything a method may ask a host for, with the shape it gets. F frames/views, N visual tokens per frame. What comes
+#: out of an encoder layer is taken in the layer whose output is the visual feature. In a video everything is pooled as
+#: the features are; in ``views.Views`` N is the number of patches.
 SIGNALS = {
     "frame_features": "[F, G] one global feature per frame (SigLIP attention-pooling head output)",
-    "pooling_attention": "[F, N] head-averaged attention of the pooling probe, brought to the LLM token grid",
-    "cls_attention": "[F, P] head-averaged attention of the CLS token to the patches",
-    "received_attention": "[F, P] attention a patch receives from all patches, averaged over heads and queries",
-    "key_states": "[F, P, d] head-averaged key states of the selected encoder layer",
-    "text_embeddings": "[T, D] embeddings of the text tokens of the prompt",
+    "pooling_attention": "[F, N] head-averaged attention of the pooling probe",
+    "cls_attention": "[F, N] head-averaged attention of the CLS token (softmax over all tokens, CLS included)",
+    "received_attention": "[F, N] attention a patch receives from all tokens, averaged over heads and queries",
+    "key_states": "[F, N, d] head-averaged key states",
 }
 
 STAGES = ("sample", "encode", "compress", "prefill", "decode")
@@ -41,6 +44,8 @@ class Method:
         name: registry name, also used in configs, on the command line and in result files.
         title, paper, licence: for tables and acknowledgements.
         signals: names out of :data:`SIGNALS` that the host must provide.
+        substitutes: signal -> signal that serves where an encoder lacks the first; its use is reported as adaptation.
+        budget_fields: parameters that together say how much is kept. A caller who gives one replaces all of them.
         modalities: kinds of visual item the method changes; others pass through unpruned.
         positions: "original" keeps the position ids of the uncompressed sequence (with gaps; generated tokens go on
             from the uncompressed length), "compact" re-numbers the shortened sequence.
@@ -52,13 +57,25 @@ class Method:
     licence: ClassVar[str] = ""
     baseline: ClassVar[bool] = False
     signals: ClassVar[frozenset[str]] = frozenset()
+    substitutes: ClassVar[Mapping[str, str]] = {}
+    budget_fields: ClassVar[tuple[str, ...]] = ("retention_ratio", "tokens_per_image", "tokens_per_frame")
     modalities: ClassVar[frozenset[str]] = frozenset({"image", "video"})
     positions: ClassVar[str] = "compact"
 
+    @classmethod
+    def class_stages(cls) -> tuple[str, ...]:
+        """Stages at which the method can act, in pipeline order: those whose stage class it inherits."""
+        return tuple(s for s in STAGES if issubclass(cls, _STAGE_CLASSES[s]))
+
     @property
     def stages(self) -> tuple[str, ...]:
-        """Stages at which this object acts, in pipeline order."""
-        return tuple(s for s in STAGES if isinstance(self, _STAGE_CLASSES[s]))
+        """Stages at which this object acts: :meth:`class_stages` without those that a parameter has switched off."""
+        off = self.stages_off()
+        return tuple(s for s in self.class_stages() if s not in off)
+
+    def stages_off(self) -> tuple[str, ...]:
+        """Stages that the parameters switch off; a method with such switches overrides this."""
+        return ()
 
     @classmethod
     def parameters(cls) -> dict[str, Any]:
@@ -72,7 +89,14 @@ class Method:
         for key in params:
             if key not in allowed:
                 raise UnknownNameError(f"parameter of method {cls.name!r}:", key, allowed)
-        return cls(**params)
+        return cls(**cls.without_replaced_budget(params), **params)
+
+    @classmethod
+    def without_replaced_budget(cls, given: Mapping[str, Any]) -> dict[str, None]:
+        """None for the budget fields that ``given`` replaces: all others, as soon as it holds one."""
+        if all(given.get(name) is None for name in cls.budget_fields):
+            return {}
+        return {name: None for name in cls.budget_fields if name in cls.parameters() and name not in given}
 
     def to_dict(self) -> dict[str, Any]:
         """Name and hyper-parameters, as a config file would hold them."""
@@ -132,6 +156,18 @@ class CompressMethod(Method):
         raise NotImplementedError
 
 
+class ViewCompressMethod(CompressMethod):
+    """Compresses images view by view, before the projector; videos as every compress method.
+
+    The views of an image are its anyres base and tiles, or the one view that there is. Their unpadding and newlines are
+    a matter of what comes out (``CompressedViews.newlines``).
+    """
+
+    def compress_views(self, views: Views) -> CompressedViews | None:
+        """What goes on of one image; None leaves it as the uncompressed model has it."""
+        raise NotImplementedError
+
+
 class PrefillMethod(Method):
     """Acts between decoder layers during prefill.
 
@@ -140,7 +176,7 @@ class PrefillMethod(Method):
     """
 
     def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
-        """0-based indices of the decoder layers before which the method acts."""
+        """0-based indices of the decoder layers before which the method acts; ``num_layers``: after the last one."""
         raise NotImplementedError
 
     def prefill(self, step: PrefillStep) -> Selection | None:

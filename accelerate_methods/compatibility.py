@@ -63,15 +63,11 @@ def markdown_table() -> str:
                 if reason not in reasons:
                     reasons.append(reason)
                 cells.append(f"- ({reasons.index(reason) + 1})")
-        stages = ", ".join(s for s in _stages(method))
+        stages = ", ".join(method.class_stages())
         lines.append(f"| `{method.name}` {method.title} | {stages} | " + " | ".join(cells) + f" | {method.paper} |")
     notes = [f"({i + 1}) {reason}" for i, reason in enumerate(reasons)]
     return "\n".join([*lines, "", "; ".join(notes)]) if notes else "\n".join(lines)
 
-
-def _stages(method: type[Method]) -> tuple[str, ...]:
-    # a property of instances that reads only the class, so that required parameters need not be made up
-    return Method.stages.fget(object.__new__(method))
 
 
 def main(argv: list[str]) -> int:

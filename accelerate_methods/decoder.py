@@ -26,7 +26,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .errors import MethodError
-from .steps import DecodeStep, PrefillStep, PromptLayout, Selection
+from .steps import DecodeStep, PrefillStep, PromptLayout, Selection, VisualSpan
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -39,7 +39,7 @@ class _CacheState:
 
     Attributes:
         valid: per layer [B, S] False at padding, or None.
-        visual: per layer [B, S].
+        visual: per layer [B, S] True at keys of items that the decode method acts on.
         shift: per layer [B, 1], how far its positions lie behind those of the prompt ("compact" selections), or None.
         next_position: [B, 1] position of the next token.
         has_visual: whether there is anything for a decode method to act on.
@@ -147,16 +147,28 @@ class _Loop:
         self.mask = None if mask is None else mask.bool()
         self.valid = None if self.mask is None else self.mask[:, -self.new :]
         self.layout = layout.expanded(batch) if layout is not None and not self.past else None
-        self.visual = (
-            self.layout.visual
-            if self.layout is not None
-            else torch.zeros(batch, self.new, dtype=torch.bool, device=hidden.device)
-        )
+        self.spans: list[list[VisualSpan]] = []
+        #: row masks that are cut along with the hidden states: what prefill and decode methods see as visual
+        self.masks = self._masks()
         self.rope = decoder.rotary_emb(hidden, self.position_ids)
         self.shift: Tensor | None = None
         self.kept: Tensor | None = None
         self.inputs: dict[int, Tensor] = {}
         self.input_ropes: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _masks(self) -> dict[str, Tensor]:
+        """``visual`` and ``block`` for the prefill method, ``decode`` for the decode method, each [B, L]."""
+        none = torch.zeros(self.hidden.shape[:2], dtype=torch.bool, device=self.hidden.device)
+        masks = {"visual": none, "block": none, "decode": none}
+        if self.layout is None:
+            return masks
+        if self.pipeline.prefill is not None:
+            own = self.layout.only(self.pipeline.prefill.modalities)
+            self.spans = own.spans
+            masks |= {"visual": own.visual, "block": own.blocks()}
+        if self.pipeline.decode is not None:
+            masks["decode"] = self.layout.only(self.pipeline.decode.modalities).visual
+        return masks
 
     # -- running -----------------------------------------------------------------------------------------------------
 
@@ -177,21 +189,18 @@ class _Loop:
 
     def _prefill(self) -> None:
         method = self.pipeline.prefill
-        acts = self.layout is not None and method is not None and self.new > 1
+        acts = method is not None and self.new > 1 and any(self.spans)
         at = set(method.prefill_layers(len(self.layers))) if acts else set()
         if self.layout is not None:
             lengths: list[int] | Tensor = self.layout.lengths
         else:
             lengths = [self.new] * len(self.hidden) if self.valid is None else self.valid.sum(1)
-        state = self.state = _CacheState(has_visual=self.layout is not None)
+        state = self.state = _CacheState(has_visual=self._decodes())
         masks: dict[str, Any] = {}
         for index, layer in enumerate(self.layers):
-            if index in at:
-                selection = method.prefill(PrefillStep(self, index))
-                if selection is not None:
-                    self._apply(selection, index, state)
-                    masks.clear()
-                    lengths = [self.new] * len(self.hidden) if self.valid is None else self.valid.sum(1)
+            if index in at and self._select(method, index, state):
+                masks.clear()
+                lengths = [self.new] * len(self.hidden) if self.valid is None else self.valid.sum(1)
             if index + 1 in at:
                 self.inputs, self.input_ropes = {index: self.hidden}, {index: self.rope}
             kind = self._layer_type(index)
@@ -199,23 +208,38 @@ class _Loop:
                 masks[kind] = self._prefill_mask(kind)
             self.hidden = self._call(layer, masks[kind], self.cache)
             state.valid.append(self.valid)
-            state.visual.append(self.visual)
+            state.visual.append(self.masks["decode"])
             state.shift.append(self.shift)
             if self.request is not None:
                 self.request.layer_tokens.append(lengths)
+        if len(self.layers) in at:
+            self._select(method, len(self.layers), state)
         if self.cache is not None:
             self.cache.accelerate_state = state
+
+    def _decodes(self) -> bool:
+        """Whether there is anything for a decode method to act on."""
+        method = self.pipeline.decode
+        return self.layout is not None and method is not None and any(self.layout.only(method.modalities).spans)
+
+    def _select(self, method: Any, index: int, state: _CacheState) -> bool:
+        """Let the prefill method act before layer ``index``; whether it dropped anything."""
+        selection = method.prefill(PrefillStep(self, index))
+        if selection is not None:
+            self._apply(selection, index, state)
+        return selection is not None
 
     def _apply(self, selection: Selection, index: int, state: _CacheState) -> None:
         picked = selection.indices
         source = self.hidden if selection.hidden_states is None else selection.hidden_states
         self.hidden = _gather(source, picked)
-        self.visual = self.visual.gather(1, picked)
+        self.masks = {name: mask.gather(1, picked) for name, mask in self.masks.items()}
         self.kept = picked if self.kept is None else self.kept.gather(1, picked)
         if self.valid is not None or selection.valid is not None:
             valid = torch.ones_like(picked, dtype=torch.bool) if self.valid is None else self.valid.gather(1, picked)
             self.valid = valid if selection.valid is None else valid & selection.valid
-            self.visual = self.visual & self.valid  # padding slots hold whatever was dropped
+            # padding slots hold whatever was dropped
+            self.masks = {name: mask & self.valid for name, mask in self.masks.items()}
         self.new = picked.shape[1]
         if selection.positions == "compact":
             start = 0 if self.valid is None else (self.new - self.valid.sum(1, keepdim=True))
@@ -230,7 +254,7 @@ class _Loop:
         if selection.trim_cache and self.cache is not None:
             for done in range(index):
                 self._trim(self.cache.layers[done], state.visual[done].shape[1], picked)
-                state.valid[done], state.visual[done] = self.valid, self.visual
+                state.valid[done], state.visual[done] = self.valid, self.masks["decode"]
 
     @staticmethod
     def _trim(entry: Any, length: int, picked: Tensor) -> None:

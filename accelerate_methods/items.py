@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .errors import MethodError
+
+if TYPE_CHECKING:
+    from .views import Views
 
 
 @dataclasses.dataclass
@@ -28,6 +32,10 @@ class VisualItem:
         newline_of: [length] for each layout row the index (0..S-1) of the newline that closes its row/frame, else -1.
         keep_all_newlines: whether newlines stay even if nothing in their row/frame does.
         signals: what the method asked for (see ``base.SIGNALS``).
+        source: [N] flat index (view*P + patch) of each content token of an image; None for videos, and where tokens are
+            mixtures of patches.
+        views: an image's patch features before the projector, for a method that acts there. ``features`` and
+            ``newlines`` are then placeholders of width 1.
         full_tokens, full_length: content tokens and layout rows at the full input size, where a sample stage made the
             input smaller; None otherwise.
     """
@@ -43,6 +51,8 @@ class VisualItem:
     newline_of: Tensor | None = None
     keep_all_newlines: bool = False
     signals: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    source: Tensor | None = None
+    views: Views | None = None
     full_tokens: int | None = None
     full_length: int | None = None
 
@@ -59,14 +69,9 @@ class VisualItem:
         """Content tokens F*N (newlines not counted)."""
         return self.features.shape[0] * self.features.shape[1]
 
-    def signal(self, name: str) -> Tensor:
-        """A declared signal; a missing one is the host's fault and is said clearly."""
-        try:
-            return self.signals[name]
-        except KeyError:
-            have = ", ".join(sorted(self.signals)) or "none"
-            message = f"signal {name!r} was not provided for this {self.modality} (provided: {have})."
-            raise MethodError(message) from None
+    def signal(self, *names: str) -> Tensor:
+        """A declared signal, or the first of several that is there; having none is the host's fault."""
+        return pick_signal(self.signals, names, self.modality)
 
     def dense(self) -> Tensor:
         """[length, D] the uncompressed sequence."""
@@ -79,6 +84,16 @@ class VisualItem:
         return out
 
 
+def pick_signal(signals: dict[str, Tensor], names: tuple[str, ...], where: str) -> Tensor:
+    """The first of ``names`` that is among ``signals``."""
+    for name in names:
+        if name in signals:
+            return signals[name]
+    have = ", ".join(sorted(signals)) or "none"
+    wanted = " or ".join(repr(name) for name in names)
+    raise MethodError(f"signal {wanted} was not provided for this {where} (provided: {have}).")
+
+
 @dataclasses.dataclass
 class Compressed:
     """What a compress stage gives back.
@@ -89,13 +104,19 @@ class Compressed:
             were merged into).
         owner: [F, N] for every original content token the index (0..K-1) of the output token that holds it, -1 if none
             does. This is the provenance that pictures, statistics and tests read.
-        info: what else the method can say (segment sizes, per-frame counts); not used by the host.
+        info: what else the method can say (segment sizes, per-frame counts); its prefill stage gets it.
+        order: "layout" sorts the tokens by ``positions``; "given" keeps them as they are here (a newline then closes
+            those of its row or frame, too).
+        newlines: "closing" keeps those whose row or frame still holds a token, "all" keeps every one, "last" only one
+            after everything.
     """
 
     tokens: Tensor
     positions: Tensor
     owner: Tensor
     info: dict[str, object] = dataclasses.field(default_factory=dict)
+    order: str = "layout"
+    newlines: str = "closing"
 
 
 @dataclasses.dataclass
@@ -104,19 +125,24 @@ class VisualSequence:
 
     Attributes:
         tokens: [R, D].
-        positions: [R] ascending layout rows.
+        positions: [R] layout rows; ascending unless the method gave another order.
         is_content: [R] False for newlines.
+        modality: "image" or "video".
         length: rows of the uncompressed layout.
         num_content: content tokens, counted without a device read.
         owner: [F, N] index into ``tokens`` holding each original content token, -1 if dropped; None when uncompressed.
+            After a method that acts on views: [V, P], over their patches.
+        stands: like ``owner``, True where an output token stands.
     """
 
     tokens: Tensor
     positions: Tensor
     is_content: Tensor
+    modality: str
     length: int
     num_content: int
     owner: Tensor | None = None
+    stands: Tensor | None = None
     info: dict[str, object] = dataclasses.field(default_factory=dict)
 
 
@@ -131,31 +157,37 @@ def uncompressed(item: VisualItem) -> VisualSequence:
         tokens=tokens,
         positions=positions,
         is_content=content,
+        modality=item.modality,
         length=item.length,
         num_content=item.num_tokens,
     )
 
 
 def assemble(item: VisualItem, compressed: Compressed) -> VisualSequence:
-    """Put back the newlines that still close something and sort everything by layout position.
+    """Put newlines back and bring everything into the order in which the LLM reads it.
 
-    A newline survives if the row (or frame) it closes still holds a kept token; the single newline after a
-    "one_token" video always does (specs/fastvid.md section 7).
+    Which newlines return is ``Compressed.newlines``; with "closing", one survives if the row (or frame) it closes still
+    holds a kept token, and the single newline after a "one_token" video always does (specs/fastvid.md section 7).
     """
     tokens, positions = compressed.tokens, compressed.positions
-    is_content = torch.ones(positions.shape[0], dtype=torch.bool, device=positions.device)
-    if item.newlines is not None and item.newlines.shape[0]:
-        alive = torch.ones(item.newlines.shape[0], dtype=torch.bool, device=positions.device)
-        if not item.keep_all_newlines:
-            # One spare slot takes the rows that no newline closes (index -1).
-            hit = torch.zeros(item.newlines.shape[0] + 1, dtype=torch.bool, device=positions.device)
-            hit[item.newline_of[positions]] = True
-            alive = hit[:-1]
-        kept = alive.nonzero().squeeze(1)
+    content = tokens.shape[0]
+    is_content = torch.ones(content, dtype=torch.bool, device=positions.device)
+    kept = _surviving_newlines(item, compressed)
+    # what is sorted by: the layout position, or with a given order the stretch that a newline closes
+    key = positions
+    if compressed.order == "given":
+        stretches = item.newline_of is not None and compressed.newlines != "last"
+        # content before stretch s: 2s, its newline: 2s + 1, content that no newline closes: -2
+        key = item.newline_of[positions] * 2 if stretches else torch.zeros_like(positions)
+    if kept is not None:
+        at = item.newline_positions[kept]
         tokens = torch.cat([tokens, item.newlines[kept].to(tokens.dtype)])
-        positions = torch.cat([positions, item.newline_positions[kept]])
+        positions = torch.cat([positions, at])
         is_content = torch.cat([is_content, is_content.new_zeros(kept.shape[0])])
-    order = torch.argsort(positions, stable=True)
+        if compressed.order == "given":
+            at = item.newline_of[at] * 2 + 1 if compressed.newlines != "last" else torch.ones_like(at)
+        key = torch.cat([key, at])
+    order = torch.argsort(key, stable=True)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(order.shape[0], device=order.device)
     owner = torch.where(compressed.owner >= 0, rank[compressed.owner.clamp(min=0)], compressed.owner)
@@ -163,14 +195,33 @@ def assemble(item: VisualItem, compressed: Compressed) -> VisualSequence:
         tokens=tokens[order],
         positions=positions[order],
         is_content=is_content[order],
+        modality=item.modality,
         length=item.length,
-        num_content=compressed.positions.shape[0],
+        num_content=content,
         owner=owner,
+        stands=torch.isin(item.positions, compressed.positions),
         info=compressed.info,
     )
 
 
-def selection(item: VisualItem, kept: Tensor, info: dict[str, object] | None = None) -> Compressed:
+def _surviving_newlines(item: VisualItem, compressed: Compressed) -> Tensor | None:
+    """Indices into ``item.newlines``, or None if the layout has none."""
+    if item.newlines is None or not item.newlines.shape[0]:
+        return None
+    count, device = item.newlines.shape[0], compressed.positions.device
+    if compressed.newlines == "last":
+        return torch.tensor([count - 1], device=device)
+    if compressed.newlines == "all" or item.keep_all_newlines:
+        return torch.arange(count, device=device)
+    # One spare slot takes the rows that no newline closes (index -1).
+    hit = torch.zeros(count + 1, dtype=torch.bool, device=device)
+    hit[item.newline_of[compressed.positions]] = True
+    return hit[:-1].nonzero().squeeze(1)
+
+
+def selection(
+    item: VisualItem, kept: Tensor, info: dict[str, object] | None = None, order: str = "layout"
+) -> Compressed:
     """Compressed form of a pure selection: ``kept`` [K] are flat content indices (frame*N + token), in output order."""
     owner = torch.full((item.num_tokens,), -1, dtype=torch.long, device=item.features.device)
     owner[kept] = torch.arange(kept.shape[0], device=kept.device)
@@ -179,4 +230,5 @@ def selection(item: VisualItem, kept: Tensor, info: dict[str, object] | None = N
         positions=item.positions.flatten()[kept],
         owner=owner.view(item.num_frames, item.tokens_per_frame),
         info=info or {},
+        order=order,
     )

@@ -11,7 +11,6 @@ from .base import STAGES, CompressMethod, DecodeMethod, EncodeMethod, Method, Pr
 from .errors import MethodError, UnknownNameError
 from .registry import available, get, method_class
 
-BUDGETS = ("retention_ratio", "tokens_per_image", "tokens_per_frame")
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -117,11 +116,9 @@ def _built(entry: Method | dict[str, Any], overrides: dict[str, Any]) -> Method:
         if not overrides:
             return entry
         entry = entry.to_dict()
-    if any(overrides.get(name) is not None for name in BUDGETS):
-        # a budget given by the caller replaces the one that was there, whatever its unit
-        known = method_class(entry["method"]).parameters()
-        overrides = {name: None for name in BUDGETS if name in known} | overrides
-    params = {**entry, **overrides}
+    # a budget given by the caller replaces the one that was there, whatever its unit
+    replaced = method_class(entry["method"]).without_replaced_budget(overrides)
+    params = {**entry, **replaced, **overrides}
     return get(params.pop("method"), **params)
 
 

@@ -11,20 +11,41 @@ from torch import Tensor
 from .errors import MethodError
 
 
+@dataclasses.dataclass(frozen=True)
+class VisualSpan:
+    """Where one image or video stands in a prompt. Plain integers: no device read is needed.
+
+    Attributes:
+        start: first row in the padded prompt; length: rows, newlines included.
+        modality: "image" or "video".
+        num_content: rows that are visual tokens (the others are newlines).
+        info: what the compress stage said about it (``Compressed.info``); empty where nothing was compressed.
+    """
+
+    start: int
+    length: int
+    modality: str
+    num_content: int
+    info: dict[str, object] = dataclasses.field(default_factory=dict)
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
 @dataclasses.dataclass
 class PromptLayout:
     """What the splice knows about a batch of prompts and the loop needs.
 
     Attributes:
-        visual: [B, L] True at visual tokens.
-        lengths: real tokens per sample, known on the host (no device read needed).
-        infos: per sample, what the compress method said about each of its items (``Compressed.info``), for methods
-            with a stage on either side of the LLM; empty dicts where nothing was compressed.
+        visual: [B, L] True at visual tokens (newlines are not).
+        lengths: real tokens per sample.
+        spans: the images and videos of each sample, in order.
     """
 
     visual: Tensor
     lengths: list[int]
-    infos: list[list[dict[str, object]]] = dataclasses.field(default_factory=list)
+    spans: list[list[VisualSpan]] = dataclasses.field(default_factory=list)
 
     def expanded(self, batch: int) -> PromptLayout:
         """Repeated for beams or several return sequences."""
@@ -34,8 +55,25 @@ class PromptLayout:
         return PromptLayout(
             visual=self.visual.repeat_interleave(times, dim=0),
             lengths=[n for n in self.lengths for _ in range(times)],
-            infos=[i for i in self.infos for _ in range(times)],
+            spans=[s for s in self.spans for _ in range(times)],
         )
+
+    def only(self, modalities: frozenset[str]) -> PromptLayout:
+        """The same prompts, with the items of other modalities taken for text."""
+        spans = [[s for s in sample if s.modality in modalities] for sample in self.spans]
+        if spans == self.spans:
+            return self
+        layout = PromptLayout(self.visual, self.lengths, spans)
+        layout.visual = self.visual & layout.blocks()
+        return layout
+
+    def blocks(self) -> Tensor:
+        """[B, L] True at every row of a span, newlines included."""
+        mask = torch.zeros_like(self.visual)
+        for row, sample in zip(mask, self.spans, strict=True):
+            for span in sample:
+                row[span.start : span.end] = True
+        return mask
 
 
 @dataclasses.dataclass
@@ -74,10 +112,12 @@ class PrefillStep:
     Attributes:
         layer: 0-based index of the layer about to run; num_layers: how many there are.
         hidden_states: [B, L, D] its input.
-        visual: [B, L] True at visual tokens.
+        visual: [B, L] True at visual tokens; block: [B, L] the same with the newlines of an image or video. Items of
+            other modalities than the method's own count as text.
         valid: [B, L] False at padding, or None.
         position_ids: [B, L].
-        infos: per sample, the ``info`` of the compress stage for each of its items.
+        spans: per sample, where the method's items stood in the prompt (``rows`` leads from here to there).
+        rows: [B, L] row of the prompt that each row was, None as long as nothing has been dropped.
 
     Padding stands on the left, so the last row is the last prompt token of every sample.
     """
@@ -87,10 +127,12 @@ class PrefillStep:
         self.layer = layer
         self.num_layers = len(loop.layers)
         self.hidden_states = loop.hidden
-        self.visual = loop.visual
+        self.visual = loop.masks["visual"]
+        self.block = loop.masks["block"]
         self.valid = loop.valid
         self.position_ids = loop.position_ids
-        self.infos = loop.layout.infos
+        self.spans = loop.spans
+        self.rows = loop.kept
 
     def attention(self, rows: Tensor, *, rotary: bool = True, causal: bool = True) -> Tensor:
         """Attention probabilities [B, H, R, L] of layer ``layer - 1`` for the query positions ``rows`` [R] only.
@@ -108,7 +150,8 @@ class DecodeStep:
 
     Attributes:
         layer: 0-based index of the layer about to run.
-        visual: [B, S] True at visual keys of that layer's cache (the token being decoded included, as False).
+        visual: [B, S] True at visual keys of that layer's cache that belong to the method's modalities (the token being
+            decoded included, as False).
         valid: [B, S] False at padding, or None.
         memory: dict that lives as long as the request, for state between steps.
     """

@@ -21,7 +21,7 @@ from accelerate_methods.base import DecodeMethod, PrefillMethod
 from accelerate_methods.decoder import run_decoder
 from accelerate_methods.errors import MethodError
 from accelerate_methods.pipeline import Pipeline, resolve
-from accelerate_methods.steps import PromptLayout, Selection
+from accelerate_methods.steps import PromptLayout, Selection, VisualSpan
 
 KINDS = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
@@ -52,11 +52,13 @@ def prompt(batch=1, length=18, seed=0, width=32):
     return torch.randn(batch, length, width, generator=torch.Generator().manual_seed(seed))
 
 
-def layout_of(batch, length, spans=None, lengths=None):
+def layout_of(batch, length, spans=None, lengths=None, modality="image"):
     visual = torch.zeros(batch, length, dtype=torch.bool)
+    placed = []
     for row, span in enumerate(spans or [VISUAL] * batch):
         visual[row, list(span)] = True
-    return PromptLayout(visual, lengths or [length] * batch)
+        placed.append([VisualSpan(span[0], len(span), modality, len(span))] if len(span) else [])
+    return PromptLayout(visual, lengths or [length] * batch, placed)
 
 
 def thinned(visual):
@@ -439,12 +441,15 @@ def test_attention_rows_without_position_or_mask(kind, rotary, causal):
     assert_close(spy.seen[0][0], scores.softmax(-1)[:, :, [2, 9, 17]])
 
 
-def test_step_tells_positions_and_infos():
+def test_step_tells_positions_and_spans():
     spy, layout = Spy(), layout_of(1, 18)
-    layout.infos = [[{"segments": [3]}]]
+    layout.spans = [[VisualSpan(3, 10, "video", 9, {"segments": [3]})]]
+    layout.visual[0, 12] = False  # a newline ends the block
     run_decoder(make("llama").model, pipe(spy), inputs_embeds=prompt(), layout=layout)
     step = spy.seen[0][1]
-    assert step.infos == [[{"segments": [3]}]] and step.position_ids.tolist() == [list(range(18))]
+    assert step.spans == layout.spans and step.position_ids.tolist() == [list(range(18))] and step.rows is None
+    assert torch.equal(step.visual, layout.visual)
+    assert step.block[0].nonzero().flatten().tolist() == list(VISUAL)
     assert (step.layer, step.num_layers) == (2, LAYERS)
 
 

@@ -9,27 +9,44 @@ from torch import Tensor, nn
 from llava.model.layout import pool_2d
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.multimodal_encoder.pooling_head import SiglipPoolingHead
+from llava.model.multimodal_encoder.tower import Encoded
 
+from ..base import ViewCompressMethod
 from ..errors import MethodError
 from ..items import VisualItem
 from ..pipeline import Pipeline
-from .base import Host
+from .base import Host, given_for
 
 _HEAD_SIGNALS = frozenset({"frame_features", "pooling_attention"})
+ENCODER_SIGNALS = frozenset({"cls_attention", "received_attention", "key_states"})
 
 
 class LlavaAcceleration:
-    """What is attached to one model: the pipeline, and the side modules its signals need (outside the state dict)."""
+    """What is attached to one model: the pipeline, and the side modules its signals need (outside the state dict).
 
-    def __init__(self, model: LlavaMetaForCausalLM, pipeline: Pipeline):
+    Attributes:
+        encoder_signals: names that the vision tower has to compute.
+        adaptations: signal that a method asks for -> what this tower gives instead.
+    """
+
+    def __init__(self, model: LlavaMetaForCausalLM, pipeline: Pipeline, available: frozenset[str]):
         self.pipeline = pipeline
         self._config = model.config
         self._tower_config = model.get_vision_tower().hub_config
+        given = {name: given_for(m, name, available) for m in pipeline.methods for name in m.signals}
+        self.adaptations = {name: real for name, real in given.items() if name != real}
+        names = frozenset(given.values())
+        self.encoder_signals = names - _HEAD_SIGNALS
         self._head: SiglipPoolingHead | None = None
-        if _HEAD_SIGNALS & pipeline.signals:
+        if _HEAD_SIGNALS & names:
             tower = model.get_vision_tower()
             head = SiglipPoolingHead.from_tower(tower.vision_tower_name, tower.checkpoint)
             self._head = head.to(device=tower.device, dtype=tower.dtype)
+
+    def acts_on_views(self, kind: str) -> bool:
+        """Whether an item of this kind is compressed before the projector."""
+        method = self.pipeline.compress
+        return isinstance(method, ViewCompressMethod) and kind != "video" and "image" in method.modalities
 
     def resize(self, pixels: Tensor) -> Tensor:
         """[V, 3, S, S] views at the side that the sample stage wants."""
@@ -43,32 +60,31 @@ class LlavaAcceleration:
         small = nn.functional.interpolate(pixels.float(), (side, side), mode="bicubic", antialias=True)
         return small.to(pixels.dtype)
 
-    def signals(self, item: VisualItem, features: Tensor) -> dict[str, Tensor]:
-        """The signals that the attached methods ask for, for one item with patch features [V, P, M]."""
+    def signals(self, item: VisualItem, encoded: Encoded) -> dict[str, Tensor]:
+        """The signals that the attached methods ask for, over the tokens of one item."""
         method = self.pipeline.compress
         if method is None or item.modality not in method.modalities or not method.signals:
             return {}
-        out: dict[str, Tensor] = {}
+        out = dict(encoded.signals)
         if self._head is not None:
-            if self._head.probe.device != features.device:  # the model was moved after attaching
-                self._head.to(features.device)
-            frame_features, attention = self._head(features.to(self._head.probe.dtype))
-            out["frame_features"] = frame_features
-            out["pooling_attention"] = self._to_token_grid(attention, item)
-        return {name: value for name, value in out.items() if name in method.signals}
+            if self._head.probe.device != encoded.hidden.device:  # the model was moved after attaching
+                self._head.to(encoded.hidden.device)
+            out["frame_features"], out["pooling_attention"] = self._head(encoded.patches.to(self._head.probe.dtype))
+        whole = {"frame_features"}
+        return {name: value if name in whole else self._to_tokens(value, item) for name, value in out.items()}
 
-    def _to_token_grid(self, attention: Tensor, item: VisualItem) -> Tensor:
-        """[F, P] over patches -> [F, N] over the tokens the LLM gets, pooled as the features were."""
-        if item.modality != "video":
-            return attention
-        mode = getattr(self._config, "mm_spatial_pool_mode", "average")
-        return pool_2d(attention[..., None], mode)[..., 0]
+    def _to_tokens(self, signal: Tensor, item: VisualItem) -> Tensor:
+        """[F, P, ...] over patches -> [F, N, ...] over the tokens that the LLM gets."""
+        if item.modality == "video":  # pooled as the features are
+            mode = getattr(self._config, "mm_spatial_pool_mode", "average")
+            return pool_2d(signal[..., None], mode)[..., 0] if signal.ndim == 2 else pool_2d(signal, mode)
+        return signal if item.source is None else signal.flatten(0, 1)[item.source][None]
 
 
 class LlavaHost(Host):
     family = "LLaVA"
     stages = frozenset({"sample", "compress", "prefill", "decode"})
-    signals = _HEAD_SIGNALS
+    signals = _HEAD_SIGNALS | ENCODER_SIGNALS
 
     def supports(self, model: Any) -> bool:
         return isinstance(model, LlavaMetaForCausalLM)
@@ -79,11 +95,12 @@ class LlavaHost(Host):
             raise MethodError(
                 f"{type(model).__name__} has no loaded vision tower; there are no visual tokens to compress."
             )
-        is_siglip = tower.hub_config.model_type == "siglip_vision_model"
-        self.check(pipeline, _HEAD_SIGNALS if is_siglip else frozenset(), f"a {tower.hub_config.model_type} tower")
+        kind = tower.hub_config.model_type
+        available = self.signals - (frozenset({"cls_attention"}) if kind == "siglip_vision_model" else _HEAD_SIGNALS)
+        self.check(pipeline, available, f"a {kind} tower")
         self._check_layers(model, pipeline)
         previous = self.attached(model)
-        model.acceleration = LlavaAcceleration(model, pipeline) if pipeline.methods else None
+        model.acceleration = LlavaAcceleration(model, pipeline, available) if pipeline.methods else None
         return previous
 
     def attached(self, model: Any) -> Any:

@@ -7,6 +7,7 @@ refer to specs/base.md.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -92,7 +93,7 @@ def image_item(features: Tensor, newline: Tensor | None, size: tuple[int, int] |
         index = torch.arange(patches, device=features.device)[None]
         item = _with_newlines(
             index, patches, _need(newline, merge_type), layout="one_token", modality="image", features=features,
-            grid=_square(patches),
+            grid=_square(patches), source=index[0],
         )
         return item
     return _anyres_item(features, newline, size, tower_size, config, merge_type)
@@ -100,14 +101,21 @@ def image_item(features: Tensor, newline: Tensor | None, size: tuple[int, int] |
 
 def flat_item(features: Tensor, patches: int | None) -> VisualItem:
     """[1, n, D] tokens in a row without newlines; ``patches`` if they are the patches of a single view."""
-    count = features.shape[1]
+    index = torch.arange(features.shape[1], device=features.device)
     return VisualItem(
         modality="image",
         features=features,
-        positions=torch.arange(count, device=features.device)[None],
-        length=count,
+        positions=index[None],
+        length=features.shape[1],
         grid=_square(patches),
+        source=index,
     )
+
+
+def tile_grid(views: int, size: tuple[int, int] | None, tower_size: int, config: Any) -> tuple[int, int] | None:
+    """(columns, rows) in which views 1.. of an image tile it; None for a single view and for a config without tiles."""
+    tiled = views > 1 and getattr(config, "mm_patch_merge_type", "flat").startswith("spatial")
+    return _grid_shape(size, tower_size, config, views - 1) if tiled else None
 
 
 def _anyres_item(
@@ -118,28 +126,32 @@ def _anyres_item(
     config: Any,
     merge_type: str,
 ) -> VisualItem:
-    views, patches, width = features.shape
+    views, patches, _ = features.shape
     side = math.isqrt(patches)
     columns, rows = _grid_shape(size, tower_size, config, views - 1)
     aspect = getattr(config, "image_aspect_ratio", "square")
-    # [rows, columns, side, side, D] tiles -> one big map [D, rows*side, columns*side]
-    big = features[1:].view(rows, columns, side, side, width).permute(4, 0, 2, 1, 3).flatten(3).flatten(1, 2)
+    big = _stitch(features[1:], rows, columns)
+    every = torch.arange(views * patches, device=features.device).view(views, patches, 1)
+    source: Tensor | None = _stitch(every[1:], rows, columns)
     ends_rows = False
     if "maxpool2x2" in merge_type:
-        big = nn.functional.max_pool2d(big, 2)
+        big, source = nn.functional.max_pool2d(big, 2), None
     elif "unpad" in merge_type:
-        big = unpad_image(big, size)
+        big, source = unpad_image(big, size), unpad_image(source, size)
         limit = _max_tiles(aspect)
         if limit is not None:
-            big = _shrink_to(big, limit * side * side)
+            whole, big = big, _shrink_to(big, limit * side * side)
+            source = source if big is whole else None
         ends_rows = True
     height, row = big.shape[1:]
     content = big.flatten(1).transpose(0, 1)
     base = features[0] if "nobase" not in merge_type else features[:0].flatten(0, 1)
     start = base.shape[0]
+    if source is not None:
+        source = torch.cat([every[0, :start, 0], source.flatten()])
     index = torch.arange(height * row, device=features.device)
     if not ends_rows:
-        return flat_item(torch.cat([base, content])[None], None)
+        return dataclasses.replace(flat_item(torch.cat([base, content])[None], None), source=source)
     tiles = _with_newlines(
         index[None], row, _need(newline, merge_type), layout="anyres", modality="image", features=content[None]
     )
@@ -155,7 +167,14 @@ def _anyres_item(
         newlines=tiles.newlines,
         newline_positions=tiles.newline_positions + start,
         newline_of=closes,
+        source=source,
     )
+
+
+def _stitch(tiles: Tensor, rows: int, columns: int) -> Tensor:
+    """[rows*columns, side*side, D] tiles -> one big map [D, rows*side, columns*side]."""
+    side, width = math.isqrt(tiles.shape[1]), tiles.shape[2]
+    return tiles.view(rows, columns, side, side, width).permute(4, 0, 2, 1, 3).flatten(3).flatten(1, 2)
 
 
 def _grid_shape(size: tuple[int, int] | None, tower_size: int, config: Any, tiles: int) -> tuple[int, int]:

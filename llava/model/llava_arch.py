@@ -8,6 +8,9 @@ A compression pipeline attached to a model object (``accelerate_methods.accelera
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,9 +23,11 @@ from accelerate_methods.decoder import DecoderOutput, needs_loop, run_decoder
 from accelerate_methods.items import VisualItem, VisualSequence, assemble, uncompressed
 from accelerate_methods.pipeline import Pipeline
 from accelerate_methods.steps import PromptLayout
+from accelerate_methods.views import Views, assemble_views
 from llava.model.checkpoint import KEY_MAPPING, check_loaded, has_tower_weights, load_config
-from llava.model.layout import flat_item, image_item, pool_2d, video_item
+from llava.model.layout import flat_item, image_item, pool_2d, tile_grid, video_item
 from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.tower import Encoded
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import Spliced, splice
 
@@ -158,23 +163,48 @@ class LlavaMetaForCausalLM:
         with recording.stage(request, "vision", device):
             if acceleration is not None:
                 pixels = acceleration.resize(pixels)
-            features = tower(pixels)
-            projected = self.project(features)
+            encoded = tower.look(pixels, acceleration.encoder_signals if acceleration is not None else ())
+            features = tower.select(encoded).to(pixels.dtype)
         # plain integers: the grid arithmetic is that of python floats
         sizes = [] if image_sizes is None else [tuple(int(edge) for edge in size) for size in image_sizes]
         if getattr(self.config, "add_faster_video", False):
             raise ValueError("config.add_faster_video (slow/fast video tokens) is not supported; set it to False.")
-        items = []
         counts = [1] * len(pixels) if plain else [len(v) for v in views]
-        for index, (tokens, raw) in enumerate(zip(projected.split(counts), features.split(counts), strict=True)):
-            modality = "plain" if plain else modalities[index] if index < len(modalities) else "image"
+        kinds = ["plain" if plain else modalities[i] if i < len(modalities) else "image" for i in range(len(counts))]
+        by_view = [acceleration is not None and acceleration.acts_on_views(kind) for kind in kinds]
+        with recording.stage(request, "vision", device):
+            projected = features[..., :1] if all(by_view) else self.project(features)
+        items = []
+        ends = list(itertools.accumulate(counts))
+        for index, (count, end, kind) in enumerate(zip(counts, ends, kinds, strict=True)):
+            here = slice(end - count, end)
             size = sizes[index] if index < len(sizes) else None
-            item = self._lay_out(tokens, modality, size)
+            # a method that acts on views needs the form of the layout only: one channel is enough
+            tokens = features[here, :, :1] if by_view[index] else projected[here]
+            item = self._lay_out(tokens, kind, size)
             if pixels.shape[-1] != side:  # only the shape of what the full-size input would have given
-                full = self._lay_out(self._full_size(tokens, pixels.shape[-1], side), modality, size)
+                full = self._lay_out(self._full_size(tokens, pixels.shape[-1], side), kind, size)
                 item.full_tokens, item.full_length = full.num_tokens, full.length
-            items.append(self._with_signals(item, raw))
+            if by_view[index]:
+                item.views = self._views(encoded[here], features[here], kind, size)
+            elif acceleration is not None:
+                item.signals = acceleration.signals(item, encoded[here])
+            items.append(item)
         return items
+
+    def _views(self, encoded: Encoded, features: Tensor, kind: str, size: tuple[int, int] | None) -> Views:
+        """One image before the projector, for a method that acts there."""
+        tower = self.get_vision_tower()
+        rows = math.isqrt(encoded.patches.shape[1])
+        special = encoded.special
+        return Views(
+            features=encoded.patches.to(features.dtype),
+            special=None if special is None else special.to(features.dtype),
+            grid=(rows, rows),
+            tiles=None if kind == "plain" else tile_grid(len(features), size, tower.image_size, self.config),
+            signals=encoded.signals,
+            uncompressed=lambda: self._lay_out(self.project(features), kind, size),
+        )
 
     def _lay_out(self, tokens: Tensor, modality: str, size: tuple[int, int] | None) -> VisualItem:
         """[V, P, D] projected patches of one item -> its layout."""
@@ -208,19 +238,17 @@ class LlavaMetaForCausalLM:
             if value not in ("image", "video", "text"):
                 raise ValueError(f"modality {value!r} is not known; allowed: image, video, text.")
 
-    def _with_signals(self, item: VisualItem, features: Tensor) -> VisualItem:
-        if self.acceleration is not None:
-            item.signals = self.acceleration.signals(item, features)
-        return item
-
-    def _sequences(self, items: list[VisualItem]) -> list[VisualSequence]:
+    def _sequence(self, item: VisualItem) -> VisualSequence:
+        """Compress one item, if a method is attached that acts on it."""
         method = self.acceleration.pipeline.compress if self.acceleration is not None else None
-        return [
-            assemble(item, method.compress(item))
-            if method is not None and item.modality in method.modalities
-            else uncompressed(item)
-            for item in items
-        ]
+        if method is None or item.modality not in method.modalities:
+            return uncompressed(item)
+        if item.views is None:
+            return assemble(item, method.compress(item))
+        compressed = method.compress_views(item.views)
+        if compressed is None:
+            return uncompressed(item.views.uncompressed())
+        return assemble_views(item, item.views, compressed, self.project)
 
     def prepare_multimodal(
         self,
@@ -238,7 +266,7 @@ class LlavaMetaForCausalLM:
         device = self.get_model().embed_tokens.weight.device
         items = self.visual_items(images, modalities, image_sizes, request)
         with recording.stage(request, "compress", self._visual_device()):
-            sequences = self._sequences(items)
+            sequences = [self._sequence(item) for item in items]
         spliced = splice(
             input_ids.to(device),
             None if attention_mask is None else attention_mask.to(device),
@@ -325,7 +353,7 @@ class LlavaMetaForCausalLM:
             labels = None if labels is None else spliced.labels
             attention_mask = spliced.mask.long() if len(set(spliced.lengths)) > 1 else None
             position_ids = spliced.position_ids if self._gapped() or attention_mask is not None else None
-            layout = PromptLayout(spliced.visual, spliced.lengths, spliced.infos)
+            layout = spliced.layout
         passed = dict(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -406,7 +434,7 @@ class LlavaMetaForCausalLM:
             else self._text_only(inputs, attention_mask, request)
         )
         if has_images and self.acceleration is not None:
-            kwargs["layout"] = PromptLayout(spliced.visual, spliced.lengths, spliced.infos)
+            kwargs["layout"] = spliced.layout
         if request is not None:
             kwargs["request"] = request
         return super().generate(
@@ -466,21 +494,8 @@ def _moved(sequence: VisualSequence, device: torch.device) -> VisualSequence:
     """The sequence on the decoder's device (differs from the tower's under a device map)."""
     if sequence.tokens.device == device:
         return sequence
-    return VisualSequence(
-        tokens=sequence.tokens.to(device),
-        positions=sequence.positions.to(device),
-        is_content=sequence.is_content.to(device),
-        length=sequence.length,
-        num_content=sequence.num_content,
-        owner=sequence.owner,
-        info=sequence.info,
-    )
-
-
-def _kept(item: VisualItem, sequence: VisualSequence) -> Tensor | None:
-    if sequence.owner is None:
-        return None
-    return torch.isin(item.positions, sequence.positions[sequence.is_content])
+    parts = ("tokens", "positions", "is_content")
+    return dataclasses.replace(sequence, **{name: getattr(sequence, name).to(device) for name in parts})
 
 
 def _describe(
@@ -496,10 +511,10 @@ def _describe(
                     modality=items[n].modality,
                     tokens_before=items[n].full_tokens or items[n].num_tokens,
                     tokens_after=sequences[n].num_content,
-                    grid=items[n].grid,
+                    grid=items[n].grid if items[n].views is None else items[n].views.grid,
                     owner=sequences[n].owner,
                     positions=sequences[n].positions,
-                    kept=_kept(items[n], sequences[n]),
+                    kept=sequences[n].stands,
                     info=sequences[n].info,
                 )
             )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from accelerate_methods.items import VisualSequence
+from accelerate_methods.steps import PromptLayout, VisualSpan
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 
@@ -24,7 +25,7 @@ class Spliced:
         position_ids: [B, L]; 0 in padding.
         visual: [B, L] True at content tokens of images and videos (newlines count as text).
         lengths: real tokens per sample; dense_lengths: what they would be without compression.
-        items: indices of the visual items each sample holds; infos: what their compression said (``Compressed.info``).
+        items: indices of the visual items each sample holds; spans: where they stand.
     """
 
     inputs_embeds: Tensor
@@ -35,7 +36,12 @@ class Spliced:
     lengths: list[int]
     dense_lengths: list[int]
     items: list[list[int]]
-    infos: list[list[dict[str, object]]]
+    spans: list[list[VisualSpan]]
+
+    @property
+    def layout(self) -> PromptLayout:
+        """What the decoder loop needs to know."""
+        return PromptLayout(self.visual, self.lengths, self.spans)
 
 
 def splice(
@@ -104,7 +110,7 @@ class _Row:
         self.positions: list[Tensor] = []
         self.visual: list[Tensor] = []
         self.items: list[int] = []
-        self.infos: list[dict[str, object]] = []
+        self.spans: list[VisualSpan] = []
         self.length = self.dense_length = 0
 
     def add_text(self, embeds: Tensor, labels: Tensor | None) -> None:
@@ -115,9 +121,11 @@ class _Row:
     def add_visual(self, sequence: VisualSequence, number: int) -> None:
         tokens = sequence.tokens
         labels = torch.full((tokens.shape[0],), IGNORE_INDEX, device=tokens.device)
-        self._add(tokens, labels, sequence.positions, sequence.length, sequence.is_content)
         self.items.append(number)
-        self.infos.append(sequence.info)
+        self.spans.append(
+            VisualSpan(self.length, tokens.shape[0], sequence.modality, sequence.num_content, sequence.info)
+        )
+        self._add(tokens, labels, sequence.positions, sequence.length, sequence.is_content)
 
     def _add(self, embeds: Tensor, labels: Tensor, positions: Tensor, dense: int, visual: Tensor) -> None:
         count = embeds.shape[0]
@@ -138,7 +146,20 @@ class _Row:
         self.length = self.embeds.shape[0]
         if max_length is not None:
             self.dense_length = min(self.dense_length, max_length)
+            self.spans = [_cut(span, max_length) for span in self.spans if span.start < max_length]
         return self
+
+
+def _cut(span: VisualSpan, end: int) -> VisualSpan:
+    """What is left of a span before row ``end``. The stages of a method can then no longer rely on ``info``."""
+    if span.end <= end:
+        return span
+    length = end - span.start
+    return dataclasses.replace(span, length=length, num_content=min(span.num_content, length), info={})
+
+
+def _shifted(spans: list[VisualSpan], by: int) -> list[VisualSpan]:
+    return [dataclasses.replace(span, start=span.start + by) for span in spans]
 
 
 def _pad(rows: list[_Row], side: str) -> Spliced:
@@ -164,5 +185,5 @@ def _pad(rows: list[_Row], side: str) -> Spliced:
         lengths=[row.length for row in rows],
         dense_lengths=[row.dense_length for row in rows],
         items=[row.items for row in rows],
-        infos=[row.infos for row in rows],
+        spans=[_shifted(row.spans, longest - row.length if side == "left" else 0) for row in rows],
     )

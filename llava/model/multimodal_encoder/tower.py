@@ -7,13 +7,43 @@ structure is built right away and ``from_pretrained`` fills it) or from the towe
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, SiglipVisionModel
 
+from accelerate_methods.hosts.encoder_attention import encoder_signals
+
 from .source import TowerError, VisionConfig, tower_config, tower_file, tower_weights
+
+
+@dataclasses.dataclass
+class Encoded:
+    """What a tower gives for V views.
+
+    Attributes:
+        hidden: [V, S + P, M] output of the selected layer: S special tokens, then P patches.
+        special_tokens: S.
+        signals: what was asked for, over the P patches.
+    """
+
+    hidden: Tensor
+    special_tokens: int
+    signals: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def __getitem__(self, views: slice) -> Encoded:
+        return Encoded(self.hidden[views], self.special_tokens, {k: v[views] for k, v in self.signals.items()})
+
+    @property
+    def patches(self) -> Tensor:
+        return self.hidden[:, self.special_tokens :]
+
+    @property
+    def special(self) -> Tensor | None:
+        return self.hidden[:, : self.special_tokens] if self.special_tokens else None
 
 
 class VisionTower(nn.Module):
@@ -71,16 +101,29 @@ class VisionTower(nn.Module):
         self.vision_tower.load_state_dict({k: weights[k] for k in wanted}, strict=True)
         self.vision_tower.eval()
 
-    def encode(self, pixels: Tensor, interpolate: bool = False) -> Tensor:
-        """[V, 3, S, S] -> [V, tokens, M] hidden states of the selected layer, special tokens included."""
+    #: tokens in front of the patches
+    special_tokens = 0
+
+    def encode(self, pixels: Tensor, interpolate: bool = False, signals: Collection[str] = ()) -> Encoded:
+        """Run the encoder up to the selected layer.
+
+        Args:
+            pixels: [V, 3, S, S].
+            interpolate: fit the position embeddings to another side than the tower's own.
+            signals: names of ``hosts.encoder_attention.SIGNALS`` to compute in the last layer that runs.
+        """
         model = self.vision_tower
         hidden = model.embeddings(pixels.to(self.dtype), interpolate_pos_encoding=interpolate)
         if hasattr(model, "pre_layrnorm"):
             hidden = model.pre_layrnorm(hidden)
-        for layer in model.encoder.layers[: self._layers_to_run()]:
+        layers = model.encoder.layers[: self._layers_to_run()]
+        found: dict[str, Tensor] = {}
+        for index, layer in enumerate(layers):
+            if signals and index == len(layers) - 1:
+                found = encoder_signals(layer, hidden, signals, self.special_tokens)
             hidden = layer(hidden, attention_mask=None)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        return hidden
+        return Encoded(hidden, self.special_tokens, found)
 
     def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         """Patch features [V, P, M] in the dtype of the input; a list of [3, S, S] gives a list of [1, P, M].
@@ -89,12 +132,17 @@ class VisionTower(nn.Module):
         """
         if isinstance(images, list):
             return [self.forward(image[None]) for image in images]
+        return self.select(self.look(images)).to(images.dtype)
+
+    def look(self, images: Tensor, signals: Collection[str] = ()) -> Encoded:
+        """:meth:`encode` for views of any side, on the tower's device."""
         side = self.hub_config.image_size
         interpolate = tuple(images.shape[-2:]) != (side, side)
-        return self._select(self.encode(images.to(self.device), interpolate)).to(images.dtype)
+        return self.encode(images.to(self.device), interpolate, signals)
 
-    def _select(self, hidden: Tensor) -> Tensor:
-        return hidden
+    def select(self, encoded: Encoded) -> Tensor:
+        """[V, P, M] what the projector gets."""
+        return encoded.patches
 
     # -- what callers read -------------------------------------------------------------------------------------------
 
@@ -140,6 +188,7 @@ class CLIPVisionTower(VisionTower):
     """CLIP: hidden state ``select_layer`` (counted with the embeddings as number 0), CLS dropped for "patch"."""
 
     model_class = CLIPVisionModel
+    special_tokens = 1
 
     def __init__(self, name: str, args: Any, delay_load: bool = False, checkpoint: str | None = None):
         super().__init__(name, args, delay_load, checkpoint)
@@ -152,8 +201,8 @@ class CLIPVisionTower(VisionTower):
         states = self.config.num_hidden_layers + 1
         return self.select_layer + states if self.select_layer < 0 else self.select_layer
 
-    def _select(self, hidden: Tensor) -> Tensor:
-        return hidden[:, 1:] if self.select_feature == "patch" else hidden
+    def select(self, encoded: Encoded) -> Tensor:
+        return encoded.patches if self.select_feature == "patch" else encoded.hidden
 
     def _make_processor(self) -> Any:
         from llava.image_processing import load_clip_image_processor
