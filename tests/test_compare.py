@@ -16,6 +16,7 @@ pytest.importorskip("lmms_eval")
 from lmms_eval_accelerate import compare, comparison
 
 import accelerate_methods
+from accelerate_methods.registry import method_class
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,7 +36,16 @@ def test_settings_take_their_own_ratio_or_the_common_one():
 
 def test_all_means_dense_and_every_method():
     settings = compare.settings_of("all", 0.2)
-    assert [s.label for s in settings] == ["dense", *(f"{n}@0.2" for n in accelerate_methods.available())]
+    free = {n for n in accelerate_methods.available() if "retention_ratio" in method_class(n).parameters()}
+    expected = [f"{n}@0.2" if n in free else n for n in accelerate_methods.available()]
+    assert [s.label for s in settings] == ["dense", *expected]
+    assert compare.settings_of("all@0.2", 0.1) == settings
+
+
+def test_methods_take_the_config_of_their_own_for_this_model():
+    embedded, real = plan_of(), plan_of("--pretrained", "org/model", "--config", "fastvid/llava_video")
+    assert embedded.config_of("fastvid") == "fastvid/llava_onevision" and embedded.config_of("random_prefill") is None
+    assert real.config_of("random") == "random/llava_video"
 
 
 @pytest.mark.parametrize(
@@ -64,7 +74,7 @@ def test_real_run_gives_every_method_the_setting_of_the_paper():
         arguments = dict(pair.split("=") for pair in option(command, "--model_args").split(","))
         assert arguments["max_frames_num"] == "64" and arguments["mm_spatial_pool_mode"] == "average"
         assert arguments["force_sample"] == "true"
-        assert ("method" in arguments) == (setting.method is not None)
+        assert bool({"method", "config"} & set(arguments)) == (setting.method is not None)
 
 
 def test_several_gpus_and_machines_go_through_accelerate_launch(monkeypatch):
@@ -114,6 +124,7 @@ def write_summary(folder: Path, score: float, after: float, compress: float, pre
         "samples": 50,
         "visual_tokens_before": 784.0,
         "visual_tokens_after": after,
+        "visual_tokens_per_layer": after,
         "llm_tflops_dense": 2.0,
         "llm_tflops": 2.0 * after / 784,
         "vision_ms": 30.0,

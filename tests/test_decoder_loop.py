@@ -89,6 +89,11 @@ def merged(hidden, visual):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ThinVideo(Thin):
+    modalities = frozenset({"video"})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Hide(DecodeMethod):
     """In step s hide every third visual key, beginning with the (s mod 3)-th; in every fourth step none."""
 
@@ -439,6 +444,38 @@ def test_attention_rows_without_position_or_mask(kind, rotary, causal):
     if causal:
         scores = scores.masked_fill(~torch.ones(18, 18, dtype=torch.bool).tril(), -torch.inf)
     assert_close(spy.seen[0][0], scores.softmax(-1)[:, :, [2, 9, 17]])
+
+
+def test_cut_after_the_last_layer_leaves_logits_and_shortens_every_cache():
+    model, layout = make("llama"), layout_of(1, 18)
+    cache = DynamicCache(config=model.config)
+    out = run_decoder(
+        model.model, pipe(Thin(layers=(LAYERS,), trim=True)), inputs_embeds=prompt(), layout=layout,
+        past_key_values=cache, use_cache=True,
+    )  # fmt: skip
+    plain = model.model(inputs_embeds=prompt())
+    kept = thinned(layout.visual)[0]
+    assert torch.allclose(out.last_hidden_state, plain.last_hidden_state[:, kept], atol=1e-5)
+    assert [cache.get_seq_length(i) for i in range(LAYERS)] == [int(kept.sum())] * LAYERS
+    # a decode step goes on from the uncut length and sees the shortened caches
+    step = run_decoder(
+        model.model, pipe(Thin(layers=(LAYERS,), trim=True)), inputs_embeds=prompt(1, 1, 5), past_key_values=cache
+    )
+    assert step.last_hidden_state.shape == (1, 1, 32) and cache.accelerate_state.next_position.item() == 19
+
+
+def test_items_of_other_modalities_are_text_to_a_method():
+    model, method = make("llama"), ThinVideo()
+    image = run_decoder(model.model, pipe(method), inputs_embeds=prompt(), layout=layout_of(1, 18))
+    plain = model.model(inputs_embeds=prompt())
+    assert torch.allclose(image.last_hidden_state, plain.last_hidden_state, atol=1e-5)
+    video = run_decoder(model.model, pipe(method), inputs_embeds=prompt(), layout=layout_of(1, 18, modality="video"))
+    assert video.last_hidden_state.shape[1] == 13
+    both = layout_of(1, 18, [range(3, 9)])
+    both.spans[0].append(VisualSpan(10, 4, "video", 4))
+    both.visual[0, 10:14] = True
+    out = run_decoder(model.model, pipe(method), inputs_embeds=prompt(), layout=both)
+    assert out.kept[0].tolist() == [*range(11), 12, *range(14, 18)]
 
 
 def test_step_tells_positions_and_spans():

@@ -140,6 +140,14 @@ def test_wrong_values_are_refused(given: dict, says: str) -> None:
         parse("llava_onevision_fastvid", **{"pretrained": "x", **given})
 
 
+def test_a_method_that_can_do_nothing_on_a_family_is_refused() -> None:
+    with pytest.raises(MethodError, match="video only.*runs on LLaVA-OneVision, LLaVA-Video"):
+        parse("llava_dycoke", pretrained="x")
+    with pytest.raises(MethodError, match="needs frame_features"):
+        parse("llava_accelerated", pretrained="x", method="fastvid")
+    assert parse("llava_fastervlm", pretrained="x").method == "fastervlm"
+
+
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from accelerate_methods import compatibility
 from accelerate_methods.errors import MethodError, UnknownNameError
 from accelerate_methods.pipeline import Pipeline, read_config, resolve
 
@@ -90,6 +91,7 @@ def parse_arguments(
     pipeline = _resolve(model_id, spec, params, defaults)
     if default_method is not None and default_method not in [m.name for m in pipeline.methods]:
         raise MethodError(f"model {model_id!r} runs {default_method}, but config {config!r} is for {pipeline.name}.")
+    compatibility.check(pipeline, family)
     values = {**defaults, **section, **{key: value for key, value in given.items() if key in defaults}}
     values["method"], values["config"] = pipeline.name, config
     _finish(values)

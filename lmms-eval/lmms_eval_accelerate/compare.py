@@ -25,26 +25,31 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import accelerate_methods
 from accelerate_methods.errors import MethodError
-from accelerate_methods.pipeline import read_config
+from accelerate_methods.pipeline import CONFIG_DIR, read_config
+from accelerate_methods.registry import method_class
 from lmms_eval_accelerate import TASKS, comparison
 
 ROOT = Path(accelerate_methods.__file__).resolve().parent.parent
 EMBEDDED = ROOT / "assets" / "tiny-llava-onevision"
 EMBEDDED_ARGS = {"max_frames_num": 16}
+EMBEDDED_CONFIG = "embedded"  # configs/<method>/embedded.yaml: where a method's own values do not fit a tiny model
 EMBEDDED_METHODS = "dense {method}@0.25 {method} {method}@0.05 random@0.25 random@0.1"
+EMBEDDED_METHODS_FIXED = "dense {method} random@0.25 random@0.1"  # a method whose budget follows from its parameters
 _PROGRESS = re.compile(r"_accelerated: .*?(\d+)/(\d+) \[")  # the model's own bar, named after it
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One run: a method (None: dense) at one retention ratio."""
+    """One run: a method (None: dense) at one retention ratio (None: its config's own parameters)."""
 
     method: str | None
     retention: float | None = None
 
     @property
     def label(self) -> str:
-        return comparison.DENSE if self.method is None else f"{self.method}@{self.retention:g}"
+        if self.method is None:
+            return comparison.DENSE
+        return self.method if self.retention is None else f"{self.method}@{self.retention:g}"
 
 
 @dataclasses.dataclass
@@ -69,11 +74,10 @@ class Plan:
         """The lmms-eval command line of one setting."""
         arguments = {"pretrained": self.pretrained, **self.model_args}
         if setting.method is not None:
-            if setting.method == read_config(self.config)["method"]:
-                arguments["config"] = self.config
-            else:
-                arguments["method"] = setting.method
-            arguments["retention_ratio"] = setting.retention
+            config = self.config_of(setting.method)
+            arguments |= {"method": setting.method} if config is None else {"config": config}
+            if setting.retention is not None:
+                arguments["retention_ratio"] = setting.retention
         command = [
             *self.launcher(),
             *("--model", f"{self.family}_accelerated"),
@@ -83,6 +87,12 @@ class Plan:
             *("--output_path", str(self.output / setting.label)),
         ]
         return [*command, "--limit", self.limit] if self.limit else command
+
+    def config_of(self, method: str) -> str | None:
+        """The config that holds a method's parameters for this model, or None: then its defaults."""
+        model = Path(self.config).name
+        names = (EMBEDDED_CONFIG, model) if self.pretrained == str(EMBEDDED) else (model,)
+        return next((f"{method}/{n}" for n in names if (CONFIG_DIR / method / f"{n}.yaml").is_file()), None)
 
     def launcher(self) -> list[str]:
         """How the processes are started: accelerate on GPUs, torchrun on CPUs, neither for a single process."""
@@ -110,7 +120,8 @@ class Plan:
 def settings_of(methods: str, retention: float) -> list[Setting]:
     """``"dense fastvid@0.25 random"``: names, with a retention ratio of their own or else ``retention``.
 
-    "all" stands for the dense model and every method.
+    "all" stands for the dense model and every method, "all@0.1" for the same at that ratio. Methods whose budget
+    follows from their parameters run with those of their config.
     """
     out = []
     for word in methods.replace(",", " ").split():
@@ -119,11 +130,21 @@ def settings_of(methods: str, retention: float) -> list[Setting]:
         if name == comparison.DENSE:
             out.append(Setting(None))
         elif name == "all":
-            out += [Setting(None), *(Setting(n, own) for n in accelerate_methods.available())]
+            out += [Setting(None), *(_setting(n, own) for n in accelerate_methods.available())]
         else:
-            accelerate_methods.get(name, retention_ratio=own)  # an unknown name or ratio fails here, before any run
-            out.append(Setting(name, own))
+            setting = Setting(name, own) if ratio else _setting(name, own)
+            if setting.retention is not None:  # an unknown name or ratio fails here, before any run
+                accelerate_methods.get(name, retention_ratio=own)
+            out.append(setting)
     return list(dict.fromkeys(out))
+
+
+def _setting(name: str, retention: float) -> Setting:
+    return Setting(name, retention if _has_budget(name) else None)
+
+
+def _has_budget(name: str) -> bool:
+    return "retention_ratio" in method_class(name).parameters()
 
 
 def run(plan: Plan, setting: Setting, console: Console, progress: Progress) -> Path:
@@ -157,8 +178,9 @@ def main(argv: list[str] | None = None) -> None:
     console = Console()
     plan = _plan(args)
     config = read_config(args.config)
-    retention = args.retention_ratio or config["params"].get("retention_ratio", 0.1)
-    default = f"dense {config['method']}" if args.pretrained else EMBEDDED_METHODS.format(method=config["method"])
+    retention = args.retention_ratio or config["params"].get("retention_ratio") or 0.1
+    embedded = EMBEDDED_METHODS if _has_budget(config["method"]) else EMBEDDED_METHODS_FIXED
+    default = f"dense {config['method']}" if args.pretrained else embedded.format(method=config["method"])
     try:
         settings = settings_of(args.methods or default, retention)
     except (MethodError, ValueError) as error:
@@ -261,7 +283,8 @@ def draw_clip(plan: Plan, setting: Setting, video: Path, path: Path) -> Path:
     )
     frames = load_video(str(video), num_frames=int(plan.model_args["max_frames_num"])).frames
     pixels = processor.preprocess(frames, return_tensors="pt")["pixel_values"]
-    method = accelerate_methods.accelerate(model, plan.config, retention_ratio=setting.retention)
+    budget = {} if setting.retention is None else {"retention_ratio": setting.retention}
+    method = accelerate_methods.accelerate(model, plan.config_of(setting.method) or setting.method, **budget)
     with method, accelerate_methods.record() as requests, torch.no_grad():
         model(torch.tensor([[IMAGE_TOKEN_INDEX, 0]], device=model.device), images=[pixels], modalities=["video"])
     item = requests[0].samples[0].items[0]

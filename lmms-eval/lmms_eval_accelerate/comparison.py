@@ -20,7 +20,8 @@ class Row:
     """One setting on one task. Costs are means per sample over all ranks, without the warm-up calls.
 
     ``prefill_ms`` is the language model's prefill, ``compress_ms`` the method's own work before it; ``speedup``
-    compares their sum with the dense run's, so a method has to pay for itself.
+    compares their sum with the dense run's, so a method has to pay for itself. ``tokens_after`` is the mean over the
+    decoder layers, so that methods that drop tokens inside the language model are counted alike.
     """
 
     setting: str
@@ -39,7 +40,7 @@ class Row:
 
     @property
     def kept(self) -> float:
-        """Share of the visual tokens that reached the language model."""
+        """Share of the visual tokens that the language model worked on, mean over its layers."""
         return self.tokens_after / self.tokens_before if self.tokens_before else 1.0
 
 
@@ -70,7 +71,7 @@ def _row(setting: str, task: str, metrics: Mapping[str, float], costs: Mapping[s
         score=score,
         samples=costs["samples"],
         tokens_before=costs["visual_tokens_before"],
-        tokens_after=costs["visual_tokens_after"],
+        tokens_after=costs["visual_tokens_per_layer"],
         flops_share=costs["llm_tflops"] / costs["llm_tflops_dense"],
         vision_ms=costs["vision_ms"],
         compress_ms=costs["compress_ms"],
@@ -79,7 +80,10 @@ def _row(setting: str, task: str, metrics: Mapping[str, float], costs: Mapping[s
 
 
 _HEADERS = ("setting", "accuracy", "vs dense", "visual tokens", "LLM FLOPs", "compress ms", "prefill ms", "speed up")
-_NOTE = "means per sample; speed up: LLM prefill of the dense run / (compression + prefill)"
+_NOTE = (
+    "means per sample; visual tokens: mean over the LLM's layers; "
+    "speed up: LLM prefill of the dense run / (compression + prefill)"
+)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ STAGES = ("vision", "compress", "prefill", "decode")
 MEANS = (
     "visual_tokens_before",
     "visual_tokens_after",
+    "visual_tokens_per_layer",
     "prompt_tokens_dense",
     "prompt_tokens",
     *(f"{stage}_ms" for stage in STAGES),
@@ -51,6 +52,7 @@ def sample_costs(
 ) -> list[Costs]:
     """Costs of each sample of one ``generate`` call. Times are the call's, divided by its number of samples.
 
+    ``visual_tokens_after`` is what the first decoder layer gets, ``visual_tokens_per_layer`` the mean over all of them.
     LLM work is the prefill of the decoder layers in tera multiply-accumulates (the papers' "FLOPs").
     """
     size = len(record.samples)
@@ -62,6 +64,8 @@ def sample_costs(
         extra = {
             "visual_tokens_before": sample.visual_tokens_before,
             "visual_tokens_after": sample.visual_tokens_after,
+            # what layers lack of the prompt are visual tokens
+            "visual_tokens_per_layer": sample.visual_tokens_after - sample.length + sum(layers) / len(layers),
             "prompt_tokens_dense": sample.dense_length,
             "prompt_tokens": sample.length,
             **{f"{stage}_ms": stage_ms.get(stage, 0.0) / size for stage in STAGES},

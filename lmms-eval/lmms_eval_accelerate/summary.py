@@ -30,6 +30,7 @@ _ROWS = {
     "skipped": "skipped (unreadable)",
     "visual_tokens_before": "visual tokens before",
     "visual_tokens_after": "visual tokens after",
+    "visual_tokens_per_layer": "visual tokens per LLM layer",
     "prompt_tokens": "prompt tokens",
     "vision_ms": "vision ms",
     "compress_ms": "compress ms",

@@ -6,7 +6,8 @@
 #
 #   PRETRAINED        checkpoint folder or hub name
 #   TASKS             comma-separated lmms-eval tasks                      (default: videomme / the embedded tasks)
-#   METHODS           what to compare                (default: "dense" and the config's method; "all" for every method)
+#   METHODS           what to compare, e.g. "dense fastvid@0.25 random"       (default: "dense" and the config's method;
+#                     "all" for every method at RETENTION_RATIO, "all@0.25" at that one)
 #   RETENTION_RATIO   share of visual tokens kept                          (default: the config's)
 #   LIMIT             documents per task                                   (default: all)
 #   NUM_PROCESSES     GPUs (without any: processes) per machine   (default: all visible GPUs; embedded model: 1)
