@@ -119,7 +119,7 @@ class Method:
         integer: bool = False,
     ) -> None:
         value = getattr(self, field)
-        if value is None:
+        if value is None and (field in self.budget_fields or self.parameters()[field] is None):
             return
         kind = "an integer" if integer else "a number"
         if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)) or value != value:
@@ -129,6 +129,11 @@ class Method:
             right = ")" if high == math.inf else "]"
             allowed = f"{left}{low:g}, {high:g}{right}"
             raise MethodError(f"{self.name}: {field}={value!r} is outside the allowed range {allowed}.")
+
+    def _check_flag(self, field: str) -> None:
+        value = getattr(self, field)
+        if not isinstance(value, bool):
+            raise MethodError(f"{self.name}: {field} must be True or False, got {value!r}.")
 
     def _check_choice(self, field: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, field)

@@ -52,6 +52,18 @@ class _CacheState:
     next_position: Tensor | None = None
     memory: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    def follow(self, cache: DynamicCache) -> None:
+        """Have the memory of a decode method re-ordered whenever beam search re-orders the cache."""
+        reorder = cache.reorder_cache
+
+        def both(beams: Tensor) -> None:
+            reorder(beams)
+            for name, value in self.memory.items():
+                if isinstance(value, Tensor) and value.ndim and value.shape[0] == beams.shape[0]:
+                    self.memory[name] = value.index_select(0, beams.to(value.device))
+
+        cache.reorder_cache = both
+
 
 @dataclasses.dataclass
 class DecoderOutput(BaseModelOutputWithPast):
@@ -216,6 +228,10 @@ class _Loop:
             self._select(method, len(self.layers), state)
         if self.cache is not None:
             self.cache.accelerate_state = state
+            if state.has_visual:
+                state.follow(self.cache)
+        if self.request is not None and self.kept is not None:
+            self.request.keep_rows(self.kept, self.valid, self.layout.visual.shape[1])
 
     def _decodes(self) -> bool:
         """Whether there is anything for a decode method to act on."""
@@ -281,6 +297,8 @@ class _Loop:
                 keep = method.decode(DecodeStep(self, index, visual, valid, state.memory))
                 if keep is not None:
                     shown = Selection.from_mask(keep if valid is None else keep & valid)
+                    if shown.valid is None and shown.indices.shape[1] == visual.shape[1]:  # nothing is hidden
+                        shown = None
             if index + 1 == start:
                 self.inputs, self.input_ropes = {index: self.hidden}, {index: self.rope}
             if shown is None:
@@ -416,11 +434,17 @@ class _Loop:
 
 
 def _gather(states: Tensor, indices: Tensor) -> Tensor:
-    return states.gather(1, indices[..., None].expand(-1, -1, states.shape[-1]))
+    """Rows ``indices`` [B, K] of states [B, L, D]. Copies whole rows, which ``torch.gather`` does not."""
+    batch, length, width = states.shape
+    rows = indices + torch.arange(batch, device=indices.device)[:, None] * length
+    return states.reshape(-1, width).index_select(0, rows.flatten()).view(batch, -1, width)
 
 
 def _gather_keys(states: Tensor, indices: Tensor) -> Tensor:
-    return states.gather(2, indices[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+    """Keys (or values) ``indices`` [B, K] of states [B, H, S, d]."""
+    batch, heads = states.shape[:2]
+    per_head = indices[:, None].expand(-1, heads, -1).reshape(batch * heads, -1)
+    return _gather(states.flatten(0, 1), per_head).unflatten(0, (batch, heads))
 
 
 def _check_whole(keys: Tensor, length: int) -> None:

@@ -130,8 +130,8 @@ class VisualSequence:
         modality: "image" or "video".
         length: rows of the uncompressed layout.
         num_content: content tokens, counted without a device read.
-        owner: [F, N] index into ``tokens`` holding each original content token, -1 if dropped; None when uncompressed.
-            After a method that acts on views: [V, P], over their patches.
+        owner: [F, N] index into ``tokens`` holding each original content token, -1 if dropped. After a method that acts
+            on views: [V, P], over their patches.
         stands: like ``owner``, True where an output token stands.
     """
 
@@ -141,8 +141,8 @@ class VisualSequence:
     modality: str
     length: int
     num_content: int
-    owner: Tensor | None = None
-    stands: Tensor | None = None
+    owner: Tensor
+    stands: Tensor
     info: dict[str, object] = dataclasses.field(default_factory=dict)
 
 
@@ -160,6 +160,8 @@ def uncompressed(item: VisualItem) -> VisualSequence:
         modality=item.modality,
         length=item.length,
         num_content=item.num_tokens,
+        owner=item.positions,
+        stands=torch.ones_like(item.positions, dtype=torch.bool),
     )
 
 

@@ -27,13 +27,20 @@ _active: ContextVar[list[RequestRecord] | None] = ContextVar("accelerate_methods
 class ItemRecord:
     """One image or video of a sample.
 
-    ``owner`` [F, N] and ``positions`` [R] are the provenance of ``items.VisualSequence``, ``kept`` [F, N] is True where
-    an output token stands; None when the item was not compressed.
+    Attributes:
+        tokens_before, tokens_after: visual tokens without compression, and those that the first decoder layer gets.
+        grid: (rows, columns) of a frame or view, if there is one.
+        owner: [F, N] for every original token the row of the item that holds it when prefill ends, -1 if none does;
+            ``kept``: [F, N] True where such a row stands.
+        positions: [R] layout row of each of the item's rows.
+        start: where the item begins in the (padded) prompt.
+        info: what the method said.
     """
 
     modality: str
     tokens_before: int
     tokens_after: int
+    start: int = 0
     grid: tuple[int, int] | None = None
     owner: torch.Tensor | None = None
     positions: torch.Tensor | None = None
@@ -87,6 +94,17 @@ class RequestRecord:
     def layer_lengths(self, sample: int) -> list[int]:
         """Prompt tokens of one sample that each decoder layer processed in prefill. May synchronise."""
         return [int(tokens[sample * (len(tokens) // len(self.samples))]) for tokens in self.layer_tokens]  # beams
+
+    def keep_rows(self, rows: torch.Tensor, valid: torch.Tensor | None, length: int) -> None:
+        """Note that of the prompt's ``length`` rows only ``rows`` [B, K] (where ``valid``) are left after prefill."""
+        left = rows.new_zeros(rows.shape[0], length + 1).bool()  # a spare slot takes the padding
+        left.scatter_(1, rows if valid is None else rows.masked_fill(~valid, length), True)
+        beams = rows.shape[0] // len(self.samples) if self.samples else 1
+        for sample, here in zip(self.samples, left[::beams], strict=False):
+            for item in sample.items:
+                if item.owner is not None:
+                    held = here.to(item.owner.device)[item.owner.clamp(min=0) + item.start] & (item.owner >= 0)
+                    item.owner, item.kept = item.owner.masked_fill(~held, -1), item.kept & held
 
     @contextlib.contextmanager
     def span(self, name: str, device: torch.device) -> Iterator[None]:

@@ -118,6 +118,7 @@ class PrefillStep:
         position_ids: [B, L].
         spans: per sample, where the method's items stood in the prompt (``rows`` leads from here to there).
         rows: [B, L] row of the prompt that each row was, None as long as nothing has been dropped.
+        lengths: real tokens of each sample's prompt; num_heads: query heads of the decoder.
 
     Padding stands on the left, so the last row is the last prompt token of every sample.
     """
@@ -133,6 +134,8 @@ class PrefillStep:
         self.position_ids = loop.position_ids
         self.spans = loop.spans
         self.rows = loop.kept
+        self.lengths = loop.layout.lengths
+        self.num_heads = loop.config.num_attention_heads
 
     def attention(self, rows: Tensor, *, rotary: bool = True, causal: bool = True) -> Tensor:
         """Attention probabilities [B, H, R, L] of layer ``layer - 1`` for the query positions ``rows`` [R] only.
@@ -153,7 +156,8 @@ class DecodeStep:
         visual: [B, S] True at visual keys of that layer's cache that belong to the method's modalities (the token being
             decoded included, as False).
         valid: [B, S] False at padding, or None.
-        memory: dict that lives as long as the request, for state between steps.
+        memory: dict that lives as long as the request, for state between steps. Tensors [B, ...] in it follow the beams
+            of a beam search.
     """
 
     def __init__(self, loop: Any, layer: int, visual: Tensor, valid: Tensor | None, memory: dict[str, Any]):

@@ -20,7 +20,7 @@ def token_states(item: ItemRecord) -> np.ndarray:
     counts as merged.
     """
     if item.owner is None or item.grid is None:
-        raise MethodError("this item has no provenance on a token grid (not compressed, or an anyres image).")
+        raise MethodError("this item has no provenance on a token grid (an anyres image, or a smaller input).")
     states = (item.owner >= 0).long() + item.kept.long()
     return states.cpu().numpy().reshape(-1, *item.grid)
 

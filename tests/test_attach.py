@@ -231,7 +231,7 @@ def test_records(tiny):
     assert dense.samples[0].dense_length == dense.samples[0].length == DENSE
     assert dense.samples[0].visual_tokens_before == dense.samples[0].visual_tokens_after == 4 * 196
     assert set(dense.stage_ms) == {"vision", "compress", "prefill", "decode"} and dense.decode_steps == 3
-    assert dense.layer_lengths(0) == [DENSE] * 6 and dense.samples[0].items[0].owner is None
+    assert dense.layer_lengths(0) == [DENSE] * 6 and dense.samples[0].items[0].kept.all()
 
     sample = compressed.samples[0]
     item = sample.items[0]

@@ -46,6 +46,9 @@ def test_methods_take_the_config_of_their_own_for_this_model():
     embedded, real = plan_of(), plan_of("--pretrained", "org/model", "--config", "fastvid/llava_video")
     assert embedded.config_of("fastvid") == "fastvid/llava_onevision" and embedded.config_of("random_prefill") is None
     assert real.config_of("random") == "random/llava_video"
+    # the embedded model is a OneVision model, whatever model the config is for
+    other = plan_of("--config", "fastv/llava_1_5")
+    assert other.family == "llava_onevision" and other.config_of("fastv") == "fastv/llava_onevision"
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,8 @@ def sequence_of(count, newlines=0, modality="video"):
         modality=modality,
         length=count + newlines,
         num_content=count,
+        owner=torch.arange(count)[None],
+        stands=torch.ones(1, count, dtype=torch.bool),
         info={"count": count},
     )
 

@@ -1,9 +1,29 @@
-"""Density-peak scores (DPC-kNN) on token embeddings."""
+"""Density peaks (DPC-kNN) on token embeddings: scores, and the clustering around them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+_EXACT_UP_TO = 25  # tokens; as torch.cdist, which computes larger sets through their products
+
+
+def squared_distances(tokens: Tensor, exact: bool = False) -> Tensor:
+    """``|x_i - x_j|^2 / D`` within each set, float32: [B, M, D] -> [B, M, M], zero on the diagonal.
+
+    Args:
+        exact: from the differences instead of the products; slow for large sets, but equal tokens are at distance 0.
+    """
+    tokens = tokens.detach().float()
+    size, width = tokens.shape[-2:]
+    if exact or size <= _EXACT_UP_TO:
+        return torch.cdist(tokens, tokens, compute_mode="donot_use_mm_for_euclid_dist").square_().mul_(1.0 / width)
+    with torch.autocast(tokens.device.type, enabled=False):
+        product = torch.bmm(tokens, tokens.transpose(1, 2))
+    norm = product.diagonal(dim1=1, dim2=2).clone()  # of the products themselves: equal tokens cancel
+    squared = product.mul_(-2.0).add_(norm[:, :, None]).add_(norm[:, None, :]).clamp_(min=0.0).mul_(1.0 / width)
+    squared.diagonal(dim1=1, dim2=2).zero_()
+    return squared
 
 
 def density_peak_scores(tokens: Tensor, neighbours: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -23,14 +43,56 @@ def density_peak_scores(tokens: Tensor, neighbours: int, noise: Tensor | None = 
 
     Source: specs/fastvid.md section 5.
     """
-    tokens = tokens.float()
-    size, width = tokens.shape[-2:]
-    distance = torch.cdist(tokens, tokens) * width**-0.5
-    nearest = distance.topk(min(neighbours, size), dim=-1, largest=False).values
-    density = (-nearest.square().mean(-1)).exp()
+    squared = squared_distances(tokens)
+    density = (-_spread(squared, neighbours)).exp()
     if noise is not None:
         density = density + noise
     denser = density[:, None, :] > density[:, :, None]
-    farthest = distance.flatten(1).amax(1)[:, None, None]
-    peak = torch.where(denser, distance, farthest).amin(-1)
-    return density, density * peak
+    return density, density * _peak_distance(squared, denser)
+
+
+def dpc_knn(
+    tokens: Tensor, clusters: int, neighbours: int, noise: Tensor | None = None, exact: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Clusters around the density peaks of each set, each token going to the nearest peak.
+
+    Args:
+        tokens: [B, M, D], B independent sets; any float dtype, computed in float32.
+        clusters: n, clipped to 1..M; neighbours: k of the density, clipped to M.
+        noise: [B, M] added to the density to break ties. Without it densities are taken relative to the largest of the
+            set: the same clusters, but no underflow where tokens lie far apart; of two equal ones, the lower index
+            counts as the denser.
+        exact: see :func:`squared_distances`.
+
+    Returns:
+        labels [B, M] in 0..n-1, and centres [B, n]: the token that label c stands for, in descending order of score.
+
+    Source: specs/prunevid.md section 3.1.
+    """
+    size = tokens.shape[1]
+    clusters = max(1, min(clusters, size))
+    squared = squared_distances(tokens, exact)
+    spread = _spread(squared, neighbours)
+    if noise is None:
+        density = (spread.amin(1, keepdim=True) - spread).exp()
+    else:
+        density = (-spread).exp() + noise
+    ours, others = density[:, :, None], density[:, None, :]
+    index = torch.arange(size, device=tokens.device)
+    denser = (others > ours) | ((others == ours) & (index[None, :] < index[:, None]))
+    score = density * _peak_distance(squared, denser)
+    centres = torch.sort(score, dim=-1, descending=True, stable=True).indices[:, :clusters]
+    labels = squared.gather(2, centres[:, None, :].expand(-1, size, -1)).argmin(2)
+    labels.scatter_(1, centres, torch.arange(clusters, device=tokens.device).expand_as(centres))
+    return labels, centres
+
+
+def _spread(squared: Tensor, neighbours: int) -> Tensor:
+    """[B, M] mean of each token's k smallest squared distances."""
+    return squared.topk(min(neighbours, squared.shape[-1]), dim=-1, largest=False).values.mean(-1)
+
+
+def _peak_distance(squared: Tensor, denser: Tensor) -> Tensor:
+    """[B, M] distance to the nearest denser token, or the largest of the set. ``denser`` [B, i, j]: j is, than i."""
+    farthest = squared.flatten(1).amax(1)[:, None, None]
+    return torch.where(denser, squared, farthest).amin(-1).sqrt()

@@ -502,15 +502,18 @@ def _describe(
     request: recording.RequestRecord, items: list[VisualItem], sequences: list[VisualSequence], spliced: Spliced
 ) -> None:
     """Fill the record of a request from what was spliced."""
-    for numbers, length, dense in zip(spliced.items, spliced.lengths, spliced.dense_lengths, strict=True):
+    for numbers, spans, length, dense in zip(
+        spliced.items, spliced.spans, spliced.lengths, spliced.dense_lengths, strict=True
+    ):
         shrunk = sum((items[n].full_length or items[n].length) - items[n].length for n in numbers)
         sample = recording.SampleRecord(dense_length=dense + shrunk, length=length)
-        for n in numbers:
+        for n, span in zip(numbers, spans, strict=False):  # a truncated prompt may have lost items
             sample.items.append(
                 recording.ItemRecord(
                     modality=items[n].modality,
                     tokens_before=items[n].full_tokens or items[n].num_tokens,
-                    tokens_after=sequences[n].num_content,
+                    tokens_after=span.num_content,
+                    start=span.start,
                     grid=items[n].grid if items[n].views is None else items[n].views.grid,
                     owner=sequences[n].owner,
                     positions=sequences[n].positions,

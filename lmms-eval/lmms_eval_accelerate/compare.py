@@ -31,6 +31,7 @@ from lmms_eval_accelerate import TASKS, comparison
 
 ROOT = Path(accelerate_methods.__file__).resolve().parent.parent
 EMBEDDED = ROOT / "assets" / "tiny-llava-onevision"
+EMBEDDED_FAMILY = "llava_onevision"
 EMBEDDED_ARGS = {"max_frames_num": 16}
 EMBEDDED_CONFIG = "embedded"  # configs/<method>/embedded.yaml: where a method's own values do not fit a tiny model
 EMBEDDED_METHODS = "dense {method}@0.25 {method} {method}@0.05 random@0.25 random@0.1"
@@ -91,8 +92,10 @@ class Plan:
     def config_of(self, method: str) -> str | None:
         """The config that holds a method's parameters for this model, or None: then its defaults."""
         model = Path(self.config).name
-        names = (EMBEDDED_CONFIG, model) if self.pretrained == str(EMBEDDED) else (model,)
-        return next((f"{method}/{n}" for n in names if (CONFIG_DIR / method / f"{n}.yaml").is_file()), None)
+        names = [EMBEDDED_CONFIG, model, EMBEDDED_FAMILY] if self.pretrained == str(EMBEDDED) else [model]
+        paths = {name: CONFIG_DIR / method / f"{name}.yaml" for name in names}
+        fit = [n for n, path in paths.items() if path.is_file() and read_config(path)["model"]["family"] == self.family]
+        return f"{method}/{fit[0]}" if fit else None
 
     def launcher(self) -> list[str]:
         """How the processes are started: accelerate on GPUs, torchrun on CPUs, neither for a single process."""
@@ -223,6 +226,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     if args.pretrained is None:
         if not (EMBEDDED / "config.json").is_file():
             raise SystemExit(f"error: the embedded model is missing ({EMBEDDED}); set PRETRAINED to a checkpoint.")
+        model = model if model["family"] == "llava_video" else {**model, "family": EMBEDDED_FAMILY}
         model_args = {**EMBEDDED_ARGS, **model_args}
         tasks = tasks or ("shapes_video_full,easy_vqa_full" if args.full else "shapes_video,easy_vqa")
     else:

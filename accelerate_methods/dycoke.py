@@ -1,0 +1,161 @@
+"""DyCoke: dynamic compression of tokens for fast video large language models (CVPR 2025, arXiv 2411.15024).
+
+Two steps that work without training and can each be switched off:
+
+1. **TTM** (temporal token merging), before the LLM: frames are compared in windows of four; a compressed frame keeps
+   the tokens that resemble the same place of its reference frame least. In spite of the name nothing is averaged.
+2. **DP** (dynamic pruning), in every decode step: layers from ``l`` on see only those visual keys to which layer
+   ``l - 1`` pays most attention in this very step. The cache stays whole, so hidden tokens can come back.
+
+As in the official code, the last frame of an odd number is dropped, the last complete window keeps its third frame
+whole, tokens of a compressed frame go on by rising similarity, and the last visual token counts as text for DP. On
+layouts with a newline per row or frame, where the official code cannot run, kept tokens stay in place (docs:
+differences.md). Section numbers refer to specs/dycoke.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import CompressMethod, DecodeMethod
+from .budget import floor_share
+from .errors import MethodError
+from .items import Compressed, VisualItem, selection
+from .ops.select import top_mask
+from .registry import register
+from .steps import DecodeStep
+
+WINDOW = 4  # frames compared with each other, a constant of the paper's code
+
+
+@register("dycoke")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DyCoke(CompressMethod, DecodeMethod):
+    """Hyper-parameters of DyCoke, defaults as in the paper's strongest setting.
+
+    Attributes:
+        k: TTM, share of a compressed frame's tokens that is dropped.
+        p: DP, share of the visual keys that is hidden.
+        l: DP, first decoder layer (0-based) with the reduced view; from the number of layers on there is no DP.
+        threshold: DP, hide nothing in a step whose attention resembles that of the step before at least this much
+            (cosine); above 1 hides in every step.
+        ttm, dp: switch the two steps off.
+    """
+
+    title: ClassVar[str] = "DyCoke"
+    paper: ClassVar[str] = "arXiv 2411.15024"
+    licence: ClassVar[str] = "none stated (KD-TAO/DyCoke)"
+    modalities: ClassVar[frozenset[str]] = frozenset({"video"})
+    positions: ClassVar[str] = "compact"
+
+    k: float = 0.7
+    p: float = 0.7
+    l: int = 3  # noqa: E741 (the paper's name)
+    threshold: float = 0.9
+    ttm: bool = True
+    dp: bool = True
+
+    def __post_init__(self) -> None:
+        self._check_number("k", low=0.0, high=1.0)
+        self._check_number("p", low=0.0, high=1.0)
+        self._check_number("l", low=1, integer=True)
+        self._check_number("threshold", low=-1.0)
+        self._check_flag("ttm")
+        self._check_flag("dp")
+        if not (self.ttm or self.dp):
+            raise MethodError("dycoke: ttm and dp are both off; use no method at all instead.")
+
+    def stages_off(self) -> tuple[str, ...]:
+        return tuple(stage for stage, on in (("compress", self.ttm), ("decode", self.dp)) if not on)
+
+    def compress(self, item: VisualItem) -> Compressed:
+        kept, counts = temporal_tokens(item.features, self.k)
+        # Only where no newline stands between the tokens can they leave their place.
+        ends_once = item.layout in ("one_token", "no_token", "flat")
+        info: dict[str, object] = {"tokens_per_frame": counts}
+        return selection(item, kept, info, order="given" if ends_once else "layout")
+
+    def decode_layer(self, num_layers: int) -> int:
+        return min(self.l, num_layers)
+
+    def decode(self, step: DecodeStep) -> Tensor | None:
+        scores = step.attention().float().mean(1)
+        rank = step.visual.long().cumsum(1)
+        count = (rank[:, -1] - 1).clamp(min=0)
+        candidates = step.visual & (rank <= count[:, None])  # the last visual token never hides
+        scores = scores.masked_fill(~candidates, 0.0)
+        similarity = similarity_to_previous(scores, step.memory.get("dycoke.scores"))
+        step.memory["dycoke.scores"], step.memory["dycoke.similarity"] = scores, similarity
+        if self.p == 0:
+            return None
+        kept = (count.double() * (1 - self.p)).long()  # int(count * (1 - p)), but without a device read
+        top = top_mask(scores.masked_fill(~candidates, -torch.inf), kept)
+        return ~candidates | top | (similarity >= self.threshold)[:, None]
+
+
+def temporal_tokens(features: Tensor, k: float) -> tuple[Tensor, list[int]]:
+    """TTM: which tokens of a video go on (section 3).
+
+    With U frames (the last of an odd number is dropped): frame f is compared with f - 1 if f is odd, the third frame of
+    a window with the first one if the window starts before F - 4; all others stay whole.
+
+    Args:
+        features: [F, N, D], any float dtype; similarities are computed in float32 and better.
+        k: share of a compressed frame that is dropped.
+
+    Returns:
+        Flat indices [K] (frame*N + token), frame by frame, within a compressed frame by rising similarity (the lower
+        index first among equals); and the number of tokens of each of the F frames.
+    """
+    frames, per_frame, _ = features.shape
+    rows = torch.arange(frames * per_frame, device=features.device)
+    if frames == 1:
+        return rows, [per_frame]
+    used = frames - frames % 2
+    keep = floor_share(per_frame, 1 - k)
+    rows = rows.view(frames, per_frame)[:used]
+    order = torch.sort(reference_similarity(features[:used]), dim=1, stable=True).indices[:, :keep]
+    chosen = rows.gather(1, order)
+    compressed = [f % 2 == 1 or (f % WINDOW == 2 and f - 2 < frames - WINDOW) for f in range(used)]
+    kept = torch.cat([chosen[f] if short else rows[f] for f, short in enumerate(compressed)])
+    return kept, [keep if short else per_frame for short in compressed] + [0] * (frames - used)
+
+
+def reference_similarity(features: Tensor) -> Tensor:
+    """[F, N] float64 cosine of each token with the same place of the frame's reference; 0 in a window's first frame.
+
+    Args:
+        features: [F, N, D], F even.
+    """
+    frames, per_frame, width = features.shape
+    windows, blocks = features.split(WINDOW), math.gcd(width, 8)
+    # Inner products within each window at each place; zeros stand for the missing frames of a half window. One product
+    # per window needs no copy of the features, as any product of all windows would. Blocks of the width, summed in
+    # float64, make it more exact than an elementwise product in float32 at the same speed.
+    gram = features.new_zeros(len(windows), per_frame, WINDOW, WINDOW, dtype=torch.float64)
+    for products, window in zip(gram, windows, strict=True):
+        size = window.shape[0]
+        part = window.float().unflatten(2, (blocks, -1)).permute(1, 2, 0, 3).flatten(0, 1)  # [N * blocks, size, d]
+        products[:, :size, :size] = (part @ part.mT).unflatten(0, (per_frame, blocks)).sum(1, dtype=gram.dtype)
+
+    def cosine(frame: int, reference: int) -> Tensor:
+        # the root of the product, not the product of the roots: exactly 1 for equal tokens, so that they tie
+        squares = gram[..., frame, frame] * gram[..., reference, reference]
+        return gram[..., frame, reference] / squares.sqrt().clamp(min=1e-8)
+
+    first = gram.new_zeros(len(windows), per_frame)
+    return torch.stack([first, cosine(1, 0), cosine(2, 0), cosine(3, 2)], dim=1).flatten(0, 1)[:frames]
+
+
+def similarity_to_previous(scores: Tensor, previous: Tensor | None) -> Tensor:
+    """[B] cosine of this step's scores [B, S] with those of the step before (shorter rows end in zeros); 0 without."""
+    if previous is None:
+        return scores.new_zeros(scores.shape[0])
+    grown = scores.shape[1] - previous.shape[1]  # negative where generate has cropped the cache
+    previous = torch.nn.functional.pad(previous, (0, grown))
+    return torch.nn.functional.cosine_similarity(scores, previous, dim=1)

@@ -1,0 +1,136 @@
+"""FastV: an image is worth 1/2 tokens after layer 2 (ECCV 2024, arXiv 2403.06764).
+
+Decoder layers 0..K-1 see the whole prompt. Before layer K every visual token is scored by the attention that the last
+prompt token pays to it in layer K-1, averaged over the query heads, and the share R with the lowest scores is dropped
+for the layers to come. Text always stays; kept tokens keep order and position ids.
+
+This is the KV-cache release (the Hugging Face fork): tokens are dropped once, at prefill; layers below K cache the
+whole prompt, the others what was left, and decode steps attend to everything cached. The paper scores by the attention
+from all later tokens; the code, which we follow, by the last one alone. The official code further fixes where the image
+stands, takes one image and one sample; here the visual rows come from the prompt, several images or videos compete for
+one budget, and each sample of a batch has its own scores. Section numbers refer to specs/fastv.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import PrefillMethod
+from .baselines import random_indices
+from .budget import floor_share
+from .errors import MethodError
+from .ops.select import on_device, right_aligned_indices, top_mask
+from .registry import register
+from .steps import PrefillStep, Selection
+
+
+@register("fastv")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FastV(PrefillMethod):
+    """Hyper-parameters of FastV, defaults as the paper recommends (K=2, R=50 %).
+
+    Exactly one of ``r``, ``retention_ratio`` and ``tokens_per_image`` says how many of a prompt's n visual rows (the
+    newlines inside an image or video are among them) go on.
+
+    Attributes:
+        k: K, number of decoder layers that see everything; 0 keeps random tokens, as in the paper's K=0 rows.
+        r: R, share that is dropped: round(n * (1 - R)) stay, halves to even; 1 drops all. Beware that other code bases
+            call the kept share "r".
+        retention_ratio: share that is kept instead: floor(n * ratio) stay, at least one.
+        tokens_per_image: the number that stays instead ("attention rank" of the official scripts), per image or video.
+        seed: k=0 only: the same seed keeps the same tokens.
+    """
+
+    title: ClassVar[str] = "FastV"
+    paper: ClassVar[str] = "arXiv 2403.06764"
+    licence: ClassVar[str] = "none stated (pkunlp-icler/FastV)"
+    budget_fields: ClassVar[tuple[str, ...]] = ("r", "retention_ratio", "tokens_per_image")
+    positions: ClassVar[str] = "original"
+
+    k: int = 2
+    r: float | None = 0.5
+    retention_ratio: float | None = None
+    tokens_per_image: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_number("k", low=0, integer=True)
+        self._check_number("r", low=0.0, high=1.0)
+        self._check_number("retention_ratio", low=0.0, high=1.0, open_low=True)
+        self._check_number("tokens_per_image", low=0, integer=True)
+        self._check_number("seed", low=0, integer=True)
+        given = [name for name in self.budget_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise MethodError(
+                f"{self.name}: give exactly one budget out of {', '.join(self.budget_fields)} "
+                f"(got {', '.join(given) or 'none'})."
+            )
+
+    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
+        if self.k >= num_layers:
+            raise MethodError(
+                f"{self.name}: k={self.k} is outside the allowed range [0, {num_layers - 1}]: "
+                f"the decoder has {num_layers} layers."
+            )
+        return (self.k,)
+
+    def prefill(self, step: PrefillStep) -> Selection | None:
+        totals = visual_rows(step)
+        kept = [self.keep_count(total, len(spans)) for total, spans in zip(totals, step.spans, strict=True)]
+        if kept == totals:
+            return None
+        scores = _random_scores(step.block, totals, kept, self.seed) if self.k == 0 else last_token_scores(step)
+        keep = keep_best(scores, step.block, kept)
+        if step.valid is not None:
+            keep &= step.valid
+        if step.rows is not None:  # rows have gone since the prompt: only the device knows how many
+            return Selection.from_mask(keep)
+        lengths = [length - n + m for length, n, m in zip(step.lengths, totals, kept, strict=True)]
+        indices, valid = right_aligned_indices(keep, lengths)
+        return Selection(indices=indices, valid=valid)
+
+    def keep_count(self, total: int, items: int = 1) -> int:
+        """How many of the ``total`` visual rows of some items go on (section 2, "keep count"), 0 <= count <= total."""
+        if self.r is not None:
+            return round(total * (1 - self.r))  # Python's round is the reference: float64, halves to even
+        if self.retention_ratio is not None:
+            return min(total, max(1, floor_share(total, self.retention_ratio)))
+        return min(total, self.tokens_per_image * items)
+
+
+def visual_rows(step: PrefillStep) -> list[int]:
+    """Visual rows per sample, newlines included."""
+    if step.rows is not None:  # rows have gone since the prompt: only the device knows which
+        return step.block.sum(1).tolist()
+    return [sum(span.length for span in sample) for sample in step.spans]
+
+
+def last_token_scores(step: PrefillStep) -> Tensor:
+    """[B, L] float32: attention of the last prompt token in the layer before, mean over the query heads."""
+    length = step.block.shape[1]
+    last = torch.arange(length - 1, length, device=step.block.device)
+    return step.attention(last)[:, :, 0].float().mean(1)
+
+
+def keep_best(scores: Tensor, block: Tensor, kept: Sequence[int]) -> Tensor:
+    """[B, L] True outside the visual rows and at the ``kept`` best of each sample's visual rows.
+
+    Args:
+        scores: [B, L]; block: [B, L] True at visual rows.
+        kept: counts per sample.
+    """
+    return ~block | top_mask(scores.masked_fill(~block, -torch.inf), on_device(kept, block.device))
+
+
+def _random_scores(block: Tensor, totals: Sequence[int], kept: Sequence[int], seed: int) -> Tensor:
+    """[B, L] 1 at ``kept`` random visual rows of each sample, 0 elsewhere; a function of the counts and the seed."""
+    drawn = torch.zeros(len(totals), max(totals))
+    for row, total, count in zip(drawn, totals, kept, strict=True):
+        row[random_indices(total, count, seed)] = 1.0
+    number = block.long().cumsum(1) - 1  # of each visual row within its sample
+    return drawn.to(block.device, non_blocking=True).gather(1, number.clamp(min=0))

@@ -1,0 +1,32 @@
+"""Made-up features with the statistics that content-dependent methods react to. For measuring time, never accuracy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def video_like_features(
+    frames: int, tokens: int, width: int, *, scenes: int = 4, moving: float = 0.3, clusters: int = 24, seed: int = 0
+) -> Tensor:
+    """[F, N, D] features of a made-up clip: scenes with a still background and a moving part.
+
+    Independent random features have no similar neighbours, no still positions and no scenes, so that segments, clusters
+    and merges come out unlike anything a video gives. Here every position shows one of ``clusters`` materials; the
+    background repeats from frame to frame but for a little noise, and a share ``moving`` of the positions changes.
+
+    Args:
+        scenes: cuts are spread evenly over the clip.
+        moving: share of positions whose material is drawn anew in every frame.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    materials = torch.randn(scenes, clusters, width, generator=generator)
+    scene = torch.arange(frames) * scenes // frames
+    background = torch.randint(clusters, (scenes, tokens), generator=generator)
+    drawn = torch.randint(clusters, (frames, tokens), generator=generator)
+    still = torch.rand(scenes, tokens, generator=generator) >= moving
+    index = torch.where(still[scene], background[scene], drawn)
+    features = materials[scene[:, None], index]
+    features += 0.3 * torch.randn(scenes, tokens, width, generator=generator)[scene]  # texture of the position
+    features += 0.1 * torch.randn(frames, tokens, width, generator=generator)  # noise of the frame
+    return features

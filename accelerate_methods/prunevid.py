@@ -1,0 +1,365 @@
+"""PruneVid: visual token pruning for efficient video large language models (ACL 2025 Findings, arXiv 2412.16117).
+
+Two stages, for videos only:
+
+* **merging**, between projector and decoder: the frames are clustered into scenes; inside a scene, positions that
+  hardly change are averaged over time, and what is left of every frame, as well as the averaged positions, is merged
+  around density peaks. The question plays no part.
+* **selection**, after decoder layer M of the prefill: of every scene's static tokens and of every frame's dynamic
+  tokens, the share alpha to which the question attends most goes on, in the layers above and in the whole KV cache.
+
+Section numbers refer to specs/prunevid.md. The official code knows PLLaVA only; here the method runs on every video
+layout (section 7): one newline is left after the merged tokens where the checkpoint has newlines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import CompressMethod, PrefillMethod
+from .errors import MethodError
+from .items import Compressed, VisualItem
+from .ops.density import dpc_knn
+from .ops.segment import refine_runs, run_lengths
+from .ops.select import mask_to_indices
+from .registry import register
+from .steps import PrefillStep, Selection, VisualSpan
+
+_ROW_LIMIT = 2**26  # attention probabilities looked at in one go
+
+
+@register("prunevid")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PruneVid(CompressMethod, PrefillMethod):
+    """Hyper-parameters of PruneVid, defaults as in the official evaluation script.
+
+    Attributes:
+        gamma: frame clusters per frame (``temporal_segment_ratio``).
+        tau: a position whose mean cosine between the frames of a scene is above this is static; above 1 nothing is.
+        beta: clusters per token of the spatial merge (``cluster_ratio``).
+        alpha: share of each group's tokens that goes on in the LLM.
+        selected_layer: M, 0-based decoder layer after which they are selected (5 in the VideoChatGPT-Bench script).
+        k: neighbours of the density estimate.
+        min_tokens: groups of no more tokens than this are not merged spatially.
+        merging: whether the stage before the LLM acts.
+        selection: whether the stage inside the LLM acts.
+        tie_noise: amplitude of the official density noise (1e-6 there, drawn anew in every call); 0 is deterministic.
+    """
+
+    title: ClassVar[str] = "PruneVid"
+    paper: ClassVar[str] = "arXiv 2412.16117"
+    licence: ClassVar[str] = "CC BY-NC-SA 4.0 (Visual-AI/PruneVid)"
+    modalities: ClassVar[frozenset[str]] = frozenset({"video"})
+    positions: ClassVar[str] = "compact"
+
+    gamma: float = 0.25
+    tau: float = 0.8
+    beta: float = 0.5
+    alpha: float = 0.4
+    selected_layer: int = 10
+    k: int = 7
+    min_tokens: int = 14
+    merging: bool = True
+    selection: bool = True
+    tie_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        for share in ("gamma", "beta", "alpha"):
+            self._check_number(share, low=0.0, high=1.0, open_low=True)
+        self._check_number("tau", low=-1.0)
+        self._check_number("selected_layer", low=0, integer=True)
+        self._check_number("k", low=1, integer=True)
+        self._check_number("min_tokens", low=0, integer=True)
+        self._check_number("tie_noise", low=0.0)
+        self._check_flag("merging")
+        self._check_flag("selection")
+        if not self.merging and not self.selection:
+            raise MethodError("prunevid: merging and selection are both off; leave at least one on.")
+
+    def stages_off(self) -> tuple[str, ...]:
+        return (*(() if self.merging else ("compress",)), *(() if self.selection else ("prefill",)))
+
+    # -- before the LLM ----------------------------------------------------------------------------------------------
+
+    def compress(self, item: VisualItem) -> Compressed:
+        features = item.features
+        source = features.detach().float()
+        noise = _Noise(self.tie_noise, features.device)
+        sizes = run_lengths(frame_scenes(source, self.gamma, self.k, noise)[1])
+        similarity, means = static_similarity(source, sizes)
+        static = similarity > self.tau
+        plan = self.plan(sizes, static.sum(1).tolist(), item.tokens_per_frame)
+        owner, anchors = self._cluster(source, means, static, plan, noise)
+        return Compressed(
+            tokens=_means(features.flatten(0, 1), owner.flatten(), plan.total),
+            positions=item.positions.flatten()[anchors],
+            owner=owner,
+            info={
+                "static_sizes": plan.static_sizes,
+                "dynamic_sizes": plan.dynamic_sizes,
+                "window_sizes": plan.window_sizes,
+            },
+            order="given",
+            newlines="last",
+        )
+
+    def merged(self, count: int) -> int:
+        """Tokens that the spatial merge leaves of ``count`` (section 3.4)."""
+        return count if count <= self.min_tokens else max(1, int(count * self.beta))
+
+    def plan(self, sizes: Sequence[int], static: Sequence[int], per_frame: int) -> Plan:
+        """Groups of tokens that are merged among themselves, in output order (section 3.5).
+
+        Args:
+            sizes: frames of each scene; static: static positions of each scene.
+        """
+        plan, start = Plan([], [], list(sizes), {}, 0), 0
+        for scene, (frames, still) in enumerate(zip(sizes, static, strict=True)):
+            moving = per_frame - still
+            groups = [(True, still, start), *((False, moving, start + i) for i in range(frames))]
+            for is_static, count, frame in groups:
+                if count:
+                    plan.sets.setdefault((is_static, count), []).append((scene, frame, plan.total))
+                    plan.total += self.merged(count)
+            plan.static_sizes.append(self.merged(still))
+            plan.dynamic_sizes.append(self.merged(moving) * frames)
+            start += frames
+        return plan
+
+    def _cluster(
+        self, source: Tensor, means: Tensor, static: Tensor, plan: Plan, noise: _Noise
+    ) -> tuple[Tensor, Tensor]:
+        """owner [F, N] of every token, and anchors [K]: the token (frame*N + position) where each output stands.
+
+        Groups of equal size are clustered as one batch. A static group stands in the first frame of its scene.
+        """
+        frames, per_frame = source.shape[:2]
+        device = source.device
+        # static positions first, then dynamic ones, both ascending
+        by_kind = torch.sort(static.to(torch.uint8), dim=1, descending=True, stable=True).indices
+        table = torch.tensor([member for members in plan.sets.values() for member in members], device=device)
+        owner = torch.empty(frames, per_frame, dtype=torch.long, device=device)
+        anchors = torch.empty(plan.total, dtype=torch.long, device=device)
+        parts = table.split([len(members) for members in plan.sets.values()])
+        for (is_static, count), part in zip(plan.sets, parts, strict=True):
+            scene, frame, base = part.unbind(1)
+            index = by_kind[scene, :count] if is_static else by_kind[scene, per_frame - count :]
+            clusters = self.merged(count)
+            if count <= self.min_tokens:
+                labels = centres = torch.arange(count, device=device).expand_as(index)
+            else:
+                tokens = means[scene[:, None], index] if is_static else source[frame[:, None], index]
+                labels, centres = dpc_knn(tokens, clusters, self.k, noise(index.shape))
+            owner[frame[:, None], index] = base[:, None] + labels
+            rows = base[:, None] + torch.arange(clusters, device=device)
+            anchors[rows] = frame[:, None] * per_frame + index.gather(1, centres)
+        scenes, first = zip(*plan.scenes(), strict=True)
+        scenes, first = torch.tensor([scenes, first], device=device)
+        return torch.where(static[scenes], owner[first], owner), anchors
+
+    # -- inside the LLM ----------------------------------------------------------------------------------------------
+
+    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
+        if self.selected_layer >= num_layers:
+            raise MethodError(
+                f"prunevid: selected_layer={self.selected_layer}, but the decoder has layers 0..{num_layers - 1}."
+            )
+        return (self.selected_layer + 1,)
+
+    def prefill(self, step: PrefillStep) -> Selection | None:
+        batch, length = step.visual.shape
+        samples = [self._groups(spans, length) for spans in step.spans]
+        dropped = [sum(group.count - group.quota for group in groups) for groups in samples]
+        if not any(dropped):
+            return None
+        # without a group nothing is scored, and the rows need not reach back
+        starts = [
+            _query_start(spans[-1]) if groups else length - 1 for spans, groups in zip(step.spans, samples, strict=True)
+        ]
+        keep = best_per_group(question_scores(step, starts), step.visual, samples)
+        if batch == 1:
+            indices = mask_to_indices(keep, length - dropped[0])
+            return Selection(indices=indices, trim_cache=True)
+        return Selection.from_mask(keep if step.valid is None else keep & step.valid, trim_cache=True)
+
+    def _groups(self, spans: Sequence[VisualSpan], length: int) -> list[Group]:
+        """The groups of a sample: those of stage A, or a whole video where something else has compressed it."""
+        if not spans or _query_start(spans[-1]) >= length:
+            return []  # nothing to select, or nothing to select by
+        groups = []
+        for span in spans:
+            sizes = group_sizes(span.info)
+            if sum(sizes) != span.num_content:
+                groups.append(Group(span.start, span.length, span.num_content, int(span.num_content * self.alpha)))
+                continue
+            start = span.start
+            for size in sizes:
+                groups.append(Group(start, size, size, int(size * self.alpha)))
+                start += size
+        return groups
+
+
+@dataclasses.dataclass
+class Plan:
+    """Sizes of a compressed video, all known to the host.
+
+    Attributes:
+        static_sizes, dynamic_sizes, window_sizes: per scene: static tokens, dynamic tokens of all frames, frames.
+        sets: (is static, tokens) -> the groups of that form, as (scene, frame, first output token).
+        total: K, output tokens.
+    """
+
+    static_sizes: list[int]
+    dynamic_sizes: list[int]
+    window_sizes: list[int]
+    sets: dict[tuple[bool, int], list[tuple[int, int, int]]]
+    total: int
+
+    def scenes(self) -> list[tuple[int, int]]:
+        """For every frame its scene and that scene's first frame."""
+        out: list[tuple[int, int]] = []
+        for scene, frames in enumerate(self.window_sizes):
+            out += [(scene, len(out))] * frames
+        return out
+
+
+class _Noise:
+    """Density noise from a generator of its own: results must not depend on what ran before."""
+
+    def __init__(self, amplitude: float, device: torch.device):
+        self._amplitude, self._device = amplitude, device
+        self._generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, shape: Sequence[int]) -> Tensor | None:
+        if not self._amplitude:
+            return None
+        return (self._amplitude * torch.rand(shape, generator=self._generator)).to(self._device)
+
+
+def frame_scenes(features: Tensor, gamma: float, k: int, noise: _Noise | None = None) -> tuple[list[int], list[int]]:
+    """Cluster the frames [F, N, D]: labels of the clusters, and of the scenes made of them (section 3.2).
+
+    One device read. Fewer frames than neighbours, or than a cluster each, are no error here.
+    """
+    frames = features.mean(1)[None]
+    drawn = None if noise is None else noise(frames.shape[:2])
+    labels = dpc_knn(frames, int(frames.shape[1] * gamma), k, drawn, exact=True)[0][0].tolist()
+    return labels, refine_runs(labels)
+
+
+def static_similarity(features: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """How alike each position stays within each scene (section 3.3).
+
+    The mean over all pairs of distinct frames needs no pairs: with unit tokens u_w it follows from ``|sum_w u_w|^2``.
+
+    Args:
+        features: [F, N, D] float32; sizes: frames of each scene.
+
+    Returns:
+        [S, N] mean cosine between distinct frames at the same position (-inf in a scene of one frame), and [S, N, D]
+        the mean of the features over the frames of each scene.
+    """
+    inverse = torch.linalg.vector_norm(features, dim=-1).clamp(min=1e-12).reciprocal()
+    similarity, means = [], []
+    for part, weight in zip(features.split(list(sizes)), inverse.split(list(sizes)), strict=True):
+        frames = part.shape[0]
+        weights = torch.stack([weight.T, torch.full_like(weight.T, 1.0 / frames)], dim=1)
+        # [N, 2, W] x [N, W, D]: sum of unit tokens and mean in one pass over the features
+        with torch.autocast(features.device.type, enabled=False):
+            total, mean = torch.bmm(weights, part.transpose(0, 1)).unbind(1)
+        means.append(mean)
+        if frames == 1:
+            similarity.append(total.new_full(total.shape[:1], -torch.inf))
+        else:
+            similarity.append((total.square().sum(-1) - frames) / (frames * (frames - 1)))
+    return torch.stack(similarity), torch.stack(means)
+
+
+def _means(tokens: Tensor, owner: Tensor, count: int) -> Tensor:
+    """[count, D] mean of the tokens [M, D] of each owner; every owner 0..count-1 has some."""
+    owners, order = torch.sort(owner, stable=True)
+    starts = torch.searchsorted(owners, torch.arange(count, device=owner.device))
+    return torch.nn.functional.embedding_bag(order, tokens, starts, mode="mean")
+
+
+# -- selection ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Group:
+    """Tokens that compete with each other: ``count`` visual ones in ``length`` rows from ``start``; ``quota`` go on."""
+
+    start: int
+    length: int
+    count: int
+    quota: int
+
+
+def group_sizes(info: dict[str, object]) -> list[int]:
+    """Sizes of the groups of a video that stage A has merged, in order; nothing for any other."""
+    if "static_sizes" not in info:
+        return []
+    sizes: list[int] = []
+    for still, moving, frames in zip(info["static_sizes"], info["dynamic_sizes"], info["window_sizes"], strict=True):
+        sizes += [still] + [moving // frames] * frames
+    return sizes
+
+
+def _query_start(span: VisualSpan) -> int:
+    """First row after the last visual token: a newline at the end of the video is a query row (section 7)."""
+    return span.end - (span.length > span.num_content)
+
+
+def question_scores(step: PrefillStep, starts: Sequence[int]) -> Tensor:
+    """[B, L] the most attention, over all heads, that any row from ``starts`` on pays to each row (section 4.1 to 4.3).
+
+    Position-free and without a causal mask. Visual rows ask nothing.
+    """
+    batch, length, width = step.hidden_states.shape
+    first, device = min(starts), step.visual.device
+    asks = ~step.visual[:, first:]
+    if batch > 1:
+        asks &= torch.arange(first, length, device=device) >= torch.tensor(starts, device=device)[:, None]
+    heads = max(1, width // 64)  # about
+    chunk = max(1, _ROW_LIMIT // (batch * heads * length))
+    scores = step.hidden_states.new_zeros(batch, length)
+    for begin in range(first, length, chunk):
+        rows = torch.arange(begin, min(begin + chunk, length), device=device)
+        attention = step.attention(rows, rotary=False, causal=False).amax(1)
+        attention = attention.masked_fill(~asks[:, rows - first, None], 0.0)
+        scores = torch.maximum(scores, attention.amax(1))
+    return scores
+
+
+def best_per_group(scores: Tensor, visual: Tensor, samples: Sequence[Sequence[Group]]) -> Tensor:
+    """[B, L] mask: of each group the ``quota`` highest scores, of equal ones the first; everything outside the groups.
+
+    Args:
+        scores, visual: [B, L]; samples: the groups of each sample, which share no rows.
+    """
+    batch, length = scores.shape
+    most = max(len(groups) for groups in samples)
+    # group `most` is everything else
+    group_of = torch.full((batch, length), most)
+    starts, quotas = torch.zeros(batch, most + 1, dtype=torch.long), torch.full((batch, most + 1), length)
+    for row, groups in enumerate(samples):
+        if groups:
+            begin, lengths, counts, quota = torch.tensor([dataclasses.astuple(group) for group in groups]).unbind(1)
+            rows = torch.arange(int(lengths.sum())) + (begin - lengths.cumsum(0) + lengths).repeat_interleave(lengths)
+            group_of[row, rows] = torch.arange(len(groups)).repeat_interleave(lengths)
+            starts[row, 1 : len(groups) + 1] = counts.cumsum(0)
+            starts[row, len(groups) + 1 :] = int(counts.sum())
+            quotas[row, : len(groups)] = quota
+    packed = torch.cat([group_of, starts, quotas], dim=1).to(scores.device)
+    group_of, starts, quotas = packed.split([length, most + 1, most + 1], dim=1)
+    group_of = torch.where(visual, group_of, most)
+    order = torch.sort(scores, dim=1, descending=True, stable=True).indices
+    group_of, within = torch.sort(group_of.gather(1, order), dim=1, stable=True)
+    order = order.gather(1, within)
+    rank = torch.arange(length, device=scores.device) - starts.gather(1, group_of)
+    return torch.zeros_like(visual).scatter_(1, order, rank < quotas.gather(1, group_of))
