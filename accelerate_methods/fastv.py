@@ -24,7 +24,7 @@ from .base import PrefillMethod
 from .baselines import random_indices
 from .budget import floor_share
 from .errors import MethodError
-from .ops.select import on_device, right_aligned_indices, top_mask
+from .ops.select import right_aligned_indices, top_mask
 from .registry import register
 from .steps import PrefillStep, Selection
 
@@ -124,7 +124,7 @@ def keep_best(scores: Tensor, block: Tensor, kept: Sequence[int]) -> Tensor:
         scores: [B, L]; block: [B, L] True at visual rows.
         kept: counts per sample.
     """
-    return ~block | top_mask(scores.masked_fill(~block, -torch.inf), on_device(kept, block.device))
+    return ~block | top_mask(scores.masked_fill(~block, -torch.inf), kept)
 
 
 def _random_scores(block: Tensor, totals: Sequence[int], kept: Sequence[int], seed: int) -> Tensor:

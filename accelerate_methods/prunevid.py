@@ -320,13 +320,12 @@ def question_scores(step: PrefillStep, starts: Sequence[int]) -> Tensor:
 
     Position-free and without a causal mask. Visual rows ask nothing.
     """
-    batch, length, width = step.hidden_states.shape
+    batch, length = step.visual.shape
     first, device = min(starts), step.visual.device
     asks = ~step.visual[:, first:]
     if batch > 1:
         asks &= torch.arange(first, length, device=device) >= torch.tensor(starts, device=device)[:, None]
-    heads = max(1, width // 64)  # about
-    chunk = max(1, _ROW_LIMIT // (batch * heads * length))
+    chunk = max(1, _ROW_LIMIT // (batch * step.num_heads * length))
     scores = step.hidden_states.new_zeros(batch, length)
     for begin in range(first, length, chunk):
         rows = torch.arange(begin, min(begin + chunk, length), device=device)

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
 _BUILT_IN = {
     "fastvid": "accelerate_methods.fastvid:FastVID",
+    "dycoke": "accelerate_methods.dycoke:DyCoke",
+    "fastv": "accelerate_methods.fastv:FastV",
+    "prunevid": "accelerate_methods.prunevid:PruneVid",
+    "fastervlm": "accelerate_methods.fastervlm:FasterVLM",
+    "visionzip": "accelerate_methods.visionzip:VisionZip",
     "random": "accelerate_methods.baselines:RandomTokens",
     "uniform": "accelerate_methods.baselines:UniformTokens",
     "pool": "accelerate_methods.baselines:PooledTokens",

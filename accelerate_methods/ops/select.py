@@ -8,36 +8,41 @@ import torch
 from torch import Tensor
 
 
-def top_mask(scores: Tensor, counts: Tensor | int) -> Tensor:
+def top_mask(scores: Tensor, counts: Tensor | Sequence[int] | int) -> Tensor:
     """Boolean mask of the ``counts`` largest scores per row; equal scores go to the lower index.
 
     Args:
         scores: [R, N].
-        counts: one count for all rows, or [R].
+        counts: one count for all rows, or one per row.
 
     Returns:
         [R, N] bool.
     """
+    if isinstance(counts, Sequence) and len(set(counts)) == 1:
+        counts = counts[0]
+    if isinstance(counts, int):
+        return _top_mask(scores, counts)
+    if not isinstance(counts, Tensor):
+        counts = on_device(counts, scores.device)
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(
+        -1, order, torch.arange(scores.shape[-1], device=scores.device) < counts.reshape(-1, 1)
     )
-    if isinstance(counts, Tensor):
-        counts = counts[:, None]
-    return rank < counts
+
+
+def _top_mask(scores: Tensor, count: int) -> Tensor:
+    """One count for all rows: a threshold does without sorting."""
+    if count <= 0 or count >= scores.shape[-1]:
+        return torch.full(scores.shape, count > 0, dtype=torch.bool, device=scores.device)
+    scores = scores.float()  # there is no kthvalue for half precision on the CPU; order and ties stay
+    least = scores.kthvalue(scores.shape[-1] - count + 1, dim=-1, keepdim=True).values
+    above, equal = scores > least, scores == least
+    return above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
 
 
 def top_indices(scores: Tensor, count: int) -> Tensor:
-    """Ascending indices [R, count] of the ``count`` largest of ``scores`` [R, N]; equal scores go to the lower index.
-
-    The same as ``mask_to_indices(top_mask(scores, count), count)`` without sorting whole rows.
-    """
-    if count == 0:
-        return scores.new_empty(scores.shape[0], 0, dtype=torch.long)
-    least = scores.topk(count).values[:, -1:]
-    above, equal = scores > least, scores == least
-    kept = above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
-    return (kept * torch.arange(scores.shape[-1], 0, -1, device=scores.device)).topk(count).indices
+    """Ascending indices [R, count] of the ``count`` largest of ``scores`` [R, N], ties as in :func:`top_mask`."""
+    return mask_to_indices(top_mask(scores, count), count)
 
 
 def mask_to_indices(mask: Tensor, count: int) -> Tensor:
@@ -45,7 +50,10 @@ def mask_to_indices(mask: Tensor, count: int) -> Tensor:
 
     Unlike ``nonzero`` the output size is known beforehand, so a GPU need not be waited for.
     """
-    return torch.sort(mask.to(torch.uint8), dim=-1, descending=True, stable=True).indices[:, :count]
+    slot = torch.where(mask, mask.cumsum(-1) - 1, count)  # a spare slot takes the False entries
+    out = torch.empty(mask.shape[0], count + 1, dtype=torch.long, device=mask.device)
+    out.scatter_(1, slot, torch.arange(mask.shape[1], device=mask.device).expand_as(slot))
+    return out[:, :count]
 
 
 def right_aligned_indices(mask: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor | None]:

@@ -147,7 +147,7 @@ def prunevid_groups(tokens: int, heads: int):
         info = {"static_sizes": [static], "dynamic_sizes": [tokens - static], "window_sizes": [8]}
         step = _Step(
             layer=11, num_layers=32, visual=visual, block=visual, valid=None, rows=None, probabilities=rows,
-            spans=[[VisualSpan(start, tokens, "video", tokens, info)]], position_ids=None,
+            spans=[[VisualSpan(start, tokens, "video", tokens, info)]], num_heads=heads,
             hidden_states=torch.empty(1, length, 8, device=device, dtype=dtype),
         )  # fmt: skip
         method = accelerate_methods.get("prunevid")
@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{args.json} exists; results are never overwritten.")
     console = Console()
     if not console.is_terminal:
-        console = Console(width=120)
+        console = Console(width=110)
     chosen = [i for i, case in enumerate(CASES) if case.method in args.only]
     results = {i: _child(i, args) for i in track(chosen, "measuring", console=console, transient=True)}
     console.print(_table(results, args))
@@ -301,7 +301,8 @@ def _child(index: int, args: argparse.Namespace) -> dict[str, object]:
 
 
 def _table(results: dict[int, dict[str, object]], args: argparse.Namespace) -> Table:
-    title = f"{_processor(args.device)}, {args.threads} thread(s), {args.dtype}; median (fastest) in ms; extra memory (in sizes of the input)"
+    where = f"{_processor(args.device)}, {args.threads} thread(s), {args.dtype}"
+    title = f"{where}; median (fastest) in ms; extra memory (in sizes of the input)"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
     table.add_column("case", no_wrap=True)

@@ -125,6 +125,7 @@ class _Weights:
         self.hidden_states = hidden[None]
         self.visual = torch.zeros(1, hidden.shape[0], dtype=torch.bool)
         self.visual[:, start:end] = True
+        self.num_heads = weights.shape[0]
         self._weights = weights
 
     def attention(self, rows: Tensor, *, rotary: bool, causal: bool) -> Tensor:

@@ -1,0 +1,97 @@
+"""FasterVLM: [CLS] attention is all you need for training-free visual token pruning (arXiv 2412.01818).
+
+Every view of an image keeps the patches that the CLS token of the vision encoder attends to most, in the encoder layer
+whose output is the visual feature. Nothing is merged, the question is not looked at, and the budget is the same for
+every view: the anyres base and each of its tiles. A video keeps the same number of tokens in every frame.
+
+Extensions of ours, which the authors' code does not have: encoders without a CLS token (SigLIP) are scored by the
+attention that a patch receives from all others, and videos of models that pool their frames are pruned after pooling.
+Section numbers refer to specs/fastervlm.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import ViewCompressMethod
+from .errors import MethodError
+from .items import Compressed, VisualItem, selection
+from .ops.select import top_indices
+from .registry import register
+from .views import CompressedViews, Views
+
+
+@register("fastervlm")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FasterVLM(ViewCompressMethod):
+    """Hyper-parameters of FasterVLM.
+
+    Attributes:
+        retention_ratio: 1 - R, share of the tokens of each view or frame that stay, rounded to the nearest count (the
+            paper's tables: 0.75, 0.5, 0.25, 0.1, 0.05); 1 changes nothing.
+        tokens_per_view: T, the same as a count (then ``retention_ratio`` must be None).
+        merge: layout of what is left of an anyres image. "spatial": the kept patches alone, without unpadding and
+            newlines, which the official code forces on every checkpoint; "spatial_unpad": the checkpoint's own layout,
+            where patches in the padding are lost and every newline stays.
+    """
+
+    title: ClassVar[str] = "FasterVLM"
+    paper: ClassVar[str] = "arXiv 2412.01818"
+    licence: ClassVar[str] = "Apache-2.0 (Theia-4869/FasterVLM)"
+    signals: ClassVar[frozenset[str]] = frozenset({"cls_attention"})
+    substitutes: ClassVar[Mapping[str, str]] = {"cls_attention": "received_attention"}
+    budget_fields: ClassVar[tuple[str, ...]] = ("retention_ratio", "tokens_per_view")
+    positions: ClassVar[str] = "compact"
+
+    retention_ratio: float | None = 0.25
+    tokens_per_view: int | None = None
+    merge: str = "spatial"
+
+    def __post_init__(self) -> None:
+        self._check_number("retention_ratio", low=0.0, high=1.0, open_low=True)
+        self._check_number("tokens_per_view", low=1, integer=True)
+        if (self.retention_ratio is None) == (self.tokens_per_view is None):
+            raise MethodError("fastervlm: give either retention_ratio or tokens_per_view (the other one being None).")
+        self._check_choice("merge", ("spatial", "spatial_unpad"))
+
+    def view_budget(self, per_view: int) -> int:
+        """T for views or frames of ``per_view`` tokens, 1 <= T <= per_view."""
+        if self.tokens_per_view is not None:
+            return min(self.tokens_per_view, per_view)
+        return max(1, int(per_view * self.retention_ratio + 0.5))
+
+    def compress_views(self, views: Views) -> CompressedViews | None:
+        count = self.view_budget(views.tokens_per_view)
+        if count >= views.tokens_per_view:
+            return None
+        scores = views.signal("cls_attention", "received_attention")
+        return keep_patches(views, top_indices(scores, count), "none" if self.merge == "spatial" else "checkpoint")
+
+    def compress(self, item: VisualItem) -> Compressed:
+        per_frame = item.tokens_per_frame
+        count = self.view_budget(per_frame)
+        if count >= per_frame:
+            return selection(item, torch.arange(item.num_tokens, device=item.features.device))
+        kept = top_indices(item.signal("cls_attention", "received_attention"), count)
+        frame = torch.arange(item.num_frames, device=kept.device)[:, None]
+        return selection(item, (kept + frame * per_frame).flatten())
+
+
+def keep_patches(views: Views, kept: Tensor, newlines: str) -> CompressedViews:
+    """The patches ``kept`` [V, T] of every view, ascending (section 2)."""
+    count, patches, width = views.features.shape
+    rows = torch.arange(kept.numel(), device=kept.device).view_as(kept)
+    owner = torch.full((count, patches), -1, dtype=torch.long, device=kept.device)
+    return CompressedViews(
+        tokens=views.features.gather(1, kept[..., None].expand(-1, -1, width)).flatten(0, 1),
+        view=torch.arange(count, device=kept.device).repeat_interleave(kept.shape[1]),
+        patch=kept.flatten(),
+        section=torch.zeros(kept.numel(), dtype=torch.long, device=kept.device),
+        owner=owner.scatter_(1, kept, rows),
+        newlines=newlines,
+    )

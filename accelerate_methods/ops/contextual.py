@@ -1,0 +1,46 @@
+"""Folding what a selection leaves over into a few evenly spaced tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .select import mask_to_indices
+
+
+def contextual_merge(
+    features: Tensor, keys: Tensor, rest: Tensor, rest_count: int, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``count`` tokens per set that stand for all tokens of ``rest``.
+
+    The targets are spread evenly over the ranks of ``rest``: 0, s, 2s, ... with ``s = rest_count // count``. Each other
+    token of ``rest`` goes to the target of highest cosine similarity between keys (the first one on a tie). A target
+    then becomes itself plus the mean of its members: a sum, not an average; without members it stays what it was.
+
+    Args:
+        features: [B, N, D]; keys: [B, N, d], compared in float32.
+        rest: [B, N] bool, ``rest_count`` True entries in each row, of which there are at least ``count``.
+
+    Returns:
+        tokens [B, count, D]; targets [B, count] their ascending indices; slot [B, N] which of the tokens holds each
+        token of ``rest`` (0..count-1), -1 outside of it.
+
+    Source: specs/visionzip.md section 3.
+    """
+    if count == 0:
+        empty = rest.new_empty(rest.shape[0], 0, dtype=torch.long)
+        return features[:, :0], empty, torch.full(rest.shape, -1, dtype=torch.long, device=rest.device)
+    step = rest_count // count
+    targets = mask_to_indices(rest, rest_count)[:, : step * count : step]
+    unit = torch.nn.functional.normalize(keys.float(), dim=-1, eps=1e-12)
+    anchors = unit.gather(1, targets[..., None].expand(-1, -1, unit.shape[-1]))
+    slot = (anchors @ unit.transpose(1, 2)).argmax(1)
+    slot.scatter_(1, targets, torch.arange(count, device=slot.device).expand_as(targets))
+    members = rest.scatter(1, targets, False)
+    shares = torch.zeros(rest.shape[0], count, rest.shape[1], dtype=torch.float32, device=rest.device)
+    shares.scatter_(1, slot[:, None], members[:, None].float())
+    # Dividing the shares instead of the sums keeps half-precision sums of hundreds of tokens from overflowing.
+    shares /= shares.sum(-1, keepdim=True).clamp(min=1.0)
+    tokens = features.gather(1, targets[..., None].expand(-1, -1, features.shape[-1]))
+    tokens = tokens + shares.to(features.dtype) @ features
+    return tokens, targets, slot.masked_fill(~rest, -1)

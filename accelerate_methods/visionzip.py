@@ -1,0 +1,178 @@
+"""VisionZip: longer is better but not necessary in vision language models (CVPR 2025, arXiv 2412.04467).
+
+Every view of an image becomes, before the projector,
+
+1. **dominant** tokens, unchanged: the CLS token and the patches that it attends to most;
+2. **contextual** tokens: the other patches, folded by the similarity of their keys into a few of them that are evenly
+   spaced (``ops.contextual``). As in the official code, and unlike the paper's text, such a token is the *sum* of a
+   patch and the mean of those folded into it.
+
+Attention and keys come from the encoder layer whose output is the visual feature. The question is not looked at. The
+official code is for CLIP; for encoders without a CLS token (SigLIP) and for videos we follow the port that HoliTom
+compares itself with: patches are scored by the attention they receive, and a video is compressed frame by frame after
+projector and pooling. Section numbers refer to specs/visionzip.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import ViewCompressMethod
+from .errors import MethodError
+from .items import Compressed, VisualItem, selection
+from .ops.contextual import contextual_merge
+from .ops.select import top_indices
+from .registry import register
+from .views import CompressedViews, Views
+
+RELEASED = (191, 30, 576)  # defaults of the released entry point: dominant and contextual tokens out of so many patches
+
+
+@register("visionzip")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionZip(ViewCompressMethod):
+    """Hyper-parameters of VisionZip. Without a budget: 191 + 30 of 576 patches, other numbers in proportion.
+
+    Attributes:
+        dominant: dominant tokens of each view or frame, the CLS token counted where there is one.
+        contextual: contextual tokens of each view or frame; 0 makes it a pure selection.
+        retention_ratio: instead of these two, the share of each view's or frame's tokens that stays; 54/64 of them are
+            dominant, as in the paper's settings (54+10, 108+20, 162+30).
+        grid_order: videos with a newline after every row of tokens only. "raster" puts dominant tokens where they came
+            from; "as_released" places them, in raster order, on those places in order of score.
+    """
+
+    title: ClassVar[str] = "VisionZip"
+    paper: ClassVar[str] = "arXiv 2412.04467"
+    licence: ClassVar[str] = "Apache-2.0 (dvlab-research/VisionZip)"
+    signals: ClassVar[frozenset[str]] = frozenset({"cls_attention", "key_states"})
+    substitutes: ClassVar[Mapping[str, str]] = {"cls_attention": "received_attention"}
+    budget_fields: ClassVar[tuple[str, ...]] = ("dominant", "contextual", "retention_ratio")
+    positions: ClassVar[str] = "compact"
+
+    dominant: int | None = None
+    contextual: int | None = None
+    retention_ratio: float | None = None
+    grid_order: str = "raster"
+
+    def __post_init__(self) -> None:
+        self._check_number("dominant", low=1, integer=True)
+        self._check_number("contextual", low=0, integer=True)
+        self._check_number("retention_ratio", low=0.0, high=1.0, open_low=True)
+        self._check_choice("grid_order", ("raster", "as_released"))
+        if (self.dominant is None) != (self.contextual is None):
+            raise MethodError("visionzip: dominant and contextual belong together; give both or neither.")
+        if self.dominant is not None and self.retention_ratio is not None:
+            raise MethodError("visionzip: give either dominant and contextual, or retention_ratio.")
+
+    def view_budget(self, per_view: int) -> tuple[int, int]:
+        """(dominant, contextual) tokens for views or frames of ``per_view`` tokens."""
+        if self.dominant is not None:
+            return self.dominant, self.contextual
+        if self.retention_ratio is None:
+            dominant, contextual, of = RELEASED
+            return max(1, int(per_view * dominant / of + 0.5)), int(per_view * contextual / of + 0.5)
+        total = max(1, int(per_view * self.retention_ratio + 0.5))
+        dominant = max(1, total * 54 // 64)
+        return dominant, total - dominant
+
+    def compress_views(self, views: Views) -> CompressedViews | None:
+        dominant, contextual = self.view_budget(views.tokens_per_view)
+        if dominant + contextual >= views.tokens_per_view:
+            return None
+        special = views.special[:, :1] if views.special is not None else views.features[:, :0]
+        zipped = zip_tokens(
+            views.features,
+            views.signal("cls_attention", "received_attention"),
+            views.signal("key_states"),
+            dominant - special.shape[1],
+            contextual,
+        )
+        return zipped_views(special, zipped)
+
+    def compress(self, item: VisualItem) -> Compressed:
+        """Section 7.1: frame by frame, in the space of the language model."""
+        dominant, contextual = self.view_budget(item.tokens_per_frame)
+        if dominant + contextual >= item.tokens_per_frame:
+            return selection(item, torch.arange(item.num_tokens, device=item.features.device))
+        scores = item.signal("cls_attention", "received_attention")
+        zipped = zip_tokens(item.features, scores, item.signal("key_states"), dominant, contextual)
+        in_grid = item.layout == "grid"
+        places = zipped.dominant
+        if in_grid and self.grid_order == "as_released":
+            places = by_score(scores, dominant)
+        places = torch.cat([places, zipped.targets], dim=1)
+        first = torch.arange(item.num_frames, device=places.device)[:, None] * places.shape[1]
+        owner = zipped.owner(0)
+        return Compressed(
+            tokens=torch.cat([zipped.kept, zipped.merged], dim=1).flatten(0, 1),
+            positions=item.positions.gather(1, places).flatten(),
+            owner=torch.where(owner >= 0, owner + first, owner),
+            order="layout" if in_grid else "given",
+            newlines="all" if in_grid else "closing",
+        )
+
+
+@dataclasses.dataclass
+class Zipped:
+    """Views or frames after selection and merging; k dominant and c contextual tokens each.
+
+    Attributes:
+        kept: [V, k, D] dominant tokens in raster order, at the patches ``dominant`` [V, k].
+        merged: [V, c, D] contextual tokens, at the patches ``targets`` [V, c].
+        slot: [V, P] contextual token that each patch is or went to, -1 for dominant patches and where there is none.
+    """
+
+    kept: Tensor
+    merged: Tensor
+    dominant: Tensor
+    targets: Tensor
+    slot: Tensor
+
+    def owner(self, before: int) -> Tensor:
+        """[V, P] index of the token that holds each patch in [``before`` others, dominant, contextual], or -1."""
+        count = self.dominant.shape[1]
+        owner = torch.where(self.slot >= 0, self.slot + (before + count), self.slot)
+        ranks = torch.arange(before, before + count, device=owner.device)
+        return owner.scatter_(1, self.dominant, ranks.expand_as(self.dominant))
+
+
+def by_score(scores: Tensor, count: int) -> Tensor:
+    """[V, count] the patches of highest score [V, P], best first; of equal scores the first."""
+    return torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :count]
+
+
+def zip_tokens(features: Tensor, scores: Tensor, keys: Tensor, dominant: int, contextual: int) -> Zipped:
+    """Section 3, all views at once: features [V, P, D], scores [V, P], keys [V, P, d]; counts without the CLS token."""
+    patches = features.shape[1]
+    index = top_indices(scores, dominant)
+    rest = torch.ones(scores.shape, dtype=torch.bool, device=scores.device).scatter_(1, index, False)
+    merged, targets, slot = contextual_merge(features, keys, rest, patches - dominant, contextual)
+    kept = features.gather(1, index[..., None].expand(-1, -1, features.shape[-1]))
+    return Zipped(kept=kept, merged=merged, dominant=index, targets=targets, slot=slot)
+
+
+def zipped_views(special: Tensor, zipped: Zipped) -> CompressedViews:
+    """Section 4: [CLS, dominant, contextual] of every view; with tiles, CLS and contextual tokens follow all patches.
+
+    ``special`` is [V, 1, D], or [V, 0, D] where the encoder has no such token.
+    """
+    views, before = special.shape[:2]
+    groups = (before, zipped.dominant.shape[1], zipped.targets.shape[1])
+    each, device = sum(groups), special.device
+    owner, first = zipped.owner(before), torch.arange(views, device=device)[:, None] * each
+    no_patch = zipped.dominant.new_full((views, before), -1)
+    section = [s for s, count in zip((1, 0, 2), groups, strict=True) for _ in range(count)]
+    return CompressedViews(
+        tokens=torch.cat([special, zipped.kept, zipped.merged], dim=1).flatten(0, 1),
+        view=torch.arange(views, device=device).repeat_interleave(each),
+        patch=torch.cat([no_patch, zipped.dominant, zipped.targets], dim=1).flatten(),
+        section=torch.tensor(section, device=device).repeat(views),
+        owner=torch.where(owner >= 0, owner + first, owner),
+        newlines="single",
+    )

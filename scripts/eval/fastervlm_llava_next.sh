@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# FasterVLM on LLaVA-NeXT. See lib/run_eval.sh for every setting.
+#
+#   bash scripts/eval/fastervlm_llava_next.sh
+#       no GPU, no weights needed: the embedded model (a small LLaVA-OneVision) and benchmark, table and pictures
+#   PRETRAINED=liuhaotian/llava-v1.6-vicuna-7b TASKS=gqa,mme,pope NUM_PROCESSES=8 bash scripts/eval/fastervlm_llava_next.sh
+#       on 8 GPUs
+CONFIG=fastervlm/llava_next
+source "$(dirname "${BASH_SOURCE[0]}")/../lib/run_eval.sh"

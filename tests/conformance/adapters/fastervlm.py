@@ -1,0 +1,169 @@
+"""Adapters for FasterVLM's contracts (specs/fastervlm.md section 8)."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+import accelerate_methods
+from accelerate_methods.fastervlm import keep_patches
+from accelerate_methods.hosts.encoder_attention import cls_attention
+from accelerate_methods.items import VisualItem, VisualSequence
+from accelerate_methods.ops.select import top_indices
+from accelerate_methods.views import Views, assemble_views
+from llava.model.layout import flat_item, image_item
+
+from .base_models import load_tiny
+
+
+def select(inputs, params, context):
+    scores = inputs["cls_attn"].float().mean(1)
+    kept = top_indices(scores, params["keep"])
+    mask = torch.zeros(scores.shape, dtype=torch.uint8).scatter_(1, kept, 1)
+    return {"scores": scores, "kept_index": kept, "mask": mask}
+
+
+def vision(inputs, params, context):
+    """Layers up to the selected one, the attention recomputed from the input of the last of them."""
+    config = CLIPVisionConfig(
+        hidden_size=params["hidden"],
+        num_attention_heads=params["heads"],
+        num_hidden_layers=params["layers"],
+        image_size=params["image"],
+        patch_size=params["patch"],
+        intermediate_size=params["intermediate"],
+        hidden_act=params["act"],
+        layer_norm_eps=params["ln_eps"],
+    )
+    model = CLIPVisionModel(config).eval()
+    prefix = "w.vision_model."
+    model.load_state_dict({k.removeprefix(prefix): v.float() for k, v in inputs.items() if k.startswith(prefix)})
+    hidden = model.pre_layrnorm(model.embeddings(inputs["pixel_values"].float()))
+    select_layer = params["select_layer"]
+    last = select_layer + params["layers"] if select_layer < 0 else select_layer - 1
+    for layer in model.encoder.layers[: last + 1]:
+        before, hidden = hidden, layer(hidden, attention_mask=None)
+    return {"features": hidden[:, 1:], "cls_attn": cls_attention(model.encoder.layers[last], before)}
+
+
+def assemble(inputs, params, context):
+    attention, features = inputs["cls_attn"].float(), inputs["features"].float()
+    merge = "spatial_unpad" if params["merge"] == "spatial_unpad" else "spatial"
+    method = accelerate_methods.get("fastervlm", tokens_per_view=params["keep"], merge=merge)
+    tokens, sources, start = [], [], 0
+    for index, count in enumerate(params["crops_per_image"]):
+        views = Views(
+            features=features[start : start + count],
+            grid=(params["grid"], params["grid"]),
+            tiles=tuple(params["grids_wh"][index]) if count > 1 else None,
+            signals={"cls_attention": attention[start : start + count].mean(1)},
+        )
+        item = _layout(views, inputs.get("image_newline"), params, index)
+        compressed = method.compress_views(views)
+        if compressed is None:  # T = N: the contract still wants the official layout
+            newlines = "checkpoint" if merge == "spatial_unpad" else "none"
+            every = top_indices(views.signal("cls_attention"), views.tokens_per_view)
+            compressed = keep_patches(views, every, newlines)
+        sequence = assemble_views(item, views, compressed, lambda t: t)
+        tokens.append(sequence.tokens)
+        source = _source_index(sequence, item)
+        sources.append(torch.where(source >= 0, source + start * views.tokens_per_view, source))
+        start += count
+    return {
+        "tokens": torch.cat(tokens),
+        "tokens_per_image": torch.tensor([len(t) for t in tokens]),
+        "source_index": torch.cat(sources),
+    }
+
+
+def _layout(views: Views, newline: Tensor | None, params: dict[str, Any], index: int) -> VisualItem:
+    """The image's uncompressed layout; the grid is the one recorded, whatever rule chose it."""
+    if params["merge"] == "flat_single":
+        return flat_item(views.features, views.tokens_per_view)
+    columns, rows = params["grids_wh"][index]
+    config = SimpleNamespace(
+        mm_patch_merge_type=params["merge"],
+        image_aspect_ratio="anyres",
+        image_grid_pinpoints=[[columns * params["crop_size"], rows * params["crop_size"]]],
+    )
+    size = tuple(params["image_sizes_wh"][index])
+    newline = None if newline is None else newline.float()
+    return image_item(views.features, newline, size, params["crop_size"], config)
+
+
+def _source_index(sequence: VisualSequence, item: VisualItem) -> Tensor:
+    """For each output row view*P + patch, -1 for newlines."""
+    owner = sequence.owner.flatten()
+    origin = torch.arange(len(owner)) if sequence.owner.shape[0] > 1 or item.source is None else item.source
+    source = torch.full((len(sequence.tokens),), -1)
+    source[owner[owner >= 0]] = origin[owner >= 0]
+    return source
+
+
+def video(inputs, params, context):
+    features, keep = inputs["features"].float(), params["keep_per_frame"]
+    frames, per_frame, width = features.shape
+    item = VisualItem(
+        modality="video",
+        features=features,
+        positions=torch.arange(frames * per_frame).view(frames, per_frame),
+        length=frames * per_frame,
+        signals={"cls_attention": inputs["cls_attn"].float().mean(1)},
+    )
+    compressed = accelerate_methods.get("fastervlm", tokens_per_view=keep).compress(item)
+    kept = compressed.positions.view(frames, -1) - item.positions[:, :1]
+    return {"tokens": compressed.tokens.view(frames, -1, width), "kept_index": kept}
+
+
+def e2e(inputs, params, context):
+    model = load_tiny(params, context)
+    tower = model.get_vision_tower()
+    small = inputs["pixel_small"].float()
+    factor = tower.image_size // small.shape[-1]
+    pixels, ids = small.repeat_interleave(factor, 2).repeat_interleave(factor, 3), inputs["input_ids"]
+    spatial = params["merge"].startswith("spatial")
+    merge = "spatial_unpad" if params["merge"].startswith("spatial_unpad") else "spatial"
+    shared: dict[str, Any] = {"images": pixels}
+    if spatial:
+        columns, rows = params["grid_wh"]
+        model.config.image_grid_pinpoints = [[columns * tower.image_size, rows * tower.image_size]]
+        shared = {"images": [pixels], "image_sizes": [tuple(params["image_size_wh"])], "modalities": ["image"]}
+    with accelerate_methods.accelerate(model, "fastervlm", tokens_per_view=params["keep"], merge=merge):
+        views = [item.views for item in model.visual_items(shared["images"], ["image"], shared.get("image_sizes"))]
+        scores = torch.cat([v.signal("cls_attention") for v in views])
+        embeds = model.prepare_multimodal(
+            ids, None, None, shared["images"], shared.get("modalities", "image"), shared.get("image_sizes")
+        ).inputs_embeds
+        logits = model(input_ids=ids, **shared).logits
+        generated = model.generate(
+            ids,
+            **shared,
+            do_sample=False,
+            max_new_tokens=params["new_tokens"],
+            eos_token_id=None,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    return {
+        "inputs_embeds": embeds[0],
+        "kept_index": top_indices(scores, params["keep"]),
+        "scores": scores,
+        "visual_tokens": torch.tensor(embeds.shape[1] - int((ids >= 0).sum())),
+        "prefill_logits": logits[0, -1],
+        "gen_ids": generated.sequences[0],
+        "gen_logits": torch.cat(generated.logits),
+    }
+
+
+ADAPTERS = {
+    ("fastervlm", "select"): select,
+    ("fastervlm", "vision"): vision,
+    ("fastervlm", "assemble"): assemble,
+    ("fastervlm", "video"): video,
+    ("fastervlm", "e2e"): e2e,
+}
