@@ -11,6 +11,8 @@ from .base import STAGES, CompressMethod, DecodeMethod, EncodeMethod, Method, Pr
 from .errors import MethodError, UnknownNameError
 from .registry import available, get, method_class
 
+#: "levels" lists further parameter sets: the other rows of the paper's table. Only comparisons read it.
+_CONFIG_KEYS = {"method", "params", "levels", "model", "description"}
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -190,9 +192,9 @@ def _expand_mapping(content: Mapping[str, Any], where: str) -> list[dict[str, An
         return []
     if "params" in content:
         params = content["params"] or {}
-        extra = set(content) - {"method", "params", "model", "description"}
+        extra = set(content) - _CONFIG_KEYS
         if extra:
-            raise UnknownNameError(f"key of {where}:", sorted(extra)[0], ["method", "params", "model", "description"])
+            raise UnknownNameError(f"key of {where}:", sorted(extra)[0], _CONFIG_KEYS)
     else:
-        params = {k: v for k, v in content.items() if k not in {"method", "model", "description"}}
+        params = {k: v for k, v in content.items() if k not in _CONFIG_KEYS}
     return [{"method": method, **params}]

@@ -14,9 +14,12 @@ import pytest
 pytest.importorskip("lmms_eval")
 
 from lmms_eval_accelerate import compare, comparison
+from lmms_eval_accelerate.settings import Setting, has_budget
+from lmms_eval_accelerate.settings import settings_of as parse_settings
 
 import accelerate_methods
-from accelerate_methods.registry import method_class
+from accelerate_methods import compatibility
+from accelerate_methods.pipeline import CONFIG_DIR, read_config, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,17 +32,40 @@ def option(command: list[str], name: str) -> str:
     return command[command.index(name) + 1]
 
 
+def settings_of(words: str, retention: float = 0.1, config: str = "fastvid/llava_onevision") -> list[Setting]:
+    return parse_settings(words, retention, read_config(config))
+
+
 def test_settings_take_their_own_ratio_or_the_common_one():
-    settings = compare.settings_of("dense fastvid random@0.25,fastvid", 0.1)
-    assert [s.label for s in settings] == ["dense", "fastvid@0.1", "random@0.25"]
+    settings = settings_of("dense fastvid random@0.25,fastvid, prunevid")
+    assert [s.label for s in settings] == ["dense", "fastvid@0.1", "random@0.25", "prunevid"]
+
+
+def test_settings_take_parameters():
+    settings = settings_of("dycoke(k=0.3,p=0.5) dycoke(dp=false), fastvid@0.2(c=4)")
+    assert [s.label for s in settings] == [
+        "dycoke(k=0.3,p=0.5)",
+        "dycoke(dp=False)",
+        "fastvid(retention_ratio=0.2,c=4)",
+    ]
+    assert settings[1].params == (("dp", False),)
+    command = plan_of().command(settings[0])
+    assert option(command, "--model_args").endswith("config=dycoke/llava_onevision,k=0.3,p=0.5")
+
+
+def test_levels_are_those_of_the_config():
+    labels = [s.label for s in settings_of("levels")]
+    assert labels == ["dense", "fastvid@0.25", "fastvid@0.2", "fastvid@0.15", "fastvid@0.1"]
+    assert [s.label for s in settings_of("levels", config="dycoke/llava_onevision")] == [
+        *("dense", "dycoke(k=0.3)", "dycoke(k=0.5)", "dycoke(k=0.7)")
+    ]
 
 
 def test_all_means_dense_and_every_method():
-    settings = compare.settings_of("all", 0.2)
-    free = {n for n in accelerate_methods.available() if "retention_ratio" in method_class(n).parameters()}
-    expected = [f"{n}@0.2" if n in free else n for n in accelerate_methods.available()]
+    settings = settings_of("all", 0.2)
+    expected = [f"{n}@0.2" if has_budget(n) else n for n in accelerate_methods.available()]
     assert [s.label for s in settings] == ["dense", *expected]
-    assert compare.settings_of("all@0.2", 0.1) == settings
+    assert settings_of("all@0.2", 0.1) == settings
 
 
 def test_methods_take_the_config_of_their_own_for_this_model():
@@ -52,7 +78,15 @@ def test_methods_take_the_config_of_their_own_for_this_model():
 
 
 @pytest.mark.parametrize(
-    ("methods", "message"), [("fastvd", "Did you mean 'fastvid'"), ("fastvid@7", "outside the allowed")]
+    ("methods", "message"),
+    [
+        ("fastvd", "Did you mean 'fastvid'"),
+        ("fastvid@7", "outside the allowed"),
+        ("fastvid@x", "not a retention ratio"),
+        ("dycoke(kk=0.3)", "Did you mean 'k'"),
+        ("dycoke(k", "cannot read"),
+        ("dycoke(k)", "no parameter"),
+    ],
 )
 def test_bad_methods_fail_before_any_run(methods, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
@@ -61,7 +95,7 @@ def test_bad_methods_fail_before_any_run(methods, message, tmp_path):
 
 
 def test_embedded_run_needs_no_arguments():
-    command = plan_of().command(compare.Setting("fastvid", 0.1))
+    command = plan_of().command(Setting.of("fastvid", retention_ratio=0.1))
     assert command[:3] == [sys.executable, "-m", "lmms_eval_accelerate"]
     arguments = dict(pair.split("=") for pair in option(command, "--model_args").split(","))
     assert arguments["pretrained"] == str(ROOT / "assets" / "tiny-llava-onevision")
@@ -71,7 +105,7 @@ def test_embedded_run_needs_no_arguments():
 
 def test_real_run_gives_every_method_the_setting_of_the_paper():
     plan = plan_of("--pretrained", "org/model", "--tasks", "videomme", "--config", "fastvid/llava_video")
-    for setting in (compare.Setting(None), compare.Setting("random", 0.1)):
+    for setting in (Setting(), Setting.of("random", retention_ratio=0.1)):
         command = plan.command(setting)
         assert option(command, "--model") == "llava_video_accelerated"
         arguments = dict(pair.split("=") for pair in option(command, "--model_args").split(","))
@@ -80,13 +114,28 @@ def test_real_run_gives_every_method_the_setting_of_the_paper():
         assert bool({"method", "config"} & set(arguments)) == (setting.method is not None)
 
 
+@pytest.mark.parametrize(
+    "config", sorted(str(p.relative_to(CONFIG_DIR).with_suffix("")) for p in CONFIG_DIR.glob("*/llava*.yaml"))
+)
+def test_every_config_makes_a_run(config):
+    """The plan of each script with weights: its family, its tasks, and a method that fits the family."""
+    plan = plan_of("--pretrained", "org/model", "--config", config)
+    method = config.partition("/")[0]
+    assert plan.config_of(method) == config
+    command = plan.command(*settings_of(method))
+    assert option(command, "--model") == f"{plan.family}_accelerated"
+    assert option(command, "--tasks") == ("gqa,mme,pope" if plan.family == "llava" else "videomme")
+    given = dict(pair.split("=") for pair in option(command, "--model_args").split(","))
+    compatibility.check(resolve(given["config"]), plan.family)
+
+
 def test_several_gpus_and_machines_go_through_accelerate_launch(monkeypatch):
     monkeypatch.setattr(compare, "_gpus", lambda: 8)
     plan = plan_of(
         *("--pretrained", "org/model", "--num-processes", "8", "--num-machines", "2", "--machine-rank", "1"),
         *("--main-process-ip", "10.0.0.1", "--main-process-port", "29501"),
     )
-    command = plan.command(compare.Setting(None))
+    command = plan.command(Setting())
     assert command[1:3] == ["-m", "accelerate.commands.launch"]
     assert option(command, "--num_processes") == "16" and option(command, "--machine_rank") == "1"
     assert option(command, "--main_process_ip") == "10.0.0.1"
@@ -95,7 +144,7 @@ def test_several_gpus_and_machines_go_through_accelerate_launch(monkeypatch):
 
 def test_several_processes_without_gpus_go_through_torchrun(monkeypatch):
     monkeypatch.setattr(compare, "_gpus", lambda: 0)
-    command = plan_of("--num-processes", "2").command(compare.Setting(None))
+    command = plan_of("--num-processes", "2").command(Setting())
     assert command[1:3] == ["-m", "torch.distributed.run"] and option(command, "--nproc_per_node") == "2"
 
 

@@ -52,6 +52,9 @@ def test_every_config_is_usable(path):
     pipeline = resolve(path)
     assert pipeline.name == config["method"] == path.parent.name
     assert {"family", "pretrained", "conv_template"} <= set(config["model"])
+    for level in config.get("levels", []):
+        changed = resolve(path, **level).methods[0]
+        assert all(getattr(changed, name) == value for name, value in level.items())
 
 
 def test_scripts_name_existing_configs():

@@ -26,31 +26,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import accelerate_methods
 from accelerate_methods.errors import MethodError
 from accelerate_methods.pipeline import CONFIG_DIR, read_config
-from accelerate_methods.registry import method_class
 from lmms_eval_accelerate import TASKS, comparison
+from lmms_eval_accelerate.settings import Setting, has_budget, settings_of
 
 ROOT = Path(accelerate_methods.__file__).resolve().parent.parent
 EMBEDDED = ROOT / "assets" / "tiny-llava-onevision"
+#: with --pretrained: tasks of the methods' papers
+TASKS_OF_FAMILY = {"llava": "gqa,mme,pope", "llava_onevision": "videomme", "llava_video": "videomme"}
 EMBEDDED_FAMILY = "llava_onevision"
 EMBEDDED_ARGS = {"max_frames_num": 16}
 EMBEDDED_CONFIG = "embedded"  # configs/<method>/embedded.yaml: where a method's own values do not fit a tiny model
 EMBEDDED_METHODS = "dense {method}@0.25 {method} {method}@0.05 random@0.25 random@0.1"
 EMBEDDED_METHODS_FIXED = "dense {method} random@0.25 random@0.1"  # a method whose budget follows from its parameters
 _PROGRESS = re.compile(r"_accelerated: .*?(\d+)/(\d+) \[")  # the model's own bar, named after it
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """One run: a method (None: dense) at one retention ratio (None: its config's own parameters)."""
-
-    method: str | None
-    retention: float | None = None
-
-    @property
-    def label(self) -> str:
-        if self.method is None:
-            return comparison.DENSE
-        return self.method if self.retention is None else f"{self.method}@{self.retention:g}"
 
 
 @dataclasses.dataclass
@@ -77,8 +65,7 @@ class Plan:
         if setting.method is not None:
             config = self.config_of(setting.method)
             arguments |= {"method": setting.method} if config is None else {"config": config}
-            if setting.retention is not None:
-                arguments["retention_ratio"] = setting.retention
+            arguments |= dict(setting.params)
         command = [
             *self.launcher(),
             *("--model", f"{self.family}_accelerated"),
@@ -120,36 +107,6 @@ class Plan:
         ]
 
 
-def settings_of(methods: str, retention: float) -> list[Setting]:
-    """``"dense fastvid@0.25 random"``: names, with a retention ratio of their own or else ``retention``.
-
-    "all" stands for the dense model and every method, "all@0.1" for the same at that ratio. Methods whose budget
-    follows from their parameters run with those of their config.
-    """
-    out = []
-    for word in methods.replace(",", " ").split():
-        name, _, ratio = word.partition("@")
-        own = float(ratio) if ratio else retention
-        if name == comparison.DENSE:
-            out.append(Setting(None))
-        elif name == "all":
-            out += [Setting(None), *(_setting(n, own) for n in accelerate_methods.available())]
-        else:
-            setting = Setting(name, own) if ratio else _setting(name, own)
-            if setting.retention is not None:  # an unknown name or ratio fails here, before any run
-                accelerate_methods.get(name, retention_ratio=own)
-            out.append(setting)
-    return list(dict.fromkeys(out))
-
-
-def _setting(name: str, retention: float) -> Setting:
-    return Setting(name, retention if _has_budget(name) else None)
-
-
-def _has_budget(name: str) -> bool:
-    return "retention_ratio" in method_class(name).parameters()
-
-
 def run(plan: Plan, setting: Setting, console: Console, progress: Progress) -> Path:
     """Run one setting with a progress bar; its log goes to <output>/<label>.log. Exits on failure."""
     command = plan.command(setting)
@@ -182,11 +139,11 @@ def main(argv: list[str] | None = None) -> None:
     plan = _plan(args)
     config = read_config(args.config)
     retention = args.retention_ratio or config["params"].get("retention_ratio") or 0.1
-    embedded = EMBEDDED_METHODS if _has_budget(config["method"]) else EMBEDDED_METHODS_FIXED
+    embedded = EMBEDDED_METHODS if has_budget(config["method"]) else EMBEDDED_METHODS_FIXED
     default = f"dense {config['method']}" if args.pretrained else embedded.format(method=config["method"])
     try:
-        settings = settings_of(args.methods or default, retention)
-    except (MethodError, ValueError) as error:
+        settings = settings_of(args.methods or default, retention, config)
+    except MethodError as error:
         raise SystemExit(f"error: {error}") from error
     if args.dry_run:
         for setting in settings:
@@ -238,7 +195,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         family=model["family"],
         config=args.config,
         pretrained=str(args.pretrained or EMBEDDED),
-        tasks=tasks or "videomme",
+        tasks=tasks or TASKS_OF_FAMILY[model["family"]],
         output=Path(output).resolve(),
         model_args=model_args,
         limit=args.limit,
@@ -264,7 +221,7 @@ def _pictures(plan: Plan, args: argparse.Namespace, settings: list[Setting], row
     video = args.picture or (TASKS / "shapes_video" / "clips" / "0000.mp4" if args.pretrained is None else None)
     config = read_config(args.config)
     of_config = [s for s in settings if s.method == config["method"]]
-    usual = [s for s in of_config if s.retention == config["params"].get("retention_ratio")]
+    usual = [s for s in of_config if dict(s.params).items() <= config["params"].items()]
     drawn = next(iter(usual or of_config), None)
     if video is not None and drawn is not None:
         made.append(draw_clip(plan, drawn, video, plan.output / "kept_tokens.png"))
@@ -287,8 +244,8 @@ def draw_clip(plan: Plan, setting: Setting, video: Path, path: Path) -> Path:
     )
     frames = load_video(str(video), num_frames=int(plan.model_args["max_frames_num"])).frames
     pixels = processor.preprocess(frames, return_tensors="pt")["pixel_values"]
-    budget = {} if setting.retention is None else {"retention_ratio": setting.retention}
-    method = accelerate_methods.accelerate(model, plan.config_of(setting.method) or setting.method, **budget)
+    spec = plan.config_of(setting.method) or setting.method
+    method = accelerate_methods.accelerate(model, spec, **dict(setting.params))
     with method, accelerate_methods.record() as requests, torch.no_grad():
         model(torch.tensor([[IMAGE_TOKEN_INDEX, 0]], device=model.device), images=[pixels], modalities=["video"])
     item = requests[0].samples[0].items[0]
@@ -301,7 +258,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", default="fastvid/llava_onevision", help="config whose method and setting are run")
     parser.add_argument("--pretrained", help="checkpoint; default: the embedded model and benchmark")
     parser.add_argument("--tasks", help="comma-separated lmms-eval tasks")
-    parser.add_argument("--methods", help='e.g. "dense fastvid fastvid@0.25 random"; "all": every method')
+    parser.add_argument("--methods", help='e.g. "dense fastvid@0.25 dycoke(k=0.3)"; "levels"; "all"')
     parser.add_argument("--retention-ratio", type=float, help="for methods given without one (default: the config's)")
     parser.add_argument("--limit", help="documents per task")
     parser.add_argument("--batch-size", default="1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,11 @@ def cut_tasks(found: list[Row]) -> dict[str, list[Row]]:
     return {t: _by_task(found)[t] for t, others in tasks.items() if others and all(r.kept < 1 for r in others)}
 
 
+def _method(row: Row) -> str:
+    """The method of ``name``, ``name@ratio`` or ``name(parameters)``."""
+    return re.split(r"[@(]", row.setting)[0]
+
+
 def draw_curve(found: list[Row], path: Path) -> Path:
     """Accuracy against the share of visual tokens kept; a line per method, a panel per task of :func:`cut_tasks`."""
     import matplotlib
@@ -165,9 +171,9 @@ def draw_curve(found: list[Row], path: Path) -> Path:
         for row in here:
             if row.setting == DENSE:
                 axis.axhline(100 * row.score, color="0.5", linestyle="--", linewidth=1, label=DENSE)
-        methods = dict.fromkeys(row.setting.partition("@")[0] for row in here if row.setting != DENSE)
+        methods = dict.fromkeys(_method(row) for row in here if row.setting != DENSE)
         for method in methods:
-            points = sorted((100 * r.kept, 100 * r.score) for r in here if r.setting.partition("@")[0] == method)
+            points = sorted((100 * r.kept, 100 * r.score) for r in here if _method(r) == method)
             # a line between points of one run each: no more is claimed
             axis.plot(*zip(*points, strict=True), marker="o", label=method)
         axis.set(title=task, xlabel="visual tokens kept (%)", ylabel="accuracy (%)")

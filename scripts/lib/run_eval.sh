@@ -5,9 +5,9 @@
 # With PRETRAINED: that checkpoint, on all GPUs asked for.
 #
 #   PRETRAINED        checkpoint folder or hub name
-#   TASKS             comma-separated lmms-eval tasks                      (default: videomme / the embedded tasks)
-#   METHODS           what to compare, e.g. "dense fastvid@0.25 random"       (default: "dense" and the config's method;
-#                     "all" for every method at RETENTION_RATIO, "all@0.25" at that one)
+#   TASKS             comma-separated lmms-eval tasks  (default: videomme; gqa,mme,pope for image models; the embedded tasks)
+#   METHODS           what to compare: "dense fastvid@0.25 dycoke(k=0.3) random"       (default: dense and the config's method)
+#                     "levels": the config's method at every level of its paper; "all", "all@0.25": every method
 #   RETENTION_RATIO   share of visual tokens kept                          (default: the config's)
 #   LIMIT             documents per task                                   (default: all)
 #   NUM_PROCESSES     GPUs (without any: processes) per machine   (default: all visible GPUs; embedded model: 1)
