@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from .errors import MethodError
 from .hosts import host_for
 from .pipeline import Pipeline, resolve
+
+_logger = logging.getLogger(__name__)
 
 
 class Acceleration:
@@ -22,6 +25,13 @@ class Acceleration:
         self._previous = self._host.attach(model, pipeline)
         self._state = self._host.attached(model)
         self._attached = True
+        #: signal that a method asks for -> what this model gives instead; empty where the method runs as published
+        self.adaptations: dict[str, str] = dict(getattr(self._state, "adaptations", {}))
+        for asked, given in self.adaptations.items():
+            _logger.warning(
+                "%s on this model is an adaptation: its vision encoder has no %s, %s is used instead.",
+                pipeline.name, asked, given,
+            )  # fmt: skip
 
     def detach(self) -> None:
         """Restore the model's former state; calling it again does nothing.

@@ -50,6 +50,11 @@ def why_not(method: type[Method], family: Family) -> str | None:
     return None
 
 
+def runs_on(name: str, key: str) -> bool:
+    """Whether the method called ``name`` can do something on one of the families called ``key``."""
+    return any(why_not(method_class(name), family) is None for family in FAMILIES if family.key == key)
+
+
 def check(pipeline: Pipeline, key: str) -> None:
     """Raise :class:`MethodError` if a method of ``pipeline`` can do nothing on the families called ``key``."""
     families = [f for f in FAMILIES if f.key == key]

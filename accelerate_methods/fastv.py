@@ -22,7 +22,6 @@ from torch import Tensor
 
 from .base import PrefillMethod
 from .baselines import random_indices
-from .budget import floor_share
 from .errors import MethodError
 from .ops.select import right_aligned_indices, top_mask
 from .registry import register
@@ -41,7 +40,7 @@ class FastV(PrefillMethod):
         k: K, number of decoder layers that see everything; 0 keeps random tokens, as in the paper's K=0 rows.
         r: R, share that is dropped: round(n * (1 - R)) stay, halves to even; 1 drops all. Beware that other code bases
             call the kept share "r".
-        retention_ratio: share that is kept instead: floor(n * ratio) stay, at least one.
+        retention_ratio: 1 - R instead, the share that is kept, rounded likewise; at least one stays.
         tokens_per_image: the number that stays instead ("attention rank" of the official scripts), per image or video.
         seed: k=0 only: the same seed keeps the same tokens.
     """
@@ -99,7 +98,7 @@ class FastV(PrefillMethod):
         if self.r is not None:
             return round(total * (1 - self.r))  # Python's round is the reference: float64, halves to even
         if self.retention_ratio is not None:
-            return min(total, max(1, floor_share(total, self.retention_ratio)))
+            return min(total, max(1, round(total * self.retention_ratio)))
         return min(total, self.tokens_per_image * items)
 
 

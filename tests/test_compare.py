@@ -33,7 +33,8 @@ def option(command: list[str], name: str) -> str:
 
 
 def settings_of(words: str, retention: float = 0.1, config: str = "fastvid/llava_onevision") -> list[Setting]:
-    return parse_settings(words, retention, read_config(config))
+    content = read_config(config)
+    return parse_settings(words, retention, content, content["model"]["family"])
 
 
 def test_settings_take_their_own_ratio_or_the_common_one():
@@ -59,6 +60,19 @@ def test_levels_are_those_of_the_config():
     assert [s.label for s in settings_of("levels", config="dycoke/llava_onevision")] == [
         *("dense", "dycoke(k=0.3)", "dycoke(k=0.5)", "dycoke(k=0.7)")
     ]
+
+
+def test_combinations_are_settings_too():
+    plain, tuned = settings_of("visionzip+fastv visionzip+fastv(fastv.k=3,visionzip.retention_ratio=0.2)")
+    assert (plain.label, plain.params) == ("visionzip+fastv", ())
+    assert tuned.params == (("fastv.k", 3), ("visionzip.retention_ratio", 0.2))
+    command = plan_of().command(tuned)
+    assert option(command, "--model_args").endswith("method=visionzip+fastv,fastv.k=3,visionzip.retention_ratio=0.2")
+
+
+def test_all_leaves_out_what_the_family_cannot_run():
+    names = [s.method for s in settings_of("all", config="fastv/llava_1_5")]
+    assert {"fastv", "fastervlm", "visionzip"} <= set(names) and not {"fastvid", "dycoke", "prunevid"} & set(names)
 
 
 def test_all_means_dense_and_every_method():

@@ -83,7 +83,7 @@ def test_defaults_are_the_papers():
     [
         ({"r": 0.5}, 576, 288), ({"r": 0.75}, 576, 144), ({"r": 0.9}, 576, 58), ({"r": 0.5}, 5, 2), ({"r": 0.5}, 7, 4),
         ({"r": 0.5}, 1, 0), ({"r": 0.0}, 9, 9), ({"r": 1.0}, 9, 0), ({"r": 0.3}, 0, 0),
-        ({"retention_ratio": 0.1}, 576, 57), ({"retention_ratio": 0.1}, 5, 1), ({"retention_ratio": 1.0}, 5, 5),
+        ({"retention_ratio": 0.1}, 576, 58), ({"retention_ratio": 0.1}, 5, 1), ({"retention_ratio": 1.0}, 5, 5),
         ({"retention_ratio": 0.1}, 0, 0),
         ({"tokens_per_image": 72}, 576, 72), ({"tokens_per_image": 72}, 10, 10), ({"tokens_per_image": 0}, 10, 0),
     ],

@@ -141,7 +141,7 @@ def test_wrong_values_are_refused(given: dict, says: str) -> None:
 
 
 def test_a_method_that_can_do_nothing_on_a_family_is_refused() -> None:
-    with pytest.raises(MethodError, match="video only.*runs on LLaVA-OneVision, LLaVA-Video"):
+    with pytest.raises(MethodError, match=r"video only.*runs on LLaVA-OneVision, LLaVA-Video"):
         parse("llava_dycoke", pretrained="x")
     with pytest.raises(MethodError, match="needs frame_features"):
         parse("llava_accelerated", pretrained="x", method="fastvid")

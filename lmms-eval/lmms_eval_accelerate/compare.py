@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     embedded = EMBEDDED_METHODS if has_budget(config["method"]) else EMBEDDED_METHODS_FIXED
     default = f"dense {config['method']}" if args.pretrained else embedded.format(method=config["method"])
     try:
-        settings = settings_of(args.methods or default, retention, config)
+        settings = settings_of(args.methods or default, retention, config, plan.family)
     except MethodError as error:
         raise SystemExit(f"error: {error}") from error
     if args.dry_run:

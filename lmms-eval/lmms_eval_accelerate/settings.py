@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 import accelerate_methods
+from accelerate_methods import compatibility
 from accelerate_methods.errors import MethodError
 from accelerate_methods.registry import method_class
 from lmms_eval_accelerate.comparison import DENSE
@@ -27,7 +28,7 @@ class Setting:
     @classmethod
     def of(cls, method: str, **params: Any) -> Setting:
         """Checked: an unknown method, parameter or value fails here, before any run."""
-        accelerate_methods.get(method, **params)
+        accelerate_methods.resolve(method, **params)
         return cls(method, tuple(params.items()))
 
     @property
@@ -43,17 +44,18 @@ class Setting:
 
 def has_budget(method: str) -> bool:
     """Whether a method can be asked to keep a share of the tokens; what others keep follows from their parameters."""
-    return "retention_ratio" in method_class(method).parameters()
+    return "+" not in method and "retention_ratio" in method_class(method).parameters()
 
 
-def settings_of(words: str, retention: float, config: Mapping[str, Any]) -> list[Setting]:
-    """Settings of a list of words, separated by spaces or commas.
+def settings_of(words: str, retention: float, config: Mapping[str, Any], family: str) -> list[Setting]:
+    """Settings of a list of words, separated by spaces or commas; "all" leaves out what cannot run on ``family``.
 
     ========================  ======================================================================================
     ``dense``                 no method
     ``fastvid``               the method at ``retention``, or as its config says if it has no free budget
     ``fastvid@0.25``          at this retention ratio
     ``dycoke(k=0.3,p=0.7)``   with these parameters
+    ``visionzip+fastv``       a combination, with the defaults of its methods or with ``(fastv.k=3)``
     ``levels``                the method of ``config`` at every level that the config lists
     ``all``, ``all@0.1``      dense and every method, at ``retention`` or at this ratio
     ========================  ======================================================================================
@@ -67,7 +69,8 @@ def settings_of(words: str, retention: float, config: Mapping[str, Any]) -> list
         if name == DENSE:
             out.append(Setting())
         elif name == "all":
-            out += [Setting(), *(_at(method, share) for method in accelerate_methods.available())]
+            fit = [m for m in accelerate_methods.available() if compatibility.runs_on(m, family)]
+            out += [Setting(), *(_at(method, share) for method in fit)]
         elif name == "levels":
             levels = config.get("levels") or [{}]
             out += [Setting(), *(Setting.of(config["method"], **level) for level in levels)]

@@ -101,6 +101,7 @@ class LlavaAccelerated(lmms):
         self._device = self._choose_device()
         self._load()
         self.settings = {**self.args.to_dict(), "dtype": str(self.model.dtype), "device": _device_name(self._device)}
+        self.settings["adaptations"] = dict(getattr(self.model.acceleration, "adaptations", {}))
         LlavaAccelerated.last_settings = {**self.settings, "world_size": self._world_size}
         logger.info(f"{self.model_id}: {self.args.pipeline.describe()} on {self.settings['device']}")
 
