@@ -230,8 +230,6 @@ class _Loop:
             self.cache.accelerate_state = state
             if state.has_visual:
                 state.follow(self.cache)
-        if self.request is not None and self.kept is not None:
-            self.request.keep_rows(self.kept, self.valid, self.layout.visual.shape[1])
 
     def _decodes(self) -> bool:
         """Whether there is anything for a decode method to act on."""
@@ -243,6 +241,8 @@ class _Loop:
         selection = method.prefill(PrefillStep(self, index))
         if selection is not None:
             self._apply(selection, index, state)
+            if self.request is not None:
+                self.request.dropped(index, self.kept, self.valid, self.layout.visual.shape[1])
         return selection is not None
 
     def _apply(self, selection: Selection, index: int, state: _CacheState) -> None:

@@ -15,10 +15,8 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 _active: ContextVar[list[RequestRecord] | None] = ContextVar("accelerate_methods_recorder", default=None)
 
@@ -30,8 +28,10 @@ class ItemRecord:
     Attributes:
         tokens_before, tokens_after: visual tokens without compression, and those that the first decoder layer gets.
         grid: (rows, columns) of a frame or view, if there is one.
-        owner: [F, N] for every original token the row of the item that holds it when prefill ends, -1 if none does;
-            ``kept``: [F, N] True where such a row stands.
+        owner: [F, N] for every original token the row of the item that holds it at the first decoder layer, -1 if none
+            does; ``kept``: [F, N] True where such a row stands.
+        left_at: [F, N] decoder layer before which the row that holds the token was dropped; ``num_layers`` if it never
+            was; 0 where no row holds it. None as long as no layer has run.
         positions: [R] layout row of each of the item's rows.
         start: where the item begins in the (padded) prompt.
         info: what the method said.
@@ -45,6 +45,8 @@ class ItemRecord:
     owner: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     kept: torch.Tensor | None = None
+    left_at: torch.Tensor | None = None
+    num_layers: int = 0
     info: dict[str, object] = dataclasses.field(default_factory=dict)
 
 
@@ -95,22 +97,26 @@ class RequestRecord:
         """Prompt tokens of one sample that each decoder layer processed in prefill. May synchronise."""
         return [int(tokens[sample * (len(tokens) // len(self.samples))]) for tokens in self.layer_tokens]  # beams
 
-    def keep_rows(self, rows: torch.Tensor, valid: torch.Tensor | None, length: int) -> None:
-        """Note that of the prompt's ``length`` rows only ``rows`` [B, K] (where ``valid``) are left after prefill."""
+    def started(self, layers: int) -> None:
+        """Prefill begins, through ``layers`` layers unless :meth:`dropped` says otherwise."""
+        for sample in self.samples:
+            for item in sample.items:
+                item.num_layers = layers
+                item.left_at = (item.owner >= 0).long() * layers
+
+    def dropped(self, layer: int, rows: torch.Tensor, valid: torch.Tensor | None, length: int) -> None:
+        """Of the prompt's ``length`` rows only ``rows`` [B, K] (where ``valid``) go on to ``layer``."""
         left = rows.new_zeros(rows.shape[0], length + 1).bool()  # a spare slot takes the padding
         left.scatter_(1, rows if valid is None else rows.masked_fill(~valid, length), True)
         beams = rows.shape[0] // len(self.samples) if self.samples else 1
         for sample, here in zip(self.samples, left[::beams], strict=False):
             for item in sample.items:
-                if item.owner is not None:
-                    held = here.to(item.owner.device)[item.owner.clamp(min=0) + item.start] & (item.owner >= 0)
-                    item.owner, item.kept = item.owner.masked_fill(~held, -1), item.kept & held
+                goes_on = here.to(item.owner.device)[item.owner.clamp(min=0) + item.start]
+                item.left_at = torch.where(goes_on, item.left_at, item.left_at.clamp(max=layer))
 
     @contextlib.contextmanager
     def span(self, name: str, device: torch.device) -> Iterator[None]:
         if device.type == "cuda":
-            import torch
-
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record(torch.cuda.current_stream(device))
             yield

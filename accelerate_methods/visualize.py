@@ -17,11 +17,14 @@ def token_states(item: ItemRecord) -> np.ndarray:
     """[F, rows, columns] of 0 dropped, 1 merged into another token, 2 kept, from the provenance of one item.
 
     A token counts as kept if an output token stands at its position; every other token that some output token holds
-    counts as merged.
+    counts as merged. What a method dropped inside the language model counts as dropped.
     """
     if item.owner is None or item.grid is None:
         raise MethodError("this item has no provenance on a token grid (an anyres image, or a smaller input).")
-    states = (item.owner >= 0).long() + item.kept.long()
+    there = item.owner >= 0
+    if item.left_at is not None:
+        there &= item.left_at == item.num_layers
+    states = there.long() + (item.kept & there).long()
     return states.cpu().numpy().reshape(-1, *item.grid)
 
 

@@ -218,6 +218,23 @@ def test_composed_stages(tiny):
 # -- recording ---------------------------------------------------------------------------------------------------------
 
 
+def test_records_tell_where_in_the_decoder_tokens_left(tiny):
+    model = tiny(OV)
+    with record() as requests:
+        for method in ("fastv", "random+fastv"):
+            params = {"fastv.r": 0.75, "random.retention_ratio": 0.5} if "+" in method else {"r": 0.75}
+            with accelerate(model, method, **params):
+                logits(model)
+    for request, entering in zip(requests, (4 * 196, 2 * 196), strict=True):
+        (item,) = request.samples[0].items
+        assert item.num_layers == 6 and item.tokens_after == entering
+        counts = torch.bincount(item.left_at.flatten(), minlength=7).tolist()
+        assert counts[0] == 4 * 196 - entering and counts[2] + counts[6] == entering
+        # one of the candidates is the newline after the video
+        assert abs(counts[6] - (entering + 1) / 4) <= 1 and torch.equal(item.left_at > 0, item.owner >= 0)
+        assert request.layer_lengths(0)[1] - request.layer_lengths(0)[2] in (counts[2], counts[2] + 1)
+
+
 def test_records(tiny):
     model = tiny(OV)
     with record() as requests:

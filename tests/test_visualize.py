@@ -24,6 +24,12 @@ def test_states_tell_dropped_merged_and_kept_apart():
     assert token_states(make_item()).tolist() == expected
 
 
+def test_what_the_language_model_drops_is_dropped():
+    item = make_item()
+    item.left_at, item.num_layers = torch.tensor([[4, 0, 4, 2], [0, 0, 4, 2]]), 4
+    assert token_states(item).tolist() == [[[2, 0], [1, 0]], [[0, 0], [2, 0]]]
+
+
 def test_picture_shows_kept_cells_as_they_are_and_darkens_the_rest(tmp_path):
     frames = np.full((2, 20, 20, 3), 200, dtype=np.uint8)
     path = draw_kept_tokens(frames, make_item(), tmp_path / "kept.png")

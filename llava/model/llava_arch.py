@@ -369,6 +369,8 @@ class LlavaMetaForCausalLM:
             passed["output_hidden_states"] = output_hidden_states
         tokens = inputs_embeds if inputs_embeds is not None else input_ids
         decoding = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if request is not None and not decoding:
+            request.started(self.config.num_hidden_layers)
         with _llm_stage(request, tokens, decoding):
             outputs = self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, **passed)
             hidden = outputs.last_hidden_state
