@@ -40,6 +40,8 @@ class _CacheState:
     Attributes:
         valid: per layer [B, S] False at padding, or None.
         visual: per layer [B, S] True at keys of items that the decode method acts on.
+        rows: per layer [B, S] which row of the prompt each entry was, None where all are there.
+        length: rows of the prompt.
         shift: per layer [B, 1], how far its positions lie behind those of the prompt ("compact" selections), or None.
         next_position: [B, 1] position of the next token.
         has_visual: whether there is anything for a decode method to act on.
@@ -48,6 +50,8 @@ class _CacheState:
     has_visual: bool
     valid: list[Tensor | None] = dataclasses.field(default_factory=list)
     visual: list[Tensor] = dataclasses.field(default_factory=list)
+    rows: list[Tensor | None] = dataclasses.field(default_factory=list)
+    length: int = 0
     shift: list[Tensor | None] = dataclasses.field(default_factory=list)
     next_position: Tensor | None = None
     memory: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -207,7 +211,7 @@ class _Loop:
             lengths: list[int] | Tensor = self.layout.lengths
         else:
             lengths = [self.new] * len(self.hidden) if self.valid is None else self.valid.sum(1)
-        state = self.state = _CacheState(has_visual=self._decodes())
+        state = self.state = _CacheState(has_visual=self._decodes(), length=self.new)
         masks: dict[str, Any] = {}
         for index, layer in enumerate(self.layers):
             if index in at and self._select(method, index, state):
@@ -221,6 +225,7 @@ class _Loop:
             self.hidden = self._call(layer, masks[kind], self.cache)
             state.valid.append(self.valid)
             state.visual.append(self.masks["decode"])
+            state.rows.append(self.kept)
             state.shift.append(self.shift)
             if self.request is not None:
                 self.request.layer_tokens.append(lengths)
@@ -271,6 +276,7 @@ class _Loop:
             for done in range(index):
                 self._trim(self.cache.layers[done], state.visual[done].shape[1], picked)
                 state.valid[done], state.visual[done] = self.valid, self.masks["decode"]
+                state.rows[done] = self.kept
 
     @staticmethod
     def _trim(entry: Any, length: int, picked: Tensor) -> None:
@@ -285,6 +291,7 @@ class _Loop:
         state, method, start = self.state, self.pipeline.decode, len(self.layers)
         if method is not None and state is not None and state.has_visual and self.new == 1:
             start = method.decode_layer(len(self.layers))
+        keep: Tensor | None = None
         shown: Selection | None = None
         shift: Tensor | None = None
         for index, layer in enumerate(self.layers):
@@ -295,10 +302,10 @@ class _Loop:
             if index == start and index > 0:
                 visual = self._grown(state.visual[index], index, False)
                 keep = method.decode(DecodeStep(self, index, visual, valid, state.memory))
-                if keep is not None:
-                    shown = Selection.from_mask(keep if valid is None else keep & valid)
-                    if shown.valid is None and shown.indices.shape[1] == visual.shape[1]:  # nothing is hidden
-                        shown = None
+                shown = _visible(keep, valid)
+            elif keep is not None and state.rows[index] is not state.rows[index - 1]:  # a shorter cache from here on
+                keep = self._carried(keep, index - 1, index)
+                shown = _visible(keep, valid)
             if index + 1 == start:
                 self.inputs, self.input_ropes = {index: self.hidden}, {index: self.rope}
             if shown is None:
@@ -310,6 +317,14 @@ class _Loop:
             for index in range(len(self.layers)):
                 state.valid[index] = self._keys_valid(index, after=True)
                 state.visual[index] = self._grown(state.visual[index], index, False, after=True)
+
+    def _carried(self, keep: Tensor, below: int, index: int) -> Tensor:
+        """The mask over the keys of layer ``below``, over those keys that layer ``index`` has."""
+        state = self.state
+        everything = torch.arange(state.length, device=keep.device).expand(keep.shape[0], -1)
+        rows, fewer = (everything if state.rows[i] is None else state.rows[i] for i in (below, index))
+        prompt = torch.zeros_like(everything, dtype=torch.bool).scatter_(1, rows, keep[:, : rows.shape[1]])
+        return torch.cat([prompt.gather(1, fewer), keep[:, rows.shape[1] :]], dim=1)
 
     def _call(self, layer: Any, mask: Any, cache: Any) -> Tensor:
         out = layer(
@@ -431,6 +446,15 @@ class _Loop:
         if valid is not None:
             scores = scores.masked_fill(~valid[:, None, None, :], torch.finfo(scores.dtype).min)
         return scores.softmax(dim=-1, dtype=torch.float32).to(hidden.dtype)
+
+
+def _visible(keep: Tensor | None, valid: Tensor | None) -> Selection | None:
+    """Indices of the keys to show, None for all."""
+    if keep is None:
+        return None
+    shown = Selection.from_mask(keep if valid is None else keep & valid)
+    everything = shown.valid is None and shown.indices.shape[1] == keep.shape[1]
+    return None if everything else shown
 
 
 def _gather(states: Tensor, indices: Tensor) -> Tensor:

@@ -22,6 +22,17 @@ def _few_threads():
     torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For modules with many tiny operations: waiting for a second thread takes longer than the work."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def loaded():
     """load(name): (tokenizer, model, image_processor, context_len) of a tiny checkpoint, float32, loaded once."""

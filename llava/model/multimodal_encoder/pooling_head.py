@@ -40,14 +40,15 @@ class SiglipPoolingHead(nn.Module):
         weights = tower_weights(name, checkpoint, "post_layernorm") | {
             k.removeprefix("head."): v for k, v in tower_weights(name, checkpoint, "head.").items()
         }
-        head = cls(
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_attention_heads,
-            config.layer_norm_eps,
-            config.hidden_act,
-        )
-        head.load_state_dict(weights)
+        with torch.device("meta"):  # no random initial values: they would draw from the global generator
+            head = cls(
+                config.hidden_size,
+                config.intermediate_size,
+                config.num_attention_heads,
+                config.layer_norm_eps,
+                config.hidden_act,
+            )
+        head.load_state_dict(weights, assign=True)
         return head.requires_grad_(False).eval()
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
