@@ -13,8 +13,8 @@ EXTRAS = {
     "train": ["deepspeed>=0.16"],
     "flash-attn": ["flash-attn>=2.7"],
     "lora": ["peft>=0.15"],
-    "plots": ["matplotlib>=3.9"],
-    "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "matplotlib>=3.9"],
+    "plots": ["matplotlib>=3.9", "plotly>=6"],
+    "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "matplotlib>=3.9", "plotly>=6"],
 }
 
 setup(
@@ -26,14 +26,17 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["llava", "llava.*", "accelerate_methods", "accelerate_methods.*"]),
-    package_data={"llava": ["model/multimodal_encoder/known_towers/*/*.json"]},
+    package_data={
+        "llava": ["model/multimodal_encoder/known_towers/*/*.json"],
+        "accelerate_methods.report": ["page.css", "page.js"],
+    },
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17,<6",
         "accelerate>=1.10",
         "safetensors>=0.5",
         "sentencepiece>=0.2.0,<0.2.2",
-        "pillow>=10",
+        "pillow>=10.1",
         "numpy>=1.26",
         "pyyaml>=6",
         "rich>=13",

@@ -52,6 +52,11 @@ def test_settings_take_parameters():
     assert settings[1].params == (("dp", False),)
     command = plan_of().command(settings[0])
     assert option(command, "--model_args").endswith("config=dycoke/llava_onevision,k=0.3,p=0.5")
+    # lmms-eval reads its arguments as k=v pairs: neither sign may stand in a folder's name
+    assert option(command, "--output_path").endswith("/dycoke_k-0.3_p-0.5") and settings[2].folder == (
+        "fastvid_retention_ratio-0.2_c-4"
+    )
+    assert Setting.of("fastvid", retention_ratio=0.1).folder == "fastvid@0.1" and Setting().folder == "dense"
 
 
 def test_levels_are_those_of_the_config():

@@ -32,16 +32,15 @@ class LlavaAcceleration:
     def __init__(self, model: LlavaMetaForCausalLM, pipeline: Pipeline, available: frozenset[str]):
         self.pipeline = pipeline
         self._config = model.config
-        self._tower_config = model.get_vision_tower().hub_config
+        self._tower = model.get_vision_tower()
         given = {name: given_for(m, name, available) for m in pipeline.methods for name in m.signals}
         self.adaptations = {name: real for name, real in given.items() if name != real}
         names = frozenset(given.values())
         self.encoder_signals = names - _HEAD_SIGNALS
         self._head: SiglipPoolingHead | None = None
         if _HEAD_SIGNALS & names:
-            tower = model.get_vision_tower()
-            head = SiglipPoolingHead.from_tower(tower.vision_tower_name, tower.checkpoint)
-            self._head = head.to(device=tower.device, dtype=tower.dtype)
+            head = SiglipPoolingHead.from_tower(self._tower.vision_tower_name, self._tower.checkpoint)
+            self._head = head.to(device=self._tower.device, dtype=self._tower.dtype)
 
     def acts_on_views(self, kind: str) -> bool:
         """Whether an item of this kind is compressed before the projector."""
@@ -53,19 +52,23 @@ class LlavaAcceleration:
         method = self.pipeline.sample
         if method is None:
             return pixels
-        side = method.input_side(pixels.shape[-1], self._tower_config.patch_size)
+        side = method.input_side(pixels.shape[-1], self._tower.hub_config.patch_size)
         if side == pixels.shape[-1]:
             return pixels
         # antialiased bicubic in float32: half precision has no CPU kernel, and the image is small
         small = nn.functional.interpolate(pixels.float(), (side, side), mode="bicubic", antialias=True)
         return small.to(pixels.dtype)
 
+    def view_signals(self, encoded: Encoded) -> dict[str, Tensor]:
+        """The signals that a method acting on views asks for, over the patches of an image's views."""
+        return self._tower.signals(encoded, self.encoder_signals)
+
     def signals(self, item: VisualItem, encoded: Encoded) -> dict[str, Tensor]:
         """The signals that the attached methods ask for, over the tokens of one item."""
         method = self.pipeline.compress
         if method is None or item.modality not in method.modalities or not method.signals:
             return {}
-        out = dict(encoded.signals)
+        out = self.view_signals(encoded)
         if self._head is not None:
             if self._head.probe.device != encoded.hidden.device:  # the model was moved after attaching
                 self._head.to(encoded.hidden.device)

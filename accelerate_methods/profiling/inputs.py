@@ -30,3 +30,16 @@ def video_like_features(
     features += 0.3 * torch.randn(scenes, tokens, width, generator=generator)[scene]  # texture of the position
     features += 0.1 * torch.randn(frames, tokens, width, generator=generator)  # noise of the frame
     return features
+
+
+def video_like_patches(frames: int, side: int, width: int, *, block: int = 2, **statistics: float) -> Tensor:
+    """[F, side*side, D] patch features of a made-up clip: :func:`video_like_features` before spatial pooling.
+
+    Neighbouring patches show the same thing: blocks of ``block`` x ``block`` patches share their features but for a
+    little noise, so that what pooling leaves still has the statistics that ``statistics`` ask for.
+    """
+    coarse = -(-side // block)
+    features = video_like_features(frames, coarse * coarse, width, **statistics).view(frames, coarse, coarse, width)
+    fine = features.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :side, :side].flatten(1, 2)
+    generator = torch.Generator().manual_seed(1)
+    return fine + 0.05 * torch.randn(fine.shape, generator=generator)

@@ -163,7 +163,7 @@ class LlavaMetaForCausalLM:
         with recording.stage(request, "vision", device):
             if acceleration is not None:
                 pixels = acceleration.resize(pixels)
-            encoded = tower.look(pixels, acceleration.encoder_signals if acceleration is not None else ())
+            encoded = tower.look(pixels)
             features = tower.select(encoded).to(pixels.dtype)
         # plain integers: the grid arithmetic is that of python floats
         sizes = [] if image_sizes is None else [tuple(int(edge) for edge in size) for size in image_sizes]
@@ -185,10 +185,12 @@ class LlavaMetaForCausalLM:
             if pixels.shape[-1] != side:  # only the shape of what the full-size input would have given
                 full = self._lay_out(self._full_size(tokens, pixels.shape[-1], side), kind, size)
                 item.full_tokens, item.full_length = full.num_tokens, full.length
-            if by_view[index]:
-                item.views = self._views(encoded[here], features[here], kind, size)
-            elif acceleration is not None:
-                item.signals = acceleration.signals(item, encoded[here])
+            if acceleration is not None:  # what signals cost is the method's cost
+                with recording.stage(request, "compress", device):
+                    if by_view[index]:
+                        item.views = self._views(encoded[here], features[here], kind, size)
+                    else:
+                        item.signals = acceleration.signals(item, encoded[here])
             items.append(item)
         return items
 
@@ -202,7 +204,7 @@ class LlavaMetaForCausalLM:
             special=None if special is None else special.to(features.dtype),
             grid=(rows, rows),
             tiles=None if kind == "plain" else tile_grid(len(features), size, tower.image_size, self.config),
-            signals=encoded.signals,
+            signals=self.acceleration.view_signals(encoded),
             uncompressed=lambda: self._lay_out(self.project(features), kind, size),
         )
 

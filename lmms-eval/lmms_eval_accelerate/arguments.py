@@ -31,6 +31,7 @@ COMMON: dict[str, Any] = {
     "on_error": "stop",  # "skip": an unreadable image or video gives an empty answer, counted and marked
     "prompt_model": None,  # stock model whose task prompts are used; "none": as lmms-eval built them
     "until": "apply",  # "ignore": do not cut answers at the task's stop strings (the stock models do not)
+    "save_provenance": 0,  # documents per task whose kept tokens are saved for the report
 }
 _CHOICES = {
     "on_error": ("stop", "skip"),
@@ -172,3 +173,6 @@ def _finish(values: dict[str, Any]) -> None:
         values["batch_size"] = 0
     if values["batch_size"] < 1:
         raise MethodError("batch_size must be a number from 1; automatic batch sizes are not supported.")
+    if not str(values["save_provenance"]).isdecimal():
+        raise MethodError(f"save_provenance must be a number of documents from 0, not {values['save_provenance']!r}.")
+    values["save_provenance"] = int(values["save_provenance"])

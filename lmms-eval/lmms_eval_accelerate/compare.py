@@ -34,7 +34,7 @@ EMBEDDED = ROOT / "assets" / "tiny-llava-onevision"
 #: with --pretrained: tasks of the methods' papers
 TASKS_OF_FAMILY = {"llava": "gqa,mme,pope", "llava_onevision": "videomme", "llava_video": "videomme"}
 EMBEDDED_FAMILY = "llava_onevision"
-EMBEDDED_ARGS = {"max_frames_num": 16}
+EMBEDDED_ARGS = {"max_frames_num": 16, "save_provenance": 4}
 EMBEDDED_CONFIG = "embedded"  # configs/<method>/embedded.yaml: where a method's own values do not fit a tiny model
 EMBEDDED_METHODS = "dense {method}@0.25 {method} {method}@0.05 random@0.25 random@0.1"
 EMBEDDED_METHODS_FIXED = "dense {method} random@0.25 random@0.1"  # a method whose budget follows from its parameters
@@ -72,7 +72,7 @@ class Plan:
             *("--model_args", ",".join(f"{k}={_text(v)}" for k, v in arguments.items())),
             *("--tasks", tasks or self.tasks),
             *("--batch_size", self.batch_size),
-            *("--output_path", str(self.output / setting.label)),
+            *("--output_path", str(self.output / setting.folder)),
         ]
         return [*command, "--limit", self.limit] if self.limit else command
 
@@ -108,9 +108,9 @@ class Plan:
 
 
 def run(plan: Plan, setting: Setting, console: Console, progress: Progress) -> Path:
-    """Run one setting with a progress bar; its log goes to <output>/<label>.log. Exits on failure."""
+    """Run one setting with a progress bar; its log goes to <output>/<folder>.log. Exits on failure."""
     command = plan.command(setting)
-    log_path = plan.output / f"{setting.label}.log"
+    log_path = plan.output / f"{setting.folder}.log"
     bar = progress.add_task(f"{setting.label}: starting", total=None)
     tail: collections.deque[str] = collections.deque(maxlen=40)
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
@@ -130,7 +130,7 @@ def run(plan: Plan, setting: Setting, console: Console, progress: Progress) -> P
         console.print(escape("\n".join(tail)))
         raise SystemExit(1)
     progress.update(bar, description=f"{setting.label}: done", total=1, completed=1)
-    return plan.output / setting.label
+    return plan.output / setting.folder
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{number}/{len(settings)} {setting.label}: {time.time() - begin:.0f} s", flush=True)
     if args.machine_rank != 0:
         return  # rank 0's machine has the results of all
-    rows = comparison.read({s.label: plan.output / s.label for s in settings})
+    rows = comparison.read({s.label: plan.output / s.folder for s in settings})
     comparison.write(rows, plan.output)
     console.print(comparison.tables(rows))
     for picture in _pictures(plan, args, settings, rows):
@@ -250,7 +250,7 @@ def draw_clip(plan: Plan, setting: Setting, video: Path, path: Path) -> Path:
         model(torch.tensor([[IMAGE_TOKEN_INDEX, 0]], device=model.device), images=[pixels], modalities=["video"])
     item = requests[0].samples[0].items[0]
     title = f"{setting.label}: {item.tokens_after} of {item.tokens_before} visual tokens of {Path(video).name}"
-    return draw_kept_tokens(frames, item, path, title + " (framed: kept; dim: merged into another; dark: dropped)")
+    return draw_kept_tokens(frames, item, path, title)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -27,15 +27,15 @@ class Encoded:
     Attributes:
         hidden: [V, S + P, M] output of the selected layer: S special tokens, then P patches.
         special_tokens: S.
-        signals: what was asked for, over the P patches.
+        before: [V, S + P, M] input of that layer, from which signals are computed where a method asks for some.
     """
 
     hidden: Tensor
     special_tokens: int
-    signals: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    before: Tensor
 
     def __getitem__(self, views: slice) -> Encoded:
-        return Encoded(self.hidden[views], self.special_tokens, {k: v[views] for k, v in self.signals.items()})
+        return Encoded(self.hidden[views], self.special_tokens, self.before[views])
 
     @property
     def patches(self) -> Tensor:
@@ -104,26 +104,28 @@ class VisionTower(nn.Module):
     #: tokens in front of the patches
     special_tokens = 0
 
-    def encode(self, pixels: Tensor, interpolate: bool = False, signals: Collection[str] = ()) -> Encoded:
+    def encode(self, pixels: Tensor, interpolate: bool = False) -> Encoded:
         """Run the encoder up to the selected layer.
 
         Args:
             pixels: [V, 3, S, S].
             interpolate: fit the position embeddings to another side than the tower's own.
-            signals: names of ``hosts.encoder_attention.SIGNALS`` to compute in the last layer that runs.
         """
         model = self.vision_tower
-        hidden = model.embeddings(pixels.to(self.dtype), interpolate_pos_encoding=interpolate)
+        hidden = before = model.embeddings(pixels.to(self.dtype), interpolate_pos_encoding=interpolate)
         if hasattr(model, "pre_layrnorm"):
             hidden = model.pre_layrnorm(hidden)
-        layers = model.encoder.layers[: self._layers_to_run()]
-        found: dict[str, Tensor] = {}
-        for index, layer in enumerate(layers):
-            if signals and index == len(layers) - 1:
-                found = encoder_signals(layer, hidden, signals, self.special_tokens)
-            hidden = layer(hidden, attention_mask=None)
+        for layer in model.encoder.layers[: self._layers_to_run()]:
+            before, hidden = hidden, layer(hidden, attention_mask=None)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        return Encoded(hidden, self.special_tokens, found)
+        return Encoded(hidden, self.special_tokens, before)
+
+    def signals(self, encoded: Encoded, names: Collection[str]) -> dict[str, Tensor]:
+        """The signals ``names`` (of ``hosts.encoder_attention``) of the layer that gave ``encoded``."""
+        layers = self._layers_to_run()
+        if not names or not layers:
+            return {}
+        return encoder_signals(self.vision_tower.encoder.layers[layers - 1], encoded.before, names, self.special_tokens)
 
     def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         """Patch features [V, P, M] in the dtype of the input; a list of [3, S, S] gives a list of [1, P, M].
@@ -134,11 +136,11 @@ class VisionTower(nn.Module):
             return [self.forward(image[None]) for image in images]
         return self.select(self.look(images)).to(images.dtype)
 
-    def look(self, images: Tensor, signals: Collection[str] = ()) -> Encoded:
+    def look(self, images: Tensor) -> Encoded:
         """:meth:`encode` for views of any side, on the tower's device."""
         side = self.hub_config.image_size
         interpolate = tuple(images.shape[-2:]) != (side, side)
-        return self.encode(images.to(self.device), interpolate, signals)
+        return self.encode(images.to(self.device), interpolate)
 
     def select(self, encoded: Encoded) -> Tensor:
         """[V, P, M] what the projector gets."""

@@ -30,6 +30,7 @@ from lmms_eval_accelerate import prompts
 from lmms_eval_accelerate.arguments import COMMON, Arguments, parse_arguments
 from lmms_eval_accelerate.costs import Costs, sample_costs, skipped_costs, summarise
 from lmms_eval_accelerate.manifest import FAMILIES
+from lmms_eval_accelerate.provenance import Provenance
 from lmms_eval_accelerate.visuals import VisualError, document_visuals
 
 
@@ -44,12 +45,14 @@ class Question:
         form: "text", "plain", "image" or "video". One ``generate`` call takes questions of one form, because the
             form of ``images`` decides how the tokens of an image are laid out.
         sizes: (width, height) of the images.
+        document: (task, document number) that it came from.
     """
 
     text: str | list[str]
     visuals: Any = None
     form: str = "text"
     sizes: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    document: tuple[str, Any] | None = None
 
 
 class Likelihood(GenerationResult):
@@ -100,7 +103,11 @@ class LlavaAccelerated(lmms):
         self._set_ranks()
         self._device = self._choose_device()
         self._load()
+        self._provenance = Provenance(
+            self.args.save_provenance, self._rank, self.args.pipeline.name, self.image_processor
+        )
         self.settings = {**self.args.to_dict(), "dtype": str(self.model.dtype), "device": _device_name(self._device)}
+        self.settings["conv_template"] = self.conv_template
         self.settings["adaptations"] = dict(getattr(self.model.acceleration, "adaptations", {}))
         LlavaAccelerated.last_settings = {**self.settings, "world_size": self._world_size}
         logger.info(f"{self.model_id}: {self.args.pipeline.describe()} on {self.settings['device']}")
@@ -199,6 +206,7 @@ class LlavaAccelerated(lmms):
         """Answers in the order of the requests, with their costs."""
         with _failing_loudly():
             prompts.align(requests, self.args.prompt_model)
+            self._provenance.choose(requests)
             answers: list[GenerationResult] = [GenerationResult("") for _ in requests]
             todo = [i for i, r in enumerate(requests) if not _padding(r)]
             bar = tqdm(total=len(todo), disable=self._rank != 0, desc=self.model_id or "generating")
@@ -237,7 +245,9 @@ class LlavaAccelerated(lmms):
     ) -> Question:
         where = f"task {task}, split {split}, doc {doc_id}"
         visuals = document_visuals(doc_to_visual, self.task_dict[task][split], doc_id, where)
-        return self.question(context, visuals, gen_kwargs, {**(metadata or {}), "task": task}, where)
+        question = self.question(context, visuals, gen_kwargs, {**(metadata or {}), "task": task}, where)
+        question.document = (task, doc_id)
+        return question
 
     def _skip(self, error: VisualError) -> Costs:
         if self.args.on_error == "stop":
@@ -272,6 +282,7 @@ class LlavaAccelerated(lmms):
         )
         self._warm = True
         self._costs.extend(c.to_dict() for c in costs)
+        self._provenance.save(questions, calls[0])
         stops = gen_kwargs.get("until") or [] if self.args.until == "apply" else []
         stops = [stops] if isinstance(stops, str) else stops
         return [GenerationResult(_cut(text, stops), c) for text, c in zip(texts, costs, strict=True)]
@@ -332,6 +343,7 @@ class LlavaAccelerated(lmms):
         """
         with _failing_loudly():
             prompts.align(requests, self.args.prompt_model)
+            self._provenance.choose(requests)
             bar = tqdm(requests, disable=self._rank != 0, desc=self.model_id or "loglikelihood")
             return [Likelihood(0.0, False) if _padding(request) else self._likelihood(request) for request in bar]
 
@@ -364,6 +376,7 @@ class LlavaAccelerated(lmms):
         if calls and calls[0].samples:
             costs = sample_costs(calls[0], self.config, [0], elapsed, self.args.pipeline.name, not self._warm)[0]
             self._costs.append(costs.to_dict())
+            self._provenance.save([question], calls[0])
             self._warm = True
         logits = logits.float().to(wanted.device)
         loss = torch.nn.functional.cross_entropy(logits, wanted)
@@ -375,6 +388,7 @@ class LlavaAccelerated(lmms):
         """Answers of all rounds per document; the task's ``doc_to_text`` asks the next round or ends it."""
         with _failing_loudly():
             prompts.align(requests, self.args.prompt_model)
+            self._provenance.choose(requests)
             return [[] if _padding(request) else self._rounds(request) for request in requests]
 
     def _rounds(self, request: Instance) -> list[str]:
