@@ -164,6 +164,8 @@ class LlavaMetaForCausalLM:
             if acceleration is not None:
                 pixels = acceleration.resize(pixels)
             encoded = tower.look(pixels)
+            if acceleration is None or not acceleration.encoder_signals:
+                encoded.before = None  # frees its memory
             features = tower.select(encoded).to(pixels.dtype)
         # plain integers: the grid arithmetic is that of python floats
         sizes = [] if image_sizes is None else [tuple(int(edge) for edge in size) for size in image_sizes]

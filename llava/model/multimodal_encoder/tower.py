@@ -27,15 +27,17 @@ class Encoded:
     Attributes:
         hidden: [V, S + P, M] output of the selected layer: S special tokens, then P patches.
         special_tokens: S.
-        before: [V, S + P, M] input of that layer, from which signals are computed where a method asks for some.
+        before: [V, S + P, M] input of that layer, from which signals are computed where a method asks for some; None
+            once it is known that none does.
     """
 
     hidden: Tensor
     special_tokens: int
-    before: Tensor
+    before: Tensor | None
 
     def __getitem__(self, views: slice) -> Encoded:
-        return Encoded(self.hidden[views], self.special_tokens, self.before[views])
+        before = None if self.before is None else self.before[views]
+        return Encoded(self.hidden[views], self.special_tokens, before)
 
     @property
     def patches(self) -> Tensor:
