@@ -166,11 +166,11 @@ class DecodeStep:
 
     def attention(self) -> Tensor:
         """[B, H, S] probabilities of the current token over the cached keys of layer ``layer - 1``."""
-        rows = torch.zeros(1, dtype=torch.long, device=self.visual.device)
-        scores = self._loop.attention_rows(self.layer - 1, rows, self.valid, rotary=True, causal=False)[:, :, 0]
-        if scores.shape[-1] != self.visual.shape[1]:
+        below, here = self._loop.cache.get_seq_length(self.layer - 1), self.visual.shape[1]
+        if below != here:
             raise MethodError(
-                f"layer {self.layer - 1} caches {scores.shape[-1]} keys and layer {self.layer} {self.visual.shape[1]}: "
+                f"layer {self.layer - 1} caches {below} keys and layer {self.layer} {here}: "
                 "a decode method cannot take its scores across the layer where a prefill method dropped tokens."
             )
-        return scores
+        rows = torch.zeros(1, dtype=torch.long, device=self.visual.device)
+        return self._loop.attention_rows(self.layer - 1, rows, self.valid, rotary=True, causal=False)[:, :, 0]
