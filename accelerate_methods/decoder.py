@@ -164,6 +164,7 @@ class _Loop:
         self.valid = None if self.mask is None else self.mask[:, -self.new :]
         self.layout = layout.expanded(batch) if layout is not None and not self.past else None
         self.spans: list[list[VisualSpan]] = []
+        self.decodes = False  # whether there is anything for a decode method to act on
         #: row masks that are cut along with the hidden states: what prefill and decode methods see as visual
         self.masks = self._masks()
         self.rope = decoder.rotary_emb(hidden, self.position_ids)
@@ -183,7 +184,9 @@ class _Loop:
             self.spans = own.spans
             masks |= {"visual": own.visual, "block": own.blocks()}
         if self.pipeline.decode is not None:
-            masks["decode"] = self.layout.only(self.pipeline.decode.modalities).visual
+            own = self.layout.only(self.pipeline.decode.modalities)
+            self.decodes = any(own.spans)
+            masks["decode"] = own.visual
         return masks
 
     # -- running -----------------------------------------------------------------------------------------------------
@@ -211,7 +214,7 @@ class _Loop:
             lengths: list[int] | Tensor = self.layout.lengths
         else:
             lengths = [self.new] * len(self.hidden) if self.valid is None else self.valid.sum(1)
-        state = self.state = _CacheState(has_visual=self._decodes(), length=self.new)
+        state = self.state = _CacheState(has_visual=self.decodes, length=self.new)
         masks: dict[str, Any] = {}
         for index, layer in enumerate(self.layers):
             if index in at and self._select(method, index, state):
@@ -235,11 +238,6 @@ class _Loop:
             self.cache.accelerate_state = state
             if state.has_visual:
                 state.follow(self.cache)
-
-    def _decodes(self) -> bool:
-        """Whether there is anything for a decode method to act on."""
-        method = self.pipeline.decode
-        return self.layout is not None and method is not None and any(self.layout.only(method.modalities).spans)
 
     def _select(self, method: Any, index: int, state: _CacheState) -> bool:
         """Let the prefill method act before layer ``index``; whether it dropped anything."""

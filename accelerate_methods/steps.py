@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import MethodError
+from .ops.select import right_aligned_indices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +99,8 @@ class Selection:
     @classmethod
     def from_mask(cls, keep: Tensor, **kwargs: Any) -> Selection:
         """From a boolean [B, L]; reads the counts from the device once."""
-        counts = keep.sum(1)
-        width = int(counts.max())
-        # A stable sort of the mask moves the kept positions, in order, to the right end.
-        order = torch.sort(keep.to(torch.int8), dim=1, stable=True).indices[:, keep.shape[1] - width :]
-        valid = torch.arange(width, device=keep.device) >= (width - counts)[:, None]
-        return cls(indices=order, valid=None if keep.shape[0] == 1 else valid, **kwargs)
+        indices, valid = right_aligned_indices(keep, keep.sum(1).tolist())
+        return cls(indices=indices, valid=valid, **kwargs)
 
 
 class PrefillStep:

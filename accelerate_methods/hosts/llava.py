@@ -16,9 +16,9 @@ from ..errors import MethodError
 from ..items import VisualItem
 from ..pipeline import Pipeline
 from .base import Host, given_for
+from .encoder_attention import ENCODER_SIGNALS
 
 _HEAD_SIGNALS = frozenset({"frame_features", "pooling_attention"})
-ENCODER_SIGNALS = frozenset({"cls_attention", "received_attention", "key_states"})
 
 
 class LlavaAcceleration:
@@ -72,9 +72,9 @@ class LlavaAcceleration:
         if self._head is not None:
             if self._head.probe.device != encoded.hidden.device:  # the model was moved after attaching
                 self._head.to(encoded.hidden.device)
-            out["frame_features"], out["pooling_attention"] = self._head(encoded.patches.to(self._head.probe.dtype))
-        whole = {"frame_features"}
-        return {name: value if name in whole else self._to_tokens(value, item) for name, value in out.items()}
+            frames, out["pooling_attention"] = self._head(encoded.patches.to(self._head.probe.dtype))
+        tokens = {name: self._to_tokens(value, item) for name, value in out.items()}
+        return tokens if self._head is None else {**tokens, "frame_features": frames}
 
     def _to_tokens(self, signal: Tensor, item: VisualItem) -> Tensor:
         """[F, P, ...] over patches -> [F, N, ...] over the tokens that the LLM gets."""
