@@ -18,7 +18,7 @@ from lmms_eval_accelerate.settings import Setting, has_budget
 from lmms_eval_accelerate.settings import settings_of as parse_settings
 
 import accelerate_methods
-from accelerate_methods import compatibility
+from accelerate_methods import compatibility, launch
 from accelerate_methods.pipeline import CONFIG_DIR, read_config, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def plan_of(*argv: str) -> compare.Plan:
     return compare._plan(compare._parser().parse_args(list(argv)))
+
+
+def command_of(plan: compare.Plan, setting: Setting) -> list[str]:
+    return plan.run(setting).command()
 
 
 def option(command: list[str], name: str) -> str:
@@ -50,7 +54,7 @@ def test_settings_take_parameters():
         "fastvid(retention_ratio=0.2,c=4)",
     ]
     assert settings[1].params == (("dp", False),)
-    command = plan_of().command(settings[0])
+    command = command_of(plan_of(), settings[0])
     assert option(command, "--model_args").endswith("config=dycoke/llava_onevision,k=0.3,p=0.5")
     # lmms-eval reads its arguments as k=v pairs: neither sign may stand in a folder's name
     assert option(command, "--output_path").endswith("/dycoke_k-0.3_p-0.5") and settings[2].folder == (
@@ -71,7 +75,7 @@ def test_combinations_are_settings_too():
     plain, tuned = settings_of("visionzip+fastv visionzip+fastv(fastv.k=3,visionzip.retention_ratio=0.2)")
     assert (plain.label, plain.params) == ("visionzip+fastv", ())
     assert tuned.params == (("fastv.k", 3), ("visionzip.retention_ratio", 0.2))
-    command = plan_of().command(tuned)
+    command = command_of(plan_of(), tuned)
     assert option(command, "--model_args").endswith("method=visionzip+fastv,fastv.k=3,visionzip.retention_ratio=0.2")
 
 
@@ -114,7 +118,7 @@ def test_bad_methods_fail_before_any_run(methods, message, tmp_path):
 
 
 def test_embedded_run_needs_no_arguments():
-    command = plan_of().command(Setting.of("fastvid", retention_ratio=0.1))
+    command = command_of(plan_of(), Setting.of("fastvid", retention_ratio=0.1))
     assert command[:3] == [sys.executable, "-m", "lmms_eval_accelerate"]
     arguments = dict(pair.split("=") for pair in option(command, "--model_args").split(","))
     assert arguments["pretrained"] == str(ROOT / "assets" / "tiny-llava-onevision")
@@ -125,7 +129,7 @@ def test_embedded_run_needs_no_arguments():
 def test_real_run_gives_every_method_the_setting_of_the_paper():
     plan = plan_of("--pretrained", "org/model", "--tasks", "videomme", "--config", "fastvid/llava_video")
     for setting in (Setting(), Setting.of("random", retention_ratio=0.1)):
-        command = plan.command(setting)
+        command = command_of(plan, setting)
         assert option(command, "--model") == "llava_video_accelerated"
         arguments = dict(pair.split("=") for pair in option(command, "--model_args").split(","))
         assert arguments["max_frames_num"] == "64" and arguments["mm_spatial_pool_mode"] == "average"
@@ -141,53 +145,50 @@ def test_every_config_makes_a_run(config):
     plan = plan_of("--pretrained", "org/model", "--config", config)
     method = config.partition("/")[0]
     assert plan.config_of(method) == config
-    command = plan.command(*settings_of(method))
+    command = command_of(plan, *settings_of(method))
     assert option(command, "--model") == f"{plan.family}_accelerated"
     assert option(command, "--tasks") == ("gqa,mme,pope" if plan.family == "llava" else "videomme")
     given = dict(pair.split("=") for pair in option(command, "--model_args").split(","))
     compatibility.check(resolve(given["config"]), plan.family)
 
 
-def test_several_gpus_and_machines_go_through_accelerate_launch(monkeypatch):
-    monkeypatch.setattr(compare, "_gpus", lambda: 8)
-    plan = plan_of(
-        *("--pretrained", "org/model", "--num-processes", "8", "--num-machines", "2", "--machine-rank", "1"),
-        *("--main-process-ip", "10.0.0.1", "--main-process-port", "29501"),
-    )
-    command = plan.command(Setting())
-    assert command[1:3] == ["-m", "accelerate.commands.launch"]
-    assert option(command, "--num_processes") == "16" and option(command, "--machine_rank") == "1"
-    assert option(command, "--main_process_ip") == "10.0.0.1"
-    assert command[command.index("lmms_eval_accelerate") - 1] == "-m"
-
-
-def test_several_processes_without_gpus_go_through_torchrun(monkeypatch):
-    monkeypatch.setattr(compare, "_gpus", lambda: 0)
-    command = plan_of("--num-processes", "2").command(Setting())
-    assert command[1:3] == ["-m", "torch.distributed.run"] and option(command, "--nproc_per_node") == "2"
-
-
 def test_number_of_processes_defaults_to_the_gpus_but_for_the_embedded_model(monkeypatch):
-    monkeypatch.setattr(compare, "_gpus", lambda: 4)
-    assert plan_of("--pretrained", "org/model").processes == 4 and plan_of().processes == 1
+    monkeypatch.setattr(launch, "gpus", lambda: 4)
+    assert plan_of("--pretrained", "org/model").machines.processes == 4 and plan_of().machines.processes == 1
+    assert plan_of("--pretrained", "org/model", "--gpus-per-model", "2").machines.processes == 2
 
 
 def test_dry_run_prints_commands_and_runs_nothing(tmp_path, capsys):
     compare.main(["--dry-run", "--methods", "dense fastvid@0.2", "--output", str(tmp_path / "out")])
-    printed = capsys.readouterr().out.strip().splitlines()
-    assert len(printed) == 2 and "retention_ratio=0.2" in printed[1]
+    *commands, together = capsys.readouterr().out.strip().splitlines()
+    assert len(commands) == 2 and "retention_ratio=0.2" in commands[1] and "--output_path" in commands[1]
+    assert together.startswith("#") and "--runs" in together
     assert not (tmp_path / "out").exists()
 
 
 def test_a_failing_run_stops_with_its_log_and_exit_code_1(tmp_path, monkeypatch, capsys):
-    script = "import sys; print('the reason why'); sys.exit(3)"
-    monkeypatch.setattr(compare.Plan, "command", lambda self, setting: [sys.executable, "-c", script])
+    script = "import sys; print('== run 1/2 begins: dense'); print('the reason why'); sys.exit(3)"
+    monkeypatch.setattr(launch.Machines, "command", lambda self, arguments: [sys.executable, "-c", script])
     with pytest.raises(SystemExit) as stopped:
         compare.main(["--methods", "dense fastvid", "--output", str(tmp_path / "out")])
     assert stopped.value.code == 1
     printed = capsys.readouterr().out
-    assert "dense failed" in printed and "the reason why" in printed
-    assert not (tmp_path / "out" / "fastvid@0.1.log").exists()
+    assert "dense failed (exit code 3)" in printed and "the reason why" in printed
+    assert "the reason why" in (tmp_path / "out" / "log.txt").read_text()
+    assert not (tmp_path / "out" / "comparison.json").exists()
+
+
+def test_an_output_folder_is_of_one_comparison(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch.Machines, "command", lambda self, arguments: [sys.executable, "-c", "exit(3)"])
+    for _ in range(2):  # the same comparison may be tried again
+        with pytest.raises(SystemExit, match=r"^1$"):
+            compare.main(["--methods", "dense fastvid", "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="another comparison"):
+        compare.main(["--methods", "dense fastvid@0.2", "--output", str(tmp_path / "out")])
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("")
+    with pytest.raises(SystemExit, match="not empty"):
+        compare.main(["--methods", "dense fastvid", "--output", str(tmp_path / "notes")])
 
 
 def write_summary(folder: Path, score: float, after: float, compress: float, prefill: float) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -58,11 +57,6 @@ class Arguments:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: everything that can change an answer."""
         return {"family": self.family, "methods": self.pipeline.to_dict(), **self.values}
-
-
-def short_hash(value: Any) -> str:
-    """Eight hex digits of a JSON-able value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def parse_arguments(

@@ -8,7 +8,9 @@ All arguments are lmms-eval's own and go through to it. What this command adds:
 * a run that succeeds leaves ``summary.json`` and ``efficiency.json``: metrics, mean costs over all ranks, settings;
 * on a machine without CUDA, several processes work (``torchrun --nproc_per_node 2 -m lmms_eval_accelerate ...``);
 * a task that yields no number is a failure, unless ``--allow_no_score`` says it is a submission task;
-* ``--use_cache`` is refused (cached answers have no costs) unless ``--allow_cache`` is given as well.
+* ``--use_cache`` is refused (cached answers have no costs) unless ``--allow_cache`` is given as well;
+* ``--resume`` goes on with a run that was interrupted: the answers that it gave are kept in its folder;
+* ``--runs PLAN.json`` does many runs with one loading of the weights, see ``many.py``.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 from accelerate_methods.errors import MethodError
 from lmms_eval_accelerate import TASKS
 from lmms_eval_accelerate.runs import RunError, RunFolder, run_name
+from lmms_eval_accelerate.session import Session, session
 
 _SUBCOMMANDS = ("tasks", "models", "ui", "serve", "power", "version", "tui", "mcp")
 
@@ -46,6 +49,18 @@ def main(argv: list[str] | None = None) -> None:
         _stock(argv or ["--help"])
         sys.exit(0)
     _prepare_environment()
+    if argv[0] == "--runs":
+        from lmms_eval_accelerate.many import main as many
+
+        many(argv[1:])
+    else:
+        with session() as shared:
+            one(argv, shared)
+    sys.exit(0)
+
+
+def one(argv: list[str], shared: Session) -> None:
+    """Do one run. A failure ends the process with its reason and exit code 1 (2: it could not start)."""
     try:
         own, passed = _own_options(argv)
     except (RunError, MethodError) as error:
@@ -53,10 +68,11 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     folder = None
     try:
-        folder = RunFolder.claim(own.output_path, run_name(own.model, own.model_args), _rank(), argv)
-        passed += ["--output_path", str(folder.path), "--log_samples"]
-        outcome = _run(own, passed)
-        if _rank() == 0 and not own.listing:
+        name = run_name(own.model, own.model_args)
+        folder = RunFolder.claim(own.output_path, name, rank(), passed, own.resume)
+        shared.journal = None if own.listing else folder.answers
+        outcome = _run(own, [*passed, "--output_path", str(folder.path), "--log_samples"])
+        if rank() == 0 and not own.listing:
             folder.finish(outcome, own)
     except SystemExit as stop:
         error = stop.error if isinstance(stop, _Failed) else None
@@ -69,7 +85,6 @@ def main(argv: list[str] | None = None) -> None:
         if not isinstance(error, (RunError, MethodError)):
             traceback.print_exception(error)
         _fail(folder, error)
-    sys.exit(0)
 
 
 def _prepare_environment() -> None:
@@ -80,7 +95,8 @@ def _prepare_environment() -> None:
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 
-def _rank() -> int:
+def rank() -> int:
+    """Number of this process among all that were started together."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -91,6 +107,7 @@ def _own_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--allow_no_score", action="store_true")
     parser.add_argument("--output_path", default=None)
     parser.add_argument("--log_samples", action="store_true")
+    parser.add_argument("--resume", action="store_true")
     own, passed = parser.parse_known_args(argv)
     # the rest is only looked at; it stays in `passed`
     look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -105,6 +122,8 @@ def _own_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     own.output_path = own.output_path or file.get("output_path")
     own.listing = own.tasks in ("list", "list_groups", "list_tags", "list_subtasks")
     own.predict_only = own.predict_only or own.allow_no_score
+    if own.resume and not own.output_path:
+        raise RunError("--resume needs the --output_path of the run that was interrupted.")
     if own.use_cache and not own.allow_cache:
         raise RunError("--use_cache gives answers without costs; add --allow_cache if that is meant.")
     return own, passed

@@ -1,30 +1,26 @@
 """Run the dense model and methods one after the other through the lmms-eval command line, and compare them.
 
-Every setting is a process of its own with its own output folder, so that no state is shared and a failure names its
-setting. Ends with a table, ``comparison.json`` / ``comparison.md`` and two pictures. ``--dry-run`` prints the commands.
+The weights are loaded once; every setting is a run of its own with its own output folder, and a failure names it. The
+same ``--output`` goes on where an interrupted comparison stopped. Ends with a table, ``comparison.json`` /
+``comparison.md`` and two pictures. ``--dry-run`` prints the commands.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import dataclasses
-import os
-import re
+import json
 import shlex
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import accelerate_methods
 from accelerate_methods.errors import MethodError
+from accelerate_methods.launch import LaunchError, Machines, Run, default_processes, execute
 from accelerate_methods.pipeline import CONFIG_DIR, read_config
 from lmms_eval_accelerate import TASKS, comparison
 from lmms_eval_accelerate.settings import Setting, has_budget, settings_of
@@ -36,9 +32,9 @@ TASKS_OF_FAMILY = {"llava": "gqa,mme,pope", "llava_onevision": "videomme", "llav
 EMBEDDED_FAMILY = "llava_onevision"
 EMBEDDED_ARGS = {"max_frames_num": 16, "save_provenance": 4}
 EMBEDDED_CONFIG = "embedded"  # configs/<method>/embedded.yaml: where a method's own values do not fit a tiny model
+PLANNED = "comparison_plan.json"
 EMBEDDED_METHODS = "dense {method}@0.25 {method} {method}@0.05 random@0.25 random@0.1"
 EMBEDDED_METHODS_FIXED = "dense {method} random@0.25 random@0.1"  # a method whose budget follows from its parameters
-_PROGRESS = re.compile(r"_accelerated: .*?(\d+)/(\d+) \[")  # the model's own bar, named after it
 
 
 @dataclasses.dataclass
@@ -53,28 +49,23 @@ class Plan:
     model_args: dict[str, Any]
     limit: str | None
     batch_size: str
-    processes: int
-    machines: int
-    machine_rank: int
-    main_ip: str | None
-    main_port: str | None
+    machines: Machines
 
-    def command(self, setting: Setting, tasks: str | None = None) -> list[str]:
-        """The lmms-eval command line of one setting."""
+    def run(self, setting: Setting) -> Run:
+        """What lmms-eval-accelerate is asked for one setting."""
         arguments = {"pretrained": self.pretrained, **self.model_args}
         if setting.method is not None:
             config = self.config_of(setting.method)
             arguments |= {"method": setting.method} if config is None else {"config": config}
             arguments |= dict(setting.params)
-        command = [
-            *self.launcher(),
+        argv = [
             *("--model", f"{self.family}_accelerated"),
             *("--model_args", ",".join(f"{k}={_text(v)}" for k, v in arguments.items())),
-            *("--tasks", tasks or self.tasks),
+            *("--tasks", self.tasks),
             *("--batch_size", self.batch_size),
-            *("--output_path", str(self.output / setting.folder)),
+            *(("--limit", self.limit) if self.limit else ()),
         ]
-        return [*command, "--limit", self.limit] if self.limit else command
+        return Run(setting.label, self.output / setting.folder, tuple(argv))
 
     def config_of(self, method: str) -> str | None:
         """The config that holds a method's parameters for this model, or None: then its defaults."""
@@ -84,59 +75,14 @@ class Plan:
         fit = [n for n, path in paths.items() if path.is_file() and read_config(path)["model"]["family"] == self.family]
         return f"{method}/{fit[0]}" if fit else None
 
-    def launcher(self) -> list[str]:
-        """How the processes are started: accelerate on GPUs, torchrun on CPUs, neither for a single process."""
-        module = ["-m", "lmms_eval_accelerate"]
-        if self.processes * self.machines == 1:
-            return [sys.executable, *module]
-        if _gpus():
-            return [
-                *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"),
-                *("--num_processes", str(self.processes * self.machines)),
-                *("--num_machines", str(self.machines), "--machine_rank", str(self.machine_rank)),
-                *(("--main_process_ip", self.main_ip) if self.main_ip else ()),
-                *(("--main_process_port", self.main_port) if self.main_port else ()),
-                *module,
-            ]
-        return [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(self.processes)),
-            *("--nnodes", str(self.machines), "--node_rank", str(self.machine_rank)),
-            *(("--master_addr", self.main_ip) if self.main_ip else ()),
-            *(("--master_port", self.main_port) if self.main_port else ()),
-            *module,
-        ]
-
-
-def run(plan: Plan, setting: Setting, console: Console, progress: Progress) -> Path:
-    """Run one setting with a progress bar; its log goes to <output>/<folder>.log. Exits on failure."""
-    command = plan.command(setting)
-    log_path = plan.output / f"{setting.folder}.log"
-    bar = progress.add_task(f"{setting.label}: starting", total=None)
-    tail: collections.deque[str] = collections.deque(maxlen=40)
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
-    with log_path.open("w", encoding="utf-8") as log:
-        log.write(shlex.join(command) + "\n")
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
-        )
-        for line in _lines(process.stdout):
-            log.write(line + "\n")
-            tail.append(line)
-            if match := _PROGRESS.search(line):
-                progress.update(bar, description=setting.label, completed=int(match[1]), total=int(match[2]))
-    if process.wait() != 0:
-        progress.stop()
-        console.print(f"[bold red]{setting.label} failed[/] (exit code {process.returncode}); end of {log_path}:")
-        console.print(escape("\n".join(tail)))
-        raise SystemExit(1)
-    progress.update(bar, description=f"{setting.label}: done", total=1, completed=1)
-    return plan.output / setting.folder
-
 
 def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     console = Console()
-    plan = _plan(args)
+    try:
+        plan = _plan(args)
+    except MethodError as error:
+        raise SystemExit(f"error: {error}") from error
     config = read_config(args.config)
     retention = args.retention_ratio or config["params"].get("retention_ratio") or 0.1
     embedded = EMBEDDED_METHODS if has_budget(config["method"]) else EMBEDDED_METHODS_FIXED
@@ -145,27 +91,22 @@ def main(argv: list[str] | None = None) -> None:
         settings = settings_of(args.methods or default, retention, config, plan.family)
     except MethodError as error:
         raise SystemExit(f"error: {error}") from error
+    runs = [plan.run(setting) for setting in settings]
     if args.dry_run:
-        for setting in settings:
-            print(shlex.join(plan.command(setting)))
+        for run in runs:
+            print(shlex.join(run.command()))
+        together = plan.machines.command(["--runs", str(plan.output / "plan.json")])
+        print(f"# all of them, with one loading of the weights: {shlex.join(together)}")
         return
-    plan.output.mkdir(parents=True, exist_ok=False)
+    _settle(plan, runs)
     console.print(f"[bold]{len(settings)} runs[/] of {plan.tasks} on {plan.pretrained}; results in {plan.output}")
     started = time.time()
-    with Progress(
-        TextColumn("{task.description:28}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as progress:
-        for number, setting in enumerate(settings, 1):
-            begin = time.time()
-            run(plan, setting, console, progress)
-            if not console.is_terminal:  # where bars are not drawn, a line per run is the progress
-                print(f"{number}/{len(settings)} {setting.label}: {time.time() - begin:.0f} s", flush=True)
+    try:
+        execute(runs, plan.machines, plan.output, console, args.data)
+    except LaunchError as error:
+        console.print(f"[bold red]{escape(str(error))}[/]")
+        console.print(escape("\n".join(error.tail)))
+        raise SystemExit(1) from error
     if args.machine_rank != 0:
         return  # rank 0's machine has the results of all
     rows = comparison.read({s.label: plan.output / s.folder for s in settings})
@@ -174,6 +115,20 @@ def main(argv: list[str] | None = None) -> None:
     for picture in _pictures(plan, args, settings, rows):
         console.print(f"picture: {picture}", soft_wrap=True)
     console.print(f"{time.time() - started:.0f} s; everything is in {plan.output}", soft_wrap=True)
+
+
+def _settle(plan: Plan, runs: list[Run]) -> None:
+    """Make the output folder, or make sure that it is of the same runs."""
+    file = plan.output / (PLANNED if plan.machines.machine_rank == 0 else f"{plan.machines.machine_rank}_{PLANNED}")
+    wanted = {run.name: [str(run.output), *run.argv] for run in runs}
+    if file.is_file():
+        there = json.loads(file.read_text(encoding="utf-8"))
+        if there != wanted:
+            raise SystemExit(f"error: {plan.output} holds another comparison ({file.name}); choose another --output.")
+    elif plan.output.is_dir() and any(plan.output.iterdir()) and plan.machines.machines == 1:
+        raise SystemExit(f"error: {plan.output} is not empty and holds no comparison; choose another --output.")
+    plan.output.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
 
 
 def _plan(args: argparse.Namespace) -> Plan:
@@ -194,24 +149,21 @@ def _plan(args: argparse.Namespace) -> Plan:
     return Plan(
         family=model["family"],
         config=args.config,
-        pretrained=str(args.pretrained or EMBEDDED),
+        pretrained=_absolute(args.pretrained) if args.pretrained else str(EMBEDDED),
         tasks=tasks or TASKS_OF_FAMILY[model["family"]],
         output=Path(output).resolve(),
         model_args=model_args,
         limit=args.limit,
         batch_size=args.batch_size,
-        processes=args.num_processes or (max(1, _gpus()) if args.pretrained else 1),
-        machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        main_ip=args.main_process_ip,
-        main_port=args.main_process_port,
+        machines=Machines(
+            processes=args.num_processes or (default_processes(args.gpus_per_model) if args.pretrained else 1),
+            machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            main_ip=args.main_process_ip,
+            main_port=args.main_process_port,
+            gpus_per_model=args.gpus_per_model,
+        ),
     )
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def _pictures(plan: Plan, args: argparse.Namespace, settings: list[Setting], rows: list[comparison.Row]) -> list[Path]:
@@ -263,27 +215,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", help="documents per task")
     parser.add_argument("--batch-size", default="1")
     parser.add_argument("--model-args", default="", help="further model arguments, k=v,k=v")
-    parser.add_argument("--output", type=Path, help="a folder that does not exist yet")
+    parser.add_argument("--output", type=Path, help="a new folder, or that of an interrupted comparison to go on with")
     parser.add_argument("--picture", type=Path, help="video on which the kept tokens are drawn")
     parser.add_argument("--num-processes", type=int, help="per machine; default: the visible GPUs (embedded: 1)")
     parser.add_argument("--num-machines", type=int, default=1)
     parser.add_argument("--machine-rank", type=int, default=0)
     parser.add_argument("--main-process-ip")
     parser.add_argument("--main-process-port")
+    parser.add_argument("--gpus-per-model", type=int, default=1, help="GPUs over which a large model is spread")
+    parser.add_argument("--data", type=Path, help="local data folder; runs offline on it (docs/benchmarks.md)")
     parser.add_argument("--full", action="store_true", help="embedded benchmark: the full sets")
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
     return parser
 
 
+def _absolute(pretrained: str) -> str:
+    """A folder by its full path (the runs may have another working directory), a hub name as it is."""
+    folder = Path(pretrained).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else pretrained
+
+
 def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _lines(stream: Any) -> Iterator[str]:
-    """Lines of a stream in which progress bars end theirs with a carriage return (universal newlines split both)."""
-    for line in stream:
-        if line.strip():
-            yield line.rstrip()
 
 
 if __name__ == "__main__":

@@ -9,12 +9,14 @@ import json
 import math
 import re
 import shlex
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from lmms_eval_accelerate.arguments import short_hash
+from accelerate_methods.fingerprint import short_hash
 
 CLAIM, FAILED, SUMMARY, EFFICIENCY = "run.json", "failed.json", "summary.json", "efficiency.json"
+ANSWERS = "answers"
 
 
 class RunError(RuntimeError):
@@ -28,17 +30,25 @@ def run_name(model: str, model_args: str) -> str:
 
 @dataclasses.dataclass
 class RunFolder:
-    """Folder of one run; only rank 0 writes."""
+    """Folder of one run; only rank 0 writes.
+
+    Attributes:
+        lock: held as long as this process works on the run.
+    """
 
     path: Path
     rank: int
+    lock: TextIO | None = None
 
     @classmethod
-    def claim(cls, wanted: str | None, name: str, rank: int, argv: list[str]) -> RunFolder:
+    def claim(cls, wanted: str | None, name: str, rank: int, argv: list[str], resume: bool = False) -> RunFolder:
         """Make the folder and mark it as taken.
 
+        Args:
+            resume: go on with what an interrupted run of the same arguments left in ``wanted``.
+
         Raises:
-            RunError: ``wanted`` holds a run already (finished, or still running).
+            RunError: ``wanted`` holds a run already (finished, still running, or begun with other arguments).
         """
         stamp = datetime.datetime.now(datetime.timezone.utc)
         # absolute: lmms-eval would read a bare number as an int
@@ -48,6 +58,9 @@ class RunFolder:
             raise RunError(f"--output_path {path} holds a ',' or '=', which lmms-eval cannot read; choose another.")
         if rank != 0:
             return cls(path, rank)
+        claim = {"command": shlex.join(argv), "started": stamp.isoformat()}
+        if resume:
+            return cls._take_up(path, claim)
         number = 1
         while True:
             path.mkdir(parents=True, exist_ok=True)
@@ -55,28 +68,65 @@ class RunFolder:
                 raise RunError(f"{path} holds the results of a run; choose another --output_path or delete it.")
             try:
                 with open(path / CLAIM, "x", encoding="utf-8") as file:
-                    json.dump({"command": shlex.join(argv), "started": stamp.isoformat()}, file, indent=2)
+                    json.dump(claim, file, indent=2)
                 break
             except FileExistsError:
                 if wanted:
-                    raise RunError(f"{path} belongs to another run ({CLAIM}); choose another --output_path.") from None
+                    raise RunError(
+                        f"{path} belongs to another run ({CLAIM}); choose another --output_path, or add --resume if it "
+                        "was interrupted."
+                    ) from None
                 number += 1
                 path = base.with_name(f"{base.name}_{number}").resolve()
         (path / FAILED).unlink(missing_ok=True)
-        return cls(path, rank)
+        shutil.rmtree(path / ANSWERS, ignore_errors=True)  # of a failed run; --resume would have gone on with them
+        return cls(path, rank, _locked(path / CLAIM))
+
+    @classmethod
+    def _take_up(cls, path: Path, claim: dict[str, str]) -> RunFolder:
+        path.mkdir(parents=True, exist_ok=True)
+        if (path / SUMMARY).exists():
+            raise RunError(f"{path} holds the results of a run; there is nothing to resume.")
+        for file in (path / CLAIM, path / FAILED):
+            before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            if before.get("command", claim["command"]) != claim["command"]:
+                raise RunError(
+                    f"{path} was begun with other arguments; choose another --output_path or delete it.\n"
+                    f"  then: {before['command']}\n  now:  {claim['command']}"
+                )
+            claim["started"] = before.get("started", claim["started"])
+        with open(path / CLAIM, "a", encoding="utf-8"):
+            pass
+        lock = _locked(path / CLAIM)
+        (path / CLAIM).write_text(json.dumps(claim, indent=2), encoding="utf-8")
+        (path / FAILED).unlink(missing_ok=True)
+        return cls(path, 0, lock)
+
+    @property
+    def answers(self) -> Path:
+        """Where the answers are kept until the run is complete."""
+        return self.path / ANSWERS
 
     def release(self) -> None:
         """Give the folder up (a listing, or a failure: the same path may be used again)."""
         if self.rank == 0:
+            self._unlock()
             (self.path / CLAIM).unlink(missing_ok=True)
             if not any(self.path.iterdir()):
                 self.path.rmdir()
 
     def failed(self, error: BaseException) -> None:
+        """Write down why; the answers stay for ``--resume``."""
         if self.rank == 0:
-            reason = {"error": type(error).__name__, "reason": str(error)}
+            claim = json.loads((self.path / CLAIM).read_text(encoding="utf-8"))
+            reason = {"error": type(error).__name__, "reason": str(error), **claim}
             (self.path / FAILED).write_text(json.dumps(reason, indent=2) + "\n", encoding="utf-8")
             self.release()
+
+    def _unlock(self) -> None:
+        if self.lock is not None:
+            self.lock.close()
+            self.lock = None
 
     def finish(self, outcome: dict[str, Any], options: argparse.Namespace) -> None:
         """Check the results and write ``summary.json`` and ``efficiency.json``; print them.
@@ -96,6 +146,8 @@ class RunFolder:
         report = summary.build(results, samples or {}, options)
         dump(self.path / EFFICIENCY, report["costs"])
         dump(self.path / SUMMARY, report)
+        shutil.rmtree(self.answers, ignore_errors=True)  # the samples files hold them all
+        self._unlock()
         summary.show(report, self.path)
 
 
@@ -125,6 +177,27 @@ def scores(values: dict[str, Any]) -> dict[str, float]:
 
 def dump(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def _locked(path: Path) -> TextIO | None:
+    """Hold ``path`` as long as this process lives.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    file = path.open("r+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if isinstance(error, BlockingIOError):
+            raise RunError(f"{path.parent} is being written by a run that is still going on.") from None
+        return None  # a file system without locks
+    return file
 
 
 def _holds_results(path: Path) -> bool:

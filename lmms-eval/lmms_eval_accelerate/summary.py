@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import platform
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from lmms_eval_accelerate.arguments import short_hash
+from accelerate_methods.fingerprint import checkpoint_facts, code_hash, short_hash, versions
 from lmms_eval_accelerate.costs import summarise
 from lmms_eval_accelerate.runs import scores
 
-_PACKAGES = (
-    "lmms-eval",
-    "lmms-eval-accelerate",
-    "mllm-accelerate",
-    "torch",
-    "transformers",
-    "datasets",
-    "decord",
-    "av",
-)
 _ROWS = {
     "samples": "samples",
     "skipped": "skipped (unreadable)",
@@ -65,7 +53,10 @@ def build(results: dict[str, Any], samples: dict[str, list[dict]], options: argp
         "gen_kwargs": results.get("config", {}).get("gen_kwargs"),
         "limit": results.get("config", {}).get("limit"),
         "date": results.get("date"),
-        "versions": _versions(),
+        "task_info": _task_info(results),
+        "checkpoint": {**LlavaAccelerated.last_checkpoint, **checkpoint_facts(settings.get("pretrained", ""))},
+        "versions": versions(),
+        "code": code_hash(),
     }
 
 
@@ -92,6 +83,22 @@ def show(report: dict[str, Any], path: Path) -> None:
     console.print(f"written to {path}", soft_wrap=True)
 
 
+def _task_info(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The data that each task was run on; ``documents`` is the size of the whole split."""
+    hashes, counts = results.get("task_hashes", {}), results.get("n-samples", {})
+    info = {}
+    for task, config in results.get("configs", {}).items():
+        info[task] = {
+            "dataset": config.get("dataset_path"),
+            "config": config.get("dataset_name"),
+            "split": config.get("test_split") or config.get("validation_split"),
+            "documents": counts.get(task, {}).get("original"),
+            "version": results.get("versions", {}).get(task),
+            "hash": hashes.get(task),
+        }
+    return info
+
+
 def _costs(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = (cost for entry in entries for cost in entry.get("token_counts") or [])
     return [cost for cost in found if cost and ("prompt_tokens" in cost or cost.get("skipped"))]
@@ -104,13 +111,3 @@ def _overall(by_task: dict[str, list[dict]], results: dict[str, Any]) -> dict[st
     # Likelihood requests have no place for costs in the samples; the model's own log has their means over all ranks.
     logged = results.get("throughput") or {}
     return {key.removeprefix("avg_"): value for key, value in logged.items() if key.startswith("avg_")}
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions

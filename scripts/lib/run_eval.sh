@@ -12,7 +12,10 @@
 #   LIMIT             documents per task                                   (default: all)
 #   NUM_PROCESSES     GPUs (without any: processes) per machine   (default: all visible GPUs; embedded model: 1)
 #   NUM_MACHINES, MACHINE_RANK, MAIN_PROCESS_IP, MAIN_PROCESS_PORT         several nodes, as in `accelerate launch`
-#   BATCH_SIZE, MODEL_ARGS (extra k=v,k=v), OUTPUT (folder for the results), DRY_RUN=1 (print the commands only)
+#   GPUS_PER_MODEL    GPUs over which one copy of a large model is spread  (default: 1; see docs/distributed.md)
+#   DATA              local data folder: everything runs offline on it     (see docs/benchmarks.md)
+#   OUTPUT            folder for the results; that of an interrupted comparison goes on where it stopped
+#   BATCH_SIZE, MODEL_ARGS (extra k=v,k=v), DRY_RUN=1 (print the commands only)
 #   FULL=1            embedded benchmark: the full sets instead of the quick subset
 
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -33,6 +36,8 @@ add --main-process-ip "${MAIN_PROCESS_IP:-}"
 add --main-process-port "${MAIN_PROCESS_PORT:-}"
 add --batch-size "${BATCH_SIZE:-}"
 add --model-args "${MODEL_ARGS:-}"
+add --gpus-per-model "${GPUS_PER_MODEL:-}"
+add --data "${DATA:-}"
 add --output "${OUTPUT:-}"
 [[ -z "${DRY_RUN:-}" ]] || arguments+=(--dry-run)
 [[ -z "${FULL:-}" ]] || arguments+=(--full)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -22,51 +18,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from accelerate_methods import record
+from accelerate_methods.errors import UnknownNameError
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle, conv_templates
 from llava.mm_utils import KeywordsStoppingCriteria, tokenizer_image_token
-from llava.model.builder import load_pretrained_model
-from lmms_eval_accelerate import prompts
+from lmms_eval_accelerate import prompts, session
 from lmms_eval_accelerate.arguments import COMMON, Arguments, parse_arguments
 from lmms_eval_accelerate.costs import Costs, sample_costs, skipped_costs, summarise
+from lmms_eval_accelerate.failing import failing_loudly
+from lmms_eval_accelerate.journal import Journal
 from lmms_eval_accelerate.manifest import FAMILIES
+from lmms_eval_accelerate.models import loading
+from lmms_eval_accelerate.models.question import Likelihood, Question
 from lmms_eval_accelerate.provenance import Provenance
 from lmms_eval_accelerate.visuals import VisualError, document_visuals
 
-
-@dataclasses.dataclass
-class Question:
-    """One document as the model gets it.
-
-    Attributes:
-        text: the user's turn, with its placeholders; or several turns [user, assistant, user, ...].
-        visuals: "plain": one tensor [N, 3, S, S] of N images without any-resolution layout; otherwise a list with
-            a tensor per image or video.
-        form: "text", "plain", "image" or "video". One ``generate`` call takes questions of one form, because the
-            form of ``images`` decides how the tokens of an image are laid out.
-        sizes: (width, height) of the images.
-        document: (task, document number) that it came from.
-    """
-
-    text: str | list[str]
-    visuals: Any = None
-    form: str = "text"
-    sizes: list[tuple[int, int]] = dataclasses.field(default_factory=list)
-    document: tuple[str, Any] | None = None
-
-
-class Likelihood(GenerationResult):
-    """(loss, is_greedy) of a continuation, with its costs.
-
-    lmms-eval 0.7.3 turns a bare tuple into text, and every multiple-choice task then fails on ``"(1.2, False)"``; the
-    ``text`` of a ``GenerationResult`` goes through untouched.
-    """
-
-    def __init__(self, loss: float, is_greedy: bool, costs: Costs | None = None):
-        super().__init__((loss, is_greedy), costs)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.text)
+_SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "mm_vision_tower")
 
 
 class LlavaAccelerated(lmms):
@@ -79,6 +46,8 @@ class LlavaAccelerated(lmms):
     defaults: ClassVar[dict[str, Any]] = {}
     #: settings of the model made last, for the run's summary
     last_settings: ClassVar[dict[str, Any]] = {}
+    #: what its weights look like
+    last_checkpoint: ClassVar[dict[str, Any]] = {}
 
     # -- start -------------------------------------------------------------------------------------------------------
 
@@ -92,7 +61,7 @@ class LlavaAccelerated(lmms):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> LlavaAccelerated:
-        with _failing_loudly():
+        with failing_loudly():
             return super().create_from_arg_string(arg_string, additional_config)
 
     def __init__(self, **kwargs: Any) -> None:
@@ -110,6 +79,7 @@ class LlavaAccelerated(lmms):
         self.settings["conv_template"] = self.conv_template
         self.settings["adaptations"] = dict(getattr(self.model.acceleration, "adaptations", {}))
         LlavaAccelerated.last_settings = {**self.settings, "world_size": self._world_size}
+        LlavaAccelerated.last_checkpoint = {k: getattr(self.config, k, None) for k in _SHAPE}
         logger.info(f"{self.model_id}: {self.args.pipeline.describe()} on {self.settings['device']}")
 
     def _set_ranks(self) -> None:
@@ -131,27 +101,12 @@ class LlavaAccelerated(lmms):
         return device
 
     def _load(self) -> None:
-        args = self.args
-        dtype = args.dtype
-        if dtype == "auto":
-            dtype = "float16" if self._device.type == "cuda" else "float32"
-        self._tokenizer, self._model, self.image_processor, self.max_length = load_pretrained_model(
-            str(args.pretrained),
-            args.model_base,
-            args.model_name,
-            device_map=args.device_map or str(self._device),
-            torch_dtype=dtype,
-            attn_implementation=args.attn_implementation,
-            overwrite_config=self.overwrite_config(),
-            method=args.pipeline,
-        )
-        self._model.eval()
-        if args.device_map is None:
-            self._model.to(self._device)
-        self.conv_template = args.conv_template or self.default_template()
+        loaded = loading.load(self.args, self._device, self.overwrite_config())
+        self._tokenizer, self._model, self.image_processor = loaded.tokenizer, loaded.model, loaded.image_processor
+        self.max_length = loaded.max_length
+        self._acceleration = loading.attach(loaded, self.args)
+        self.conv_template = self.args.conv_template or self.default_template()
         if self.conv_template not in conv_templates:
-            from accelerate_methods.errors import UnknownNameError
-
             raise UnknownNameError("conv_template", self.conv_template, conv_templates)
 
     @property
@@ -204,21 +159,43 @@ class LlavaAccelerated(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answers in the order of the requests, with their costs."""
-        with _failing_loudly():
+        with failing_loudly():
             prompts.align(requests, self.args.prompt_model)
             self._provenance.choose(requests)
             answers: list[GenerationResult] = [GenerationResult("") for _ in requests]
             todo = [i for i, r in enumerate(requests) if not _padding(r)]
             bar = tqdm(total=len(todo), disable=self._rank != 0, desc=self.model_id or "generating")
+            journal, keys, todo = self._take_up(requests, todo, answers)
+            bar.update(bar.total - len(todo))
             for group in _grouped(requests, todo):
-                for index, answer in self._answer_group([(i, requests[i]) for i in group]):
-                    answers[index] = answer
-                    bar.update()
+                for batch in self._answer_group([(i, requests[i]) for i in group]):
+                    journal.add((keys[index], answer) for index, answer in batch)
+                    for index, answer in batch:
+                        answers[index] = answer
+                    bar.update(len(batch))
             bar.close()
             return answers
 
-    def _answer_group(self, group: list[tuple[int, Instance]]) -> Iterator[tuple[int, GenerationResult]]:
-        """Answer requests of one task with equal generation arguments, in batches of one form."""
+    def _take_up(
+        self, requests: list[Instance], todo: list[int], answers: list[Any]
+    ) -> tuple[Journal, list[str | None], list[int]]:
+        """Fill in the answers that an interrupted run gave; the journal, the requests' names in it, what is left."""
+        journal = Journal(session.current().journal, self._rank)
+        keys = journal.keys(requests)
+        left = []
+        for index in todo:
+            known = journal.find(keys[index])
+            if known is None:
+                left.append(index)
+                continue
+            answers[index] = known
+            if known.token_counts is not None:
+                self._costs.append(known.token_counts.to_dict())
+        journal.report(len(todo) - len(left), len(todo))
+        return journal, keys, left
+
+    def _answer_group(self, group: list[tuple[int, Instance]]) -> Iterator[list[tuple[int, GenerationResult]]]:
+        """Answer requests of one task with equal generation arguments, batch by batch of one form."""
         gen_kwargs = group[0][1].args[1]
         waiting: dict[str, list[tuple[int, Question]]] = {}
         for number, (index, request) in enumerate(group, 1):
@@ -226,12 +203,12 @@ class LlavaAccelerated(lmms):
                 question = self._read(*request.args, request.metadata)
                 waiting.setdefault(question.form, []).append((index, question))
             except VisualError as error:
-                yield index, GenerationResult("", self._skip(error))
+                yield [(index, GenerationResult("", self._skip(error)))]
             for form in list(waiting):
                 if len(waiting[form]) == self.batch_size or number == len(group):
                     batch = waiting.pop(form)
                     results = self._generate([question for _, question in batch], gen_kwargs)
-                    yield from ((i, result) for (i, _), result in zip(batch, results, strict=True))
+                    yield [(i, result) for (i, _), result in zip(batch, results, strict=True)]
 
     def _read(
         self,
@@ -341,11 +318,20 @@ class LlavaAccelerated(lmms):
         behind it (``</s>``, ``<|im_end|>``), as in the stock models. Unlike theirs, the greedy check compares at the
         positions of the expanded sequence.
         """
-        with _failing_loudly():
+        with failing_loudly():
             prompts.align(requests, self.args.prompt_model)
             self._provenance.choose(requests)
-            bar = tqdm(requests, disable=self._rank != 0, desc=self.model_id or "loglikelihood")
-            return [Likelihood(0.0, False) if _padding(request) else self._likelihood(request) for request in bar]
+            answers: list[Likelihood] = [Likelihood(0.0, False) for _ in requests]
+            todo = [i for i, r in enumerate(requests) if not _padding(r)]
+            bar = tqdm(total=len(todo), disable=self._rank != 0, desc=self.model_id or "loglikelihood")
+            journal, keys, todo = self._take_up(requests, todo, answers)
+            bar.update(bar.total - len(todo))
+            for index in todo:
+                answers[index] = self._likelihood(requests[index])
+                journal.add([(keys[index], answers[index])])
+                bar.update()
+            bar.close()
+            return answers
 
     def _likelihood(self, request: Instance) -> Likelihood:
         if len(request.args) == 2:  # the text alone (acc_mutual_info)
@@ -386,7 +372,7 @@ class LlavaAccelerated(lmms):
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         """Answers of all rounds per document; the task's ``doc_to_text`` asks the next round or ends it."""
-        with _failing_loudly():
+        with failing_loudly():
             prompts.align(requests, self.args.prompt_model)
             self._provenance.choose(requests)
             return [[] if _padding(request) else self._rounds(request) for request in requests]
@@ -417,7 +403,7 @@ class LlavaAccelerated(lmms):
 
     def clean(self) -> None:
         """Called once on every rank when all requests are answered: log the costs of all ranks, free the model."""
-        with _failing_loudly():
+        with failing_loudly():
             costs = self._costs
             if self._world_size > 1 and torch.distributed.is_initialized():
                 everyone: list[Any] = [None] * self._world_size
@@ -426,6 +412,8 @@ class LlavaAccelerated(lmms):
             if self._rank == 0 and costs:
                 self._log(costs)
             self._costs = []
+            if self._acceleration is not None:
+                self._acceleration.detach()  # the next run may use the same weights
         super().clean()
 
     @staticmethod
@@ -478,25 +466,3 @@ def _constant(value: Any) -> Callable[[Any], Any]:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-class _failing_loudly:
-    """Let an error end the stock command line with exit code 1.
-
-    ``lmms-eval`` catches every ``Exception`` of a run, prints it and exits 0. ``SystemExit`` passes its handler and
-    ends the process in the ordinary way. Used for that command only: library users get the error itself.
-    """
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and _is_stock_command():
-            traceback.print_exception(error)
-            logger.error(f"the run failed: {type(error).__name__}: {error}")
-            raise SystemExit(1) from error
-
-
-def _is_stock_command() -> bool:
-    program = Path(sys.argv[0])
-    return program.stem == "lmms-eval" or program.parts[-2:] == ("lmms_eval", "__main__.py")

@@ -1,0 +1,46 @@
+"""What goes into a model for one document, and what comes out of a likelihood request."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from lmms_eval.api.instance import GenerationResult
+
+from lmms_eval_accelerate.costs import Costs
+
+
+@dataclasses.dataclass
+class Question:
+    """One document as the model gets it.
+
+    Attributes:
+        text: the user's turn, with its placeholders; or several turns [user, assistant, user, ...].
+        visuals: "plain": one tensor [N, 3, S, S] of N images without any-resolution layout; otherwise a list with
+            a tensor per image or video.
+        form: "text", "plain", "image" or "video". One ``generate`` call takes questions of one form, because the
+            form of ``images`` decides how the tokens of an image are laid out.
+        sizes: (width, height) of the images.
+        document: (task, document number) that it came from.
+    """
+
+    text: str | list[str]
+    visuals: Any = None
+    form: str = "text"
+    sizes: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    document: tuple[str, Any] | None = None
+
+
+class Likelihood(GenerationResult):
+    """(loss, is_greedy) of a continuation, with its costs.
+
+    lmms-eval 0.7.3 turns a bare tuple into text, and every multiple-choice task then fails on ``"(1.2, False)"``; the
+    ``text`` of a ``GenerationResult`` goes through untouched.
+    """
+
+    def __init__(self, loss: float, is_greedy: bool, costs: Costs | None = None):
+        super().__init__((loss, is_greedy), costs)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.text)
