@@ -263,11 +263,11 @@ def test_multiple_choice_runs_through_the_harness(folder) -> None:
 
 
 def test_stop_strings_cut_answers() -> None:
-    from lmms_eval_accelerate.models.base import _cut
+    from lmms_eval_accelerate.models.batching import cut
 
-    assert _cut("\n\nred\n\nand blue", ["\n\n"]) == "red"
-    assert _cut("red. Blue", ["", ". ", "B"]) == "red"
-    assert _cut(" red ", []) == "red"
+    assert cut("\n\nred\n\nand blue", ["\n\n"]) == "red"
+    assert cut("red. Blue", ["", ". ", "B"]) == "red"
+    assert cut(" red ", []) == "red"
 
 
 def test_rounds_go_on_until_the_task_ends_them(folder) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ COMMON: dict[str, Any] = {
     "conv_template": None,
     "device": "auto",  # cuda:<local rank> if there is CUDA, else cpu
     "device_map": None,  # default: all on `device`
+    "gpus_per_model": None,  # GPUs over which one copy is spread; None: of the environment GPUS_PER_MODEL, else 1
     "dtype": "auto",  # float16 on CUDA (as the stock models), float32 on CPU
     "torch_dtype": None,  # the stock models' name for dtype
     "attn_implementation": "sdpa",
@@ -167,6 +169,11 @@ def _finish(values: dict[str, Any]) -> None:
         values["batch_size"] = 0
     if values["batch_size"] < 1:
         raise MethodError("batch_size must be a number from 1; automatic batch sizes are not supported.")
+    spread = values["gpus_per_model"]
+    spread = os.environ.get("GPUS_PER_MODEL", "1") if spread is None else str(spread)
+    if not spread.isdecimal() or int(spread) < 1:
+        raise MethodError(f"gpus_per_model must be a number of GPUs from 1, not {spread!r}.")
+    values["gpus_per_model"] = int(spread)
     if not str(values["save_provenance"]).isdecimal():
         raise MethodError(f"save_provenance must be a number of documents from 0, not {values['save_provenance']!r}.")
     values["save_provenance"] = int(values["save_provenance"])

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from accelerate_methods.fingerprint import checkpoint_facts, code_hash, short_hash, versions
+from lmms_eval_accelerate.answer_checks import check
 from lmms_eval_accelerate.costs import summarise
 from lmms_eval_accelerate.runs import scores
 
@@ -55,6 +57,7 @@ def build(results: dict[str, Any], samples: dict[str, list[dict]], options: argp
         "date": results.get("date"),
         "task_info": _task_info(results),
         "checkpoint": {**LlavaAccelerated.last_checkpoint, **checkpoint_facts(settings.get("pretrained", ""))},
+        "warnings": _warnings(samples, results.get("configs", {})),
         "versions": versions(),
         "code": code_hash(),
     }
@@ -80,7 +83,13 @@ def show(report: dict[str, Any], path: Path) -> None:
         for key, title in _ROWS.items():
             costs.add_row(title, *(f"{means[key]:.5g}" if key in means else "-" for means in by_task.values()))
         console.print(costs)
+    for warning in report["warnings"]:
+        console.print(f"[bold yellow]warning:[/] {escape(warning)}", soft_wrap=True)
     console.print(f"written to {path}", soft_wrap=True)
+
+
+def _warnings(samples: dict[str, list[dict]], configs: dict[str, Any]) -> list[str]:
+    return [warning for task, entries in samples.items() for warning in check(task, entries, configs.get(task))]
 
 
 def _task_info(results: dict[str, Any]) -> dict[str, dict[str, Any]]:

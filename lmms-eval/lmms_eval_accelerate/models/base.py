@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from accelerate_methods import record
-from accelerate_methods.errors import UnknownNameError
+from accelerate_methods.errors import MethodError, UnknownNameError
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle, conv_templates
 from llava.mm_utils import KeywordsStoppingCriteria, tokenizer_image_token
@@ -26,10 +26,13 @@ from lmms_eval_accelerate import prompts, session
 from lmms_eval_accelerate.arguments import COMMON, Arguments, parse_arguments
 from lmms_eval_accelerate.costs import Costs, sample_costs, skipped_costs, summarise
 from lmms_eval_accelerate.failing import failing_loudly
+from lmms_eval_accelerate.first_token import FirstToken
 from lmms_eval_accelerate.journal import Journal
 from lmms_eval_accelerate.manifest import FAMILIES
 from lmms_eval_accelerate.models import loading
+from lmms_eval_accelerate.models.batching import cut, grouped, is_padding, until_end
 from lmms_eval_accelerate.models.question import Likelihood, Question
+from lmms_eval_accelerate.placement import Placement, place_process
 from lmms_eval_accelerate.provenance import Provenance
 from lmms_eval_accelerate.visuals import VisualError, document_visuals
 
@@ -70,7 +73,8 @@ class LlavaAccelerated(lmms):
         self._costs: list[dict[str, Any]] = []
         self._warm = False
         self._set_ranks()
-        self._device = self._choose_device()
+        self._placement = self._place()
+        self._device = torch.device(self._placement.device)
         self._load()
         self._provenance = Provenance(
             self.args.save_provenance, self._rank, self.args.pipeline.name, self.image_processor
@@ -89,19 +93,23 @@ class LlavaAccelerated(lmms):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self._rank, self._world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
-    def _choose_device(self) -> torch.device:
-        wanted = self.args.device
-        if wanted in ("auto", "cuda") and torch.cuda.is_available():
-            wanted = f"cuda:{self.accelerator.local_process_index}"
-        device = torch.device("cpu" if wanted == "auto" else wanted)
-        if device.type == "cuda":
-            if self._world_size > 1:  # one --device for all ranks would put them on one GPU
-                device = torch.device("cuda", self.accelerator.local_process_index)
-            torch.cuda.set_device(device)
-        return device
+    def _place(self) -> Placement:
+        """Where this process computes; several GPUs if a copy of the model is spread over them."""
+        wanted, spread = self.args.device, self.args.gpus_per_model
+        local = int(os.environ.get("LOCAL_RANK", self.accelerator.local_process_index))
+        if wanted in ("auto", "cuda") or (str(wanted).startswith("cuda") and self._world_size > 1):
+            # a --device for all ranks would put them on one GPU
+            placement = place_process(local, int(os.environ.get("LOCAL_WORLD_SIZE", local + 1)), spread)
+        elif spread > 1:
+            raise MethodError(f"gpus_per_model={spread} chooses the GPUs itself; leave device={wanted} out.")
+        else:
+            placement = Placement(str(wanted))
+        if placement.device.startswith("cuda"):
+            torch.cuda.set_device(placement.device)
+        return placement
 
     def _load(self) -> None:
-        loaded = loading.load(self.args, self._device, self.overwrite_config())
+        loaded = loading.load(self.args, self._placement, self.overwrite_config())
         self._tokenizer, self._model, self.image_processor = loaded.tokenizer, loaded.model, loaded.image_processor
         self.max_length = loaded.max_length
         self._acceleration = loading.attach(loaded, self.args)
@@ -163,11 +171,11 @@ class LlavaAccelerated(lmms):
             prompts.align(requests, self.args.prompt_model)
             self._provenance.choose(requests)
             answers: list[GenerationResult] = [GenerationResult("") for _ in requests]
-            todo = [i for i, r in enumerate(requests) if not _padding(r)]
+            todo = [i for i, r in enumerate(requests) if not is_padding(r)]
             bar = tqdm(total=len(todo), disable=self._rank != 0, desc=self.model_id or "generating")
             journal, keys, todo = self._take_up(requests, todo, answers)
             bar.update(bar.total - len(todo))
-            for group in _grouped(requests, todo):
+            for group in grouped(requests, todo):
                 for batch in self._answer_group([(i, requests[i]) for i in group]):
                     journal.add((keys[index], answer) for index, answer in batch)
                     for index, answer in batch:
@@ -246,23 +254,25 @@ class LlavaAccelerated(lmms):
             kwargs["image_sizes"] = [size for q in questions for size in q.sizes]
         if questions[0].form != "text":
             kwargs.update(self._images(questions))
+        first_token = FirstToken([q.document for q in questions])
+        kwargs.update(logits_processor=[first_token], pad_token_id=self._pad_id, use_cache=self.args.use_cache)
         begin = self._clock()
         with torch.inference_mode(), record() as calls:
-            output = self.model.generate(
-                ids, attention_mask=mask, pad_token_id=self._pad_id, use_cache=self.args.use_cache, **kwargs
-            )
+            output = self.model.generate(ids, attention_mask=mask, **kwargs)
         elapsed = self._clock() - begin
-        answers = [_until_end(row, self._end_ids()) for row in output.tolist()]
+        answers = [until_end(row, self._end_ids()) for row in output.tolist()]
         texts = self.tokenizer.batch_decode([a for a in answers], skip_special_tokens=True)
         costs = sample_costs(
             calls[0], self.config, [len(a) for a in answers], elapsed, self.args.pipeline.name, not self._warm
         )
         self._warm = True
         self._costs.extend(c.to_dict() for c in costs)
+        for cost, distribution in zip(costs, first_token.packed(), strict=True):
+            cost.extra["first_token"] = distribution
         self._provenance.save(questions, calls[0])
         stops = gen_kwargs.get("until") or [] if self.args.until == "apply" else []
         stops = [stops] if isinstance(stops, str) else stops
-        return [GenerationResult(_cut(text, stops), c) for text, c in zip(texts, costs, strict=True)]
+        return [GenerationResult(cut(text, stops), c) for text, c in zip(texts, costs, strict=True)]
 
     def _images(self, questions: list[Question]) -> dict[str, Any]:
         if questions[0].form == "plain":
@@ -322,7 +332,7 @@ class LlavaAccelerated(lmms):
             prompts.align(requests, self.args.prompt_model)
             self._provenance.choose(requests)
             answers: list[Likelihood] = [Likelihood(0.0, False) for _ in requests]
-            todo = [i for i, r in enumerate(requests) if not _padding(r)]
+            todo = [i for i, r in enumerate(requests) if not is_padding(r)]
             bar = tqdm(total=len(todo), disable=self._rank != 0, desc=self.model_id or "loglikelihood")
             journal, keys, todo = self._take_up(requests, todo, answers)
             bar.update(bar.total - len(todo))
@@ -375,7 +385,7 @@ class LlavaAccelerated(lmms):
         with failing_loudly():
             prompts.align(requests, self.args.prompt_model)
             self._provenance.choose(requests)
-            return [[] if _padding(request) else self._rounds(request) for request in requests]
+            return [[] if is_padding(request) else self._rounds(request) for request in requests]
 
     def _rounds(self, request: Instance) -> list[str]:
         context, gen_kwargs, doc_to_visual, doc_to_text, doc_id, task, split = request.args
@@ -426,38 +436,6 @@ class LlavaAccelerated(lmms):
             avg_speed=tokens / seconds if seconds else 0.0,
             additional_metrics={"total_requests": len(costs), **summarise(costs)},
         )
-
-
-def _grouped(requests: list[Instance], indices: list[int]) -> list[list[int]]:
-    """Indices of requests that may share a batch: same task and generation arguments. Long contexts first."""
-    groups: dict[tuple[str, str], list[int]] = {}
-    for index in indices:
-        _, gen_kwargs, _, _, task, split = requests[index].args
-        key = (f"{task}/{split}", json.dumps(gen_kwargs, sort_keys=True, default=str))
-        groups.setdefault(key, []).append(index)
-    return [sorted(group, key=lambda i: -len(requests[i].args[0])) for group in groups.values()]
-
-
-def _padding(request: Instance) -> bool:
-    """Cloned by the harness so that all ranks have equally many requests; we need no such thing."""
-    return bool((request.metadata or {}).get("__padding_only__"))
-
-
-def _until_end(ids: list[int], ends: set[int]) -> list[int]:
-    """Generated ids up to and with the first end token (the rest is padding of the batch)."""
-    for position, token in enumerate(ids):
-        if token in ends:
-            return ids[: position + 1]
-    return ids
-
-
-def _cut(text: str, stops: list[str]) -> str:
-    """Text before the first stop string; white space in front does not count as one."""
-    text = text.strip()
-    for stop in stops:
-        if stop:
-            text = text.split(stop)[0]
-    return text.strip()
 
 
 def _constant(value: Any) -> Callable[[Any], Any]:
