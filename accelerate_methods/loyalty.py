@@ -169,6 +169,15 @@ def _divergence(p: tuple[np.ndarray, ...], q: tuple[np.ndarray, ...]) -> tuple[n
     return np.maximum(terms.sum(1) + bucket, 0.0), np.minimum(p_mass, 1.0), p_ids[:, 0] == q_ids[:, 0]
 
 
+def kl_text(value: float | None) -> str:
+    """A divergence in five characters: ``12.3``, ``0.661``, ``3e-05``; ``0.000`` below the rounding; "" for None."""
+    if value is None:
+        return ""
+    if value < 1e-6:
+        return "0.000"
+    return f"{value:.1f}" if value >= 10 else f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
+
+
 # -- a run -------------------------------------------------------------------------------------------------------------
 
 

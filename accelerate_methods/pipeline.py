@@ -161,8 +161,13 @@ def config_path(spec: str | Path) -> Path:
     for path in tried:
         if path.is_file():
             return path
-    known = [str(p.relative_to(CONFIG_DIR).with_suffix("")) for p in CONFIG_DIR.rglob("*.yaml")]
-    raise UnknownNameError("config", str(spec), known)
+    raise UnknownNameError("config", str(spec), config_names())
+
+
+def config_names() -> list[str]:
+    """The methods' configs below ``configs/``, as "fastvid/llava_onevision"; the tables in ``reproduce/`` are none."""
+    paths = (path.relative_to(CONFIG_DIR).with_suffix("") for path in CONFIG_DIR.rglob("*.yaml"))
+    return sorted(str(path) for path in paths if path.parts[0] != "reproduce")
 
 
 def load_config(spec: str | Path) -> list[dict[str, Any]]:

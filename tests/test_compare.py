@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from lmms_eval_accelerate.settings import settings_of as parse_settings
 
 import accelerate_methods
 from accelerate_methods import compatibility, launch
+from accelerate_methods.loyalty import pack
 from accelerate_methods.pipeline import CONFIG_DIR, read_config, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -223,6 +225,73 @@ def test_rows_are_relative_to_dense_with_overhead_included(found):
     assert [row.setting for row in found] == ["dense", "fastvid@0.25", "fastvid@0.1"]
     assert found[1].speedup == pytest.approx(2.0) and found[2].speedup == pytest.approx(5.0)
     assert found[2].change == pytest.approx(-0.05) and found[2].kept == pytest.approx(64 / 784)
+
+
+def test_without_samples_there_are_no_columns_of_loyalty(found):
+    assert [row.same_answers for row in found] == [None] * 3
+    assert "same" not in comparison.markdown(found) and "KL" not in comparison.markdown(found)
+
+
+@pytest.fixture
+def loyal(tmp_path):
+    """Three runs with three answers; the one at 10 % differs in one of them, and logged no distribution of another."""
+    sure, torn, other = (pack([1, 2], [math.log(p), math.log(1 - p)], -math.inf) for p in (0.9, 0.5, 0.2))
+    answers = {
+        "dense": [("yes", sure), ("no", torn), ("2", torn)],
+        "fastvid@0.25": [("yes", sure), ("no", torn), ("2", torn)],
+        "fastvid@0.1": [("yes", torn), ("yes", other), ("2", None)],
+    }
+    folders = {}
+    for number, (setting, said) in enumerate(answers.items()):
+        folder = write_summary(tmp_path / str(number), 0.9, 784 / (1 + number), 1.0, 9.0)
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8")) | {"date": "20260101_000000"}
+        (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+        counts = [{"generated_tokens": 2} | ({"first_token": first} if first else {}) for _, first in said]
+        lines = [
+            {"doc_id": n, "input": "?", "target": "yes", "filtered_resps": answer, "token_counts": [count]}
+            for n, ((answer, _), count) in enumerate(zip(said, counts, strict=True))
+        ]
+        (folder / "model").mkdir()
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "model" / "20260101_000000_samples_clips.jsonl").write_text(text, encoding="utf-8")
+        folders[setting] = folder
+    return folders
+
+
+def test_loyalty_to_the_dense_run_is_read_from_the_samples(loyal, tmp_path):
+    found = comparison.read(loyal)
+    assert [row.same_answers for row in found] == [None, 1.0, pytest.approx(2 / 3)]
+    expected = (0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)) / 2
+    expected += (0.5 * math.log(0.5 / 0.2) + 0.5 * math.log(0.5 / 0.8)) / 2
+    assert [row.first_token_kl for row in found] == [None, 0.0, pytest.approx(expected, abs=1e-6)]
+    # of the two documents with distributions, the second one's ties in dense (1 and 2 alike) go to the lower id
+    assert [row.top1_same for row in found] == [None, 1.0, 0.5]
+    comparison.write(found, tmp_path)
+    markdown = (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    assert "| setting | accuracy | vs dense | same answers | KL | visual tokens |" in markdown
+    assert (
+        f"| fastvid@0.1 | 90.0 | +0.0 | 67% | {expected:.3f} |" in markdown and "| dense | 90.0 |  |  |  |" in markdown
+    )
+    saved = json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))
+    assert saved[2]["first_token_kl"] == pytest.approx(expected, abs=1e-6) and saved[0]["same_answers"] is None
+
+
+def test_a_run_without_samples_has_empty_cells_of_loyalty(loyal):
+    next(loyal["fastvid@0.25"].rglob("*.jsonl")).unlink()
+    found = comparison.read(loyal)
+    assert (found[1].same_answers, found[1].first_token_kl) == (None, None) and found[2].same_answers
+    assert "| fastvid@0.25 | 90.0 | +0.0 |  |  |" in comparison.markdown(found)
+
+
+def test_table_with_loyalty_fits_eighty_columns(loyal):
+    from rich.console import Console
+
+    console = Console(width=80, file=io.StringIO())
+    console.print(comparison.tables(comparison.read(loyal)))
+    text = console.file.getvalue()
+    row = next(line for line in text.splitlines() if line.startswith(" fastvid@0.25 "))  # not folded
+    assert "…" not in text and {"90.0", "+0.0", "100%", "0.000", "392", "(50%)", "1.0", "9.0"} <= set(row.split())
+    assert "KL: of the first token's distribution" in " ".join(text.split())
 
 
 def test_table_fits_eighty_columns(found):

@@ -19,9 +19,11 @@ from PIL import Image
 
 pytest.importorskip("plotly")
 
+from accelerate_methods.loyalty import pack
 from accelerate_methods.report.__main__ import main
+from accelerate_methods.report.accuracy import accuracy_sections
+from accelerate_methods.report.labels import labels_of
 from accelerate_methods.report.results import find
-from accelerate_methods.report.sections import accuracy_sections, labels_of
 from accelerate_methods.report.statistics import bootstrap_interval, pareto_front
 
 FASTV = {"method": "fastv", "retention_ratio": 0.25, "k": 2}
@@ -201,6 +203,62 @@ def test_numbers_relative_to_dense(runs, tmp_path) -> None:
     row = ["fastv@0.25", "60.0", "-20.0", "-60.0 to +0.0", "80%", "25 (25%)", "0.5 (25.0%)", "5.0", "1.0", "4.0"]
     assert "| " + " | ".join([*row, "2.00x", "3.00"]) + " |" in text
     assert cells(page)["fastv@0.25"][1:] == [*row[1:], "2.00x", "3.00"]
+
+
+def log_first_tokens(run: Path, likeliest: list[float | None]) -> None:
+    """Give a made-up run distributions of two tokens, of which the first one has these probabilities (None: none)."""
+    samples = next(run.rglob("*.jsonl"))
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    for line, p in zip(lines, likeliest, strict=True):
+        packed = {} if p is None else {"first_token": pack([7, 9], np.log([p, 1 - p]), -np.inf)}
+        line["token_counts"] = [{"generated_tokens": 2, **packed}]
+    samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_loyalty_to_the_dense_run(runs, tmp_path) -> None:
+    log_first_tokens(runs / "dense", [0.9] * 5)
+    log_first_tokens(runs / "fastv", [0.9, 0.3, 0.9, 0.9, None])
+    kl = 0.9 * np.log(0.9 / 0.3) + 0.1 * np.log(0.1 / 0.7)
+    (dense, fastv), page = report(runs, output=tmp_path / "out")
+    assert dense["first_token_kl_mean"] == dense["same_answers"] == ""
+    assert float(fastv["first_token_kl_mean"]) == pytest.approx(kl / 4, abs=1e-6)
+    assert float(fastv["first_token_kl_median"]) == float(fastv["first_token_unresolved"]) == 0.0
+    assert (float(fastv["first_token_top1_same"]), fastv["n_first_token"]) == (0.75, "4")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| same answers | first-token KL | top-1 same |" in text
+    assert f"| 80% | {kl / 4:.3f} | 75% |" in text
+    assert cells(page)["fastv@0.25"][4:7] == ["80%", f"{kl / 4:.3f}", "75%"]
+    assert "fastv@0.25: the first token&#x27;s distribution is known of 4 of 5 documents." in page
+
+
+def test_runs_without_distributions_have_no_columns_for_them(runs, tmp_path) -> None:
+    log_first_tokens(runs / "dense", [0.9] * 5)
+    rows, page = report(runs, output=tmp_path / "out")
+    assert not any("first_token" in name or "n_first" in name for name in rows[0])
+    assert "first-token KL" not in page and rows[1]["same_answers"] == "0.8"
+
+
+def test_a_damaged_distribution_is_an_error(runs, tmp_path, capsys) -> None:
+    for run in (runs / "dense", runs / "fastv"):
+        log_first_tokens(run, [0.9] * 5)
+    samples = next((runs / "fastv").rglob("*.jsonl"))
+    text = samples.read_text()
+    samples.write_text(re.sub(r'"first_token": "\w{8}', '"first_token": "', text, count=1))
+    message = fails(capsys, runs, "--output", tmp_path / "out")
+    assert "samples of quiz: not a packed distribution" in message and "fastv" in message
+
+
+def test_answers_of_likelihood_tasks_are_their_choices(runs) -> None:
+    for run, losses in (("dense", (1.5, 0.5)), ("fastv", (9.5, 2.5))):
+        samples = next((runs / run).rglob("*.jsonl"))
+        lines = [json.loads(line) for line in samples.read_text().splitlines()]
+        lines[0] |= {"filtered_resps": [[str(loss), "False"] for loss in losses], "token_counts": [None, None]}
+        lines[1]["filtered_resps"] = [["nan", "False"], ["1.0", "False"]]
+        samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (section,) = accuracy_sections(find([runs]).runs)
+    for entry in section.tables[0].entries:
+        assert (entry.samples[0].answer, entry.samples[0].first_token) == ("choice 1", None)
+        assert entry.samples[1].answer == '[["nan", "False"], ["1.0", "False"]]'
 
 
 def test_efficiency_alone_and_joined(runs, tmp_path) -> None:

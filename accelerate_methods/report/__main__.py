@@ -12,8 +12,9 @@ from pathlib import Path
 from rich.console import Console
 
 from . import results, tables
+from .accuracy import accuracy_sections
+from .efficiency import bench_sections, join
 from .results import ReportError
-from .sections import accuracy_sections, bench_sections, join
 
 PAGE, MARKDOWN, ACCURACY, EFFICIENCY = "report.html", "report.md", "accuracy.csv", "efficiency.csv"
 

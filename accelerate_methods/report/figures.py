@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_methods.registry import available
 
+from .accuracy import is_baseline
 from .results import DENSE
-from .sections import AXES, BenchRow, BenchSection, Entry, TaskTable, is_baseline
+from .sections import AXES, BenchRow, BenchSection, Entry, TaskTable
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from . import figures, overlays
+from .columns import Column, accuracy_columns, bench_columns
 from .figures import Style
 from .results import ReportError
 from .sections import BenchSection, Section, TaskTable
-from .tables import Column, accuracy_columns, bench_columns, table_title
+from .tables import table_title
 
 _HERE = Path(__file__).parent
 _GLYPHS = {  # the plots' markers as text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -22,13 +23,19 @@ class ReportError(MethodError):
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One document's answer. ``score`` is None where the task's metric is no number per document."""
+    """One document's answer.
+
+    Attributes:
+        score: None where the task's metric is no number per document.
+        first_token: the distribution that the first token was taken from (``accelerate_methods.loyalty``), if logged.
+    """
 
     doc_id: Any
     question: str
     target: str
     answer: str
     score: float | None
+    first_token: str | None = None
 
 
 @dataclasses.dataclass
@@ -72,8 +79,9 @@ class Run:
                     doc_id=line["doc_id"],
                     question=_text(line.get("input", "")),
                     target=_text(line.get("target", "")),
-                    answer=_text(line.get("filtered_resps", "")),
+                    answer=_answer(line.get("filtered_resps", "")),
                     score=_score(line.get(metric.partition(",")[0])),
+                    first_token=_first_token(line.get("token_counts")),
                 )
         return samples
 
@@ -167,6 +175,24 @@ def _text(value: Any) -> str:
     while isinstance(value, list) and len(value) == 1:
         value = value[0]
     return value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _answer(value: Any) -> str:
+    """As :func:`_text`; for likelihoods, (loss, is greedy) per choice, the choice of the lowest loss."""
+    try:
+        losses = [float(loss) for loss, greedy in value if str(greedy) in ("True", "False")]
+    except (TypeError, ValueError):
+        return _text(value)
+    if not losses or len(losses) != len(value) or any(math.isnan(loss) for loss in losses):
+        return _text(value)
+    return f"choice {losses.index(min(losses))}"
+
+
+def _first_token(token_counts: Any) -> str | None:
+    """Of the answer; a document with several requests (likelihoods) has none."""
+    if not isinstance(token_counts, list) or len(token_counts) != 1 or not isinstance(token_counts[0], Mapping):
+        return None
+    return token_counts[0].get("first_token")
 
 
 def _score(value: Any) -> float | None:

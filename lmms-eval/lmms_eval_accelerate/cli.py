@@ -22,6 +22,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from accelerate_methods.benchmarks import require_judges
 from accelerate_methods.errors import MethodError
 from lmms_eval_accelerate import TASKS
 from lmms_eval_accelerate.runs import RunError, RunFolder, run_name
@@ -90,6 +91,8 @@ def one(argv: list[str], shared: Session) -> None:
 def _prepare_environment() -> None:
     import torch
 
+    # several tasks read it while they are imported, and fail or look into a folder called "~" without it
+    os.environ.setdefault("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
     if not torch.cuda.is_available():
         # without it, accelerate sees one process where torchrun started several
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
@@ -126,6 +129,8 @@ def _own_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise RunError("--resume needs the --output_path of the run that was interrupted.")
     if own.use_cache and not own.allow_cache:
         raise RunError("--use_cache gives answers without costs; add --allow_cache if that is meant.")
+    if not (own.listing or own.predict_only):
+        require_judges(own.tasks, os.environ)
     return own, passed
 
 

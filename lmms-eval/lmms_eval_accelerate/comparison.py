@@ -13,6 +13,9 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
+from accelerate_methods.loyalty import kl_text, loyalty
+from accelerate_methods.report.results import Run
+
 DENSE = "dense"
 
 
@@ -23,6 +26,9 @@ class Row:
     ``prefill_ms`` is the language model's prefill, ``compress_ms`` the method's own work before it; ``speedup``
     compares their sum with the dense run's, so a method has to pay for itself. ``tokens_after`` is the mean over the
     decoder layers, so that methods that drop tokens inside the language model are counted alike.
+
+    ``same_answers``, ``first_token_kl`` (nats, mean per document) and ``top1_same`` compare with the dense run without
+    a look at references (docs/loyalty.md); None where a run kept no samples or no distributions.
     """
 
     setting: str
@@ -38,6 +44,9 @@ class Row:
     prefill_ms: float
     change: float | None = None
     speedup: float | None = None
+    same_answers: float | None = None
+    first_token_kl: float | None = None
+    top1_same: float | None = None
 
     @property
     def kept(self) -> float:
@@ -46,10 +55,12 @@ class Row:
 
 
 def read(folders: Mapping[str, Path]) -> list[Row]:
-    """Rows from the ``summary.json`` of every setting, in the order of the settings."""
+    """Rows from the ``summary.json`` and the samples files of every setting, in the order of the settings."""
     found: list[Row] = []
+    runs: dict[str, Run] = {}
     for setting, folder in folders.items():
         report = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        runs[setting] = Run(folder, report)
         for task, metrics in report["tasks"].items():
             costs = report["costs"]["by_task"].get(task)
             if metrics and costs:
@@ -60,6 +71,13 @@ def read(folders: Mapping[str, Path]) -> list[Row]:
         if base is not None:
             row.change = row.score - base.score
             row.speedup = (base.compress_ms + base.prefill_ms) / (row.compress_ms + row.prefill_ms)
+    for task, base in dense.items():
+        answers = runs[DENSE].samples(task, base.metric)
+        for row in found:
+            if row.task == task and row is not base:
+                loyal = loyalty(answers, runs[row.setting].samples(task, row.metric))
+                row.same_answers, row.first_token_kl = loyal.agreement, loyal.first_token_kl_mean
+                row.top1_same = loyal.top1_agreement
     return found
 
 
@@ -80,26 +98,46 @@ def _row(setting: str, task: str, metrics: Mapping[str, float], costs: Mapping[s
     )
 
 
-_HEADERS = ("setting", "accuracy", "vs dense", "visual tokens", "LLM FLOPs", "compress ms", "prefill ms", "speed up")
+_NARROW = {"accuracy": "acc.", "same answers": "same ans."}  # headers that are wider than their numbers
+#: columns that are left out where no run has what they show
+_LOYAL = {
+    "same answers": "same answers: as the dense run's",
+    "KL": "KL: of the first token's distribution from the dense run's (docs/loyalty.md)",
+}
 _NOTE = (
     "means per sample; visual tokens: mean over the LLM's layers; "
     "speed up: LLM prefill of the dense run / (compression + prefill)"
 )
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    # fractions are shown in per cent; tasks whose score is on another scale (MME) as they are
+def _cells(row: Row) -> dict[str, str]:
+    """What a row shows, by column. Fractions are shown in per cent, scores on another scale (MME) as they are."""
     scale = 100.0 if row.score <= 1.0 else 1.0
-    return (
-        row.setting,
-        f"{scale * row.score:.1f}",
-        "" if row.change is None or row.setting == DENSE else f"{scale * row.change:+.1f}",
-        f"{row.tokens_after:.0f} ({row.kept:.0%})",
-        f"{row.flops_share:.1%}",
-        f"{row.compress_ms:.1f}",
-        f"{row.prefill_ms:.1f}",
-        "" if row.speedup is None or row.setting == DENSE else f"{row.speedup:.2f}x",
-    )
+    relative = row.setting != DENSE
+    return {
+        "setting": row.setting,
+        "accuracy": f"{scale * row.score:.1f}",
+        "vs dense": f"{scale * row.change:+.1f}" if relative and row.change is not None else "",
+        "same answers": f"{row.same_answers:.0%}" if relative and row.same_answers is not None else "",
+        "KL": kl_text(row.first_token_kl) if relative else "",
+        "visual tokens": f"{row.tokens_after:.0f} ({row.kept:.0%})",
+        "LLM FLOPs": f"{row.flops_share:.1%}",
+        "compress ms": f"{row.compress_ms:.1f}",
+        "prefill ms": f"{row.prefill_ms:.1f}",
+        "speed up": f"{row.speedup:.2f}x" if relative and row.speedup is not None else "",
+    }
+
+
+def _grid(rows_of_task: list[Row]) -> dict[str, list[str]]:
+    """The columns of one task's table, top to bottom."""
+    cells = [_cells(row) for row in rows_of_task]
+    columns = {name: [here[name] for here in cells] for name in cells[0]}
+    return {name: column for name, column in columns.items() if name not in _LOYAL or any(column)}
+
+
+def _note(found: list[Row]) -> str:
+    shown = {name for here in _by_task(found).values() for name in _grid(here)}
+    return "; ".join([_NOTE, *(text for name, text in _LOYAL.items() if name in shown)])
 
 
 def _by_task(found: list[Row]) -> dict[str, list[Row]]:
@@ -118,26 +156,29 @@ def tables(found: list[Row]) -> Group:
     """The comparison for the terminal, a table per task."""
     views: list[Table | str] = []
     for task, here in _by_task(found).items():
-        view = Table(title=_title(task, here), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for index, header in enumerate(_HEADERS):
+        view = Table(title=_title(task, here), title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+        grid = _grid(here)
+        for index, header in enumerate(grid):
             # two short lines per header keep the table within 80 columns; long method names are folded
             wrap = {"no_wrap": True} if index else {"overflow": "fold"}
-            view.add_column(header.replace(" ", "\n"), justify="right" if index else "left", **wrap)
-        for row in here:
-            view.add_row(*_cells(row))
+            header = _NARROW.get(header, header).replace(" ", "\n")
+            view.add_column(header, justify="right" if index else "left", **wrap)
+        for row in zip(*grid.values(), strict=True):
+            view.add_row(*row)
         views.append(view)
-    return Group(*views, _NOTE)
+    return Group(*views, _note(found))
 
 
 def markdown(found: list[Row]) -> str:
     """The same as Markdown."""
     lines: list[str] = []
     for task, here in _by_task(found).items():
-        lines += [f"**{_title(task, here)}**", "", "| " + " | ".join(_HEADERS) + " |"]
-        lines += ["|---|" + "---:|" * (len(_HEADERS) - 1)]
-        lines += ["| " + " | ".join(_cells(row)) + " |" for row in here]
+        grid = _grid(here)
+        lines += [f"**{_title(task, here)}**", "", "| " + " | ".join(grid) + " |"]
+        lines += ["|---|" + "---:|" * (len(grid) - 1)]
+        lines += ["| " + " | ".join(row) + " |" for row in zip(*grid.values(), strict=True)]
         lines.append("")
-    return "\n".join([*lines, f"({_NOTE})", ""])
+    return "\n".join([*lines, f"({_note(found)})", ""])
 
 
 def write(found: list[Row], folder: Path) -> None:

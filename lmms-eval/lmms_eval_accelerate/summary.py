@@ -15,6 +15,7 @@ from lmms_eval_accelerate.answer_checks import check
 from lmms_eval_accelerate.costs import summarise
 from lmms_eval_accelerate.runs import scores
 
+_SHOWN = 6  # tasks of which each gets a column
 _ROWS = {
     "samples": "samples",
     "skipped": "skipped (unreadable)",
@@ -74,10 +75,12 @@ def show(report: dict[str, Any], path: Path) -> None:
         for name, value in metrics.items():
             table.add_row(task, name, f"{value:.4f}")
     console.print(table)
-    if report["costs"]["by_task"]:
+    by_task = report["costs"]["by_task"]
+    if len(by_task) > _SHOWN:  # the subtasks of a large group: a column each would show nothing
+        by_task = {"all tasks": report["costs"]["overall"]}
+    if by_task:
         costs = Table(title="means per sample, without warm-up, all ranks", title_justify="left")
         costs.add_column("")
-        by_task = report["costs"]["by_task"]
         for task in by_task:
             costs.add_column(task, justify="right")
         for key, title in _ROWS.items():
