@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from . import outside
+
 ROOT = Path(__file__).resolve().parent.parent
 #: packages whose version can change an answer or its price
 PACKAGES = (
@@ -28,12 +30,15 @@ def short_hash(value: Any) -> str:
 
 @functools.cache
 def code_hash() -> str:
-    """Of every Python and task file of the installed packages ``accelerate_methods``, ``llava`` and the plugin."""
+    """Of every Python and task file of the installed packages ``accelerate_methods``, ``llava`` and the plugin, and of
+    the files of methods from outside."""
     digest = hashlib.sha256()
     for package in _SOURCES:
         spec = importlib.util.find_spec(package)
         for folder in spec.submodule_search_locations or () if spec is not None else ():
             _add_files(digest, package, Path(folder), (p for s in ("*.py", "*.yaml") for p in Path(folder).rglob(s)))
+    for path in outside.source_files():
+        _add_files(digest, "outside", path.parent, [path])
     return digest.hexdigest()[:8]
 
 

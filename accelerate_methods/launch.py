@@ -27,6 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from . import outside
 from .errors import MethodError
 
 MODULE = "lmms_eval_accelerate"
@@ -157,7 +158,7 @@ def execute(
     if importlib.util.find_spec(MODULE) is None:
         raise MethodError("the lmms-eval plugin is not installed: pip install -c constraints.txt -e lmms-eval")
     command = machines.command(["--runs", str(write_plan(runs, folder).resolve())])
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
+    environment = {**os.environ, **outside.environment(), "PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
     if machines.gpus_per_model > 1:
         environment["GPUS_PER_MODEL"] = str(machines.gpus_per_model)
     cwd = None
@@ -168,7 +169,7 @@ def execute(
         environment.update(more)
     log_path = folder / (LOG if machines.machine_rank == 0 else f"log_{machines.machine_rank}.txt")
     tail: collections.deque[str] = collections.deque(maxlen=TAIL)
-    with log_path.open("a", encoding="utf-8") as log, _Follower(len(runs), console) as follower:
+    with log_path.open("a", encoding="utf-8", buffering=1) as log, _Follower(len(runs), console) as follower:
         log.write(shlex.join(command) + "\n")
         with _started(command, cwd, environment) as process:
             for line in process.stdout:  # universal newlines: a bar that rewrites its line is lines, too
