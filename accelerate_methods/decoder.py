@@ -12,11 +12,17 @@ with the model's own forward it
 
 What has to survive from prefill to decode (padding and visual masks of every layer's cache) is kept on the cache
 object of the request.
+
+A model larger than a GPU has its layers on several devices (accelerate's ``device_map``). Whatever goes along with the
+hidden states (masks, positions, rotary tables, which rows are left) moves with them to the device of the layer that is
+about to run, and what is remembered of a layer stays where its cache is. A prefill method still finds everything on the
+device of the layer before, whose scores it reads; a decode method on that of the layer that gets the view.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +31,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .devices import hooked_device, moved
 from .errors import MethodError
 from .steps import DecodeStep, PrefillStep, PromptLayout, Selection, VisualSpan
 
@@ -84,8 +91,8 @@ class DecoderOutput(BaseModelOutputWithPast):
         """[B, L] labels of the input -> labels of the rows that are left."""
         if self.kept is None:
             return labels
-        labels = labels.gather(1, self.kept)
-        return labels if self.kept_valid is None else labels.masked_fill(~self.kept_valid, -100)
+        labels = labels.gather(1, self.kept.to(labels.device))
+        return labels if self.kept_valid is None else labels.masked_fill(~self.kept_valid.to(labels.device), -100)
 
 
 class _KeyView:
@@ -119,22 +126,29 @@ def run_decoder(
     use_cache: bool | None = None,
     layout: PromptLayout | None = None,
     request: RequestRecord | None = None,
+    added: Sequence[Tensor] = (),
+    next_position: Tensor | None = None,
 ) -> DecoderOutput:
     """Run ``decoder`` on [B, q, D] embeddings under ``pipeline``.
 
     Args:
         decoder: a transformers decoder (``LlamaModel``, ``Qwen2Model``, ...).
         attention_mask: [B, cached + q] 2-D padding mask or None.
-        position_ids: [B or 1, q] or None for consecutive ones (after a prefill of this loop: from its last position).
+        position_ids: [B or 1, q], or [R, B, q] for a model with several per token (M-RoPE; a leading row of text
+            positions is left out); None for consecutive ones (after a prefill of this loop: from its last position).
         past_key_values: a ``DynamicCache``; static ones cannot hold layers of different length.
         layout: where visual tokens stand; None (text only) bypasses the prefill and decode stages.
+        added: [B, q, D] each, what is added to the output of layers 0, 1, ... in prefill (deepstack features).
+        next_position: [B, 1] where generated tokens go on; default: after the last of ``position_ids``.
 
     Prefill methods act once, on the first prompt of a cache; later turns run uncut on what they left. They expect
     padding on the left and leave it there.
     """
-    return _Loop(
+    loop = _Loop(
         decoder, pipeline, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, layout, request
-    ).run()
+    )
+    loop.added = list(added)
+    return loop.run(next_position)
 
 
 class _Loop:
@@ -155,19 +169,26 @@ class _Loop:
         self.past = self.cache.get_seq_length() if self.cache is not None else 0
         self.state: _CacheState | None = getattr(self.cache, "accelerate_state", None) if self.past else None
         if position_ids is None:
-            start = self.past if self.state is None else self.state.next_position
+            start = self.past if self.state is None else moved(self.state.next_position, hidden.device)
             position_ids = start + torch.arange(self.new, device=hidden.device)[None]
-        self.position_ids = position_ids.expand(batch, -1)
+        if position_ids.ndim == 3:
+            self.position_ids = position_ids[-3:].expand(-1, batch, -1)
+        else:
+            self.position_ids = position_ids.expand(batch, -1)
+        self.added: list[Tensor] = []
         if mask is not None and mask.dim() != 2:
             raise MethodError(f"the decoder loop takes a 2-D padding mask, got {mask.dim()}-D.")
         self.mask = None if mask is None else mask.bool()
         self.valid = None if self.mask is None else self.mask[:, -self.new :]
-        self.layout = layout.expanded(batch) if layout is not None and not self.past else None
+        self.layout = None
+        if layout is not None and not self.past:
+            self.layout = layout.expanded(batch)
+            self.layout = dataclasses.replace(self.layout, visual=moved(self.layout.visual, hidden.device))
         self.spans: list[list[VisualSpan]] = []
         self.decodes = False  # whether there is anything for a decode method to act on
         #: row masks that are cut along with the hidden states: what prefill and decode methods see as visual
         self.masks = self._masks()
-        self.rope = decoder.rotary_emb(hidden, self.position_ids)
+        self.rope = self._rotary(self.position_ids)
         self.shift: Tensor | None = None
         self.kept: Tensor | None = None
         self.inputs: dict[int, Tensor] = {}
@@ -191,8 +212,10 @@ class _Loop:
 
     # -- running -----------------------------------------------------------------------------------------------------
 
-    def run(self) -> DecoderOutput:
-        next_position = self.position_ids.amax(1, keepdim=True) + 1
+    def run(self, next_position: Tensor | None = None) -> DecoderOutput:
+        if next_position is None:
+            last = self.position_ids.amax(-1, keepdim=True) + 1
+            next_position = last.amax(0) if last.ndim == 3 else last
         if self.past:
             self._continue()
         else:
@@ -220,12 +243,16 @@ class _Loop:
             if index in at and self._select(method, index, state):
                 masks.clear()
                 lengths = [self.new] * len(self.hidden) if self.valid is None else self.valid.sum(1)
+            if self._enter(index):
+                masks.clear()
             if index + 1 in at:
                 self.inputs, self.input_ropes = {index: self.hidden}, {index: self.rope}
             kind = self._layer_type(index)
             if kind not in masks:
                 masks[kind] = self._prefill_mask(kind)
             self.hidden = self._call(layer, masks[kind], self.cache)
+            if index < len(self.added):
+                self.hidden = self.hidden + self.added[index]
             state.valid.append(self.valid)
             state.visual.append(self.masks["decode"])
             state.rows.append(self.kept)
@@ -260,21 +287,25 @@ class _Loop:
             # padding slots hold whatever was dropped
             self.masks = {name: mask & self.valid for name, mask in self.masks.items()}
         self.new = picked.shape[1]
-        if selection.positions == "compact":
+        self.added = [_gather(part, picked) for part in self.added]
+        if selection.positions == "compact" and self.position_ids.ndim == 2:  # several per token are coordinates
             start = 0 if self.valid is None else (self.new - self.valid.sum(1, keepdim=True))
             compact = (torch.arange(self.new, device=picked.device)[None] - start).clamp(min=0)
             behind = self.position_ids.amax(1, keepdim=True) - compact.amax(1, keepdim=True)
             self.shift = behind if self.shift is None else self.shift + behind
             self.position_ids = compact.expand(picked.shape[0], -1)
-            self.rope = self.decoder.rotary_emb(self.hidden, self.position_ids)
+            self.rope = self._rotary(self.position_ids)
         else:
-            self.position_ids = self.position_ids.gather(1, picked)
+            every = (*self.position_ids.shape[:-2], *picked.shape)
+            self.position_ids = self.position_ids.gather(-1, picked.expand(every))
             self.rope = tuple(_gather(part.expand(picked.shape[0], -1, -1), picked) for part in self.rope)
         if selection.trim_cache and self.cache is not None:
             for done in range(index):
-                self._trim(self.cache.layers[done], state.visual[done].shape[1], picked)
-                state.valid[done], state.visual[done] = self.valid, self.masks["decode"]
-                state.rows[done] = self.kept
+                entry = self.cache.layers[done]
+                here = entry.keys.device
+                self._trim(entry, state.visual[done].shape[1], moved(picked, here))
+                state.valid[done], state.visual[done] = moved((self.valid, self.masks["decode"]), here)
+                state.rows[done] = moved(self.kept, here)
 
     @staticmethod
     def _trim(entry: Any, length: int, picked: Tensor) -> None:
@@ -293,10 +324,12 @@ class _Loop:
         shown: Selection | None = None
         shift: Tensor | None = None
         for index, layer in enumerate(self.layers):
+            if self._enter(index):
+                keep, shown = moved((keep, shown), self.hidden.device)
             valid = self._keys_valid(index)
             if state is not None and state.shift[index] is not shift:  # changes at layers with a "compact" selection
                 shift = state.shift[index]
-                self.rope = self.decoder.rotary_emb(self.hidden, self.position_ids - shift)
+                self.rope = self._rotary(self.position_ids - shift)
             if index == start and index > 0:
                 visual = self._grown(state.visual[index], index, False)
                 keep = method.decode(DecodeStep(self, index, visual, valid, state.memory))
@@ -320,9 +353,24 @@ class _Loop:
         """The mask over the keys of layer ``below``, over those keys that layer ``index`` has."""
         state = self.state
         everything = torch.arange(state.length, device=keep.device).expand(keep.shape[0], -1)
-        rows, fewer = (everything if state.rows[i] is None else state.rows[i] for i in (below, index))
+        rows, fewer = (
+            everything if state.rows[i] is None else moved(state.rows[i], keep.device) for i in (below, index)
+        )
         prompt = torch.zeros_like(everything, dtype=torch.bool).scatter_(1, rows, keep[:, : rows.shape[1]])
         return torch.cat([prompt.gather(1, fewer), keep[:, rows.shape[1] :]], dim=1)
+
+    def _enter(self, index: int) -> bool:
+        """Take everything along to the device of layer ``index``; whether it had to be moved."""
+        device = hooked_device(self.layers[index])
+        if device is None or device == self.hidden.device:
+            return False
+        for name in ("hidden", "rope", "position_ids", "mask", "valid", "masks", "kept", "shift", "added"):
+            setattr(self, name, moved(getattr(self, name), device))
+        return True
+
+    def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary tables beside the hidden states (the module that makes them may compute elsewhere)."""
+        return moved(self.decoder.rotary_emb(self.hidden, positions), self.hidden.device)
 
     def _call(self, layer: Any, mask: Any, cache: Any) -> Tensor:
         out = layer(
@@ -414,6 +462,8 @@ class _Loop:
         layer = self.layers[index]
         attention = layer.self_attn
         hidden, (cos, sin) = self.inputs[index], self.input_ropes[index]
+        asked_on = rows.device  # scores are computed where the layer is and handed out where they were asked for
+        rows, valid = moved((rows, valid), hidden.device)
         cached = self.cache.layers[index].keys if rotary and self.cache is not None else None
         if cached is not None:
             _check_whole(cached, self.cache.get_seq_length(index))
@@ -443,7 +493,7 @@ class _Loop:
             scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
         if valid is not None:
             scores = scores.masked_fill(~valid[:, None, None, :], torch.finfo(scores.dtype).min)
-        return scores.softmax(dim=-1, dtype=torch.float32).to(hidden.dtype)
+        return moved(scores.softmax(dim=-1, dtype=torch.float32).to(hidden.dtype), asked_on)
 
 
 def _visible(keep: Tensor | None, valid: Tensor | None) -> Selection | None:

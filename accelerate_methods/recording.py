@@ -33,7 +33,8 @@ class ItemRecord:
         left_at: [F, N] decoder layer before which the row that holds the token was dropped; ``num_layers`` if it never
             was; 0 where no row holds it. None as long as no layer has run.
         positions: [R] layout row of each of the item's rows.
-        start: where the item begins in the (padded) prompt.
+        start: where the item begins in the (padded) prompt; rows: [R] where each of its rows stands there, if there
+            may be text in between.
         info: what the method said.
     """
 
@@ -41,6 +42,7 @@ class ItemRecord:
     tokens_before: int
     tokens_after: int
     start: int = 0
+    rows: torch.Tensor | None = None
     grid: tuple[int, int] | None = None
     owner: torch.Tensor | None = None
     positions: torch.Tensor | None = None
@@ -111,7 +113,9 @@ class RequestRecord:
         beams = rows.shape[0] // len(self.samples) if self.samples else 1
         for sample, here in zip(self.samples, left[::beams], strict=False):
             for item in sample.items:
-                goes_on = here.to(item.owner.device)[item.owner.clamp(min=0) + item.start]
+                held = item.owner.clamp(min=0)
+                at = held + item.start if item.rows is None else item.rows[held]
+                goes_on = here.to(item.owner.device)[at]
                 item.left_at = torch.where(goes_on, item.left_at, item.left_at.clamp(max=layer))
 
     @contextlib.contextmanager
@@ -146,6 +150,11 @@ def new_request() -> RequestRecord | None:
         return None
     requests.append(RequestRecord())
     return requests[-1]
+
+
+def listens_to(request: RequestRecord | None) -> bool:
+    """Whether ``request`` belongs to the recorder that is open."""
+    return request is not None and any(other is request for other in _active.get() or ())
 
 
 @contextlib.contextmanager

@@ -85,7 +85,7 @@ class Video:
     avg_fps: float
 
 
-_Choose = Callable[[int, float], FrameSample]  # (total frames, frames per second) -> frames to read
+Choose = Callable[[int, float], FrameSample]  # (total frames, frames per second) -> frames to read
 
 
 def load_video(
@@ -94,6 +94,7 @@ def load_video(
     fps: float | None = None,
     force_sample: bool = False,
     backend: str = "auto",
+    choose: Choose | None = None,
 ) -> Video:
     """Read sampled frames of a video file.
 
@@ -103,12 +104,13 @@ def load_video(
         fps: frames per second to read.
         force_sample: with both, spread num_frames frames evenly even if fps gives fewer.
         backend: "decord", "pyav", or "auto": decord if installed, PyAV if not or if decord cannot read the file.
+        choose: in place of the three: (total frames, frames per second of the file) -> which to read.
     Raises:
-        ValueError: neither num_frames nor fps, or an unknown backend.
+        ValueError: nothing says which frames to read, or an unknown backend.
         ImportError: the backend (for "auto": every backend) is not installed.
         FileNotFoundError: no such file. OSError: it cannot be read or has no frames. Every message names the file.
     """
-    if num_frames is None and fps is None:
+    if num_frames is None and fps is None and choose is None:
         raise ValueError("load_video needs num_frames, fps, or both")
     if num_frames is not None and num_frames < 1:
         raise ValueError(f"num_frames must be at least 1, got {num_frames}")
@@ -125,7 +127,7 @@ def load_video(
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no such video file: {path}")
 
-    def choose(total_frames: int, avg_fps: float) -> FrameSample:
+    def by_count_or_rate(total_frames: int, avg_fps: float) -> FrameSample:
         if fps is None:
             indices = uniform_frame_indices(total_frames, num_frames)
             return FrameSample(indices, [i / avg_fps for i in indices], total_frames / avg_fps)
@@ -134,14 +136,14 @@ def load_video(
     failures = []
     for name in readers:
         try:
-            return _READERS[name][1](path, choose)
+            return _READERS[name][1](path, choose or by_count_or_rate)
         except Exception as error:  # each reader raises its own types; the caller gets one, with all the reasons
             failures.append((name, error))
     reasons = "; ".join(f"{name}: {type(error).__name__}: {str(error).strip()[:300]}" for name, error in failures)
     raise OSError(f"cannot read video {path} ({reasons})") from failures[-1][1]
 
 
-def _read_decord(path: str, choose: _Choose) -> Video:
+def _read_decord(path: str, choose: Choose) -> Video:
     import decord
 
     reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
@@ -153,7 +155,7 @@ def _read_decord(path: str, choose: _Choose) -> Video:
     return Video(frames, sample, total, avg_fps)
 
 
-def _read_pyav(path: str, choose: _Choose) -> Video:
+def _read_pyav(path: str, choose: Choose) -> Video:
     import av
 
     with av.open(path) as container:
@@ -198,7 +200,7 @@ def _decode_pyav(path: str, indices: list[int]) -> tuple[dict[int, np.ndarray], 
 
 
 # name -> (package, reader), in the order in which "auto" tries them
-_READERS: dict[str, tuple[str, Callable[[str, _Choose], Video]]] = {
+_READERS: dict[str, tuple[str, Callable[[str, Choose], Video]]] = {
     "decord": ("decord", _read_decord),
     "pyav": ("av", _read_pyav),
 }

@@ -98,6 +98,11 @@ class LlavaHost(Host):
             raise MethodError(
                 f"{type(model).__name__} has no loaded vision tower; there are no visual tokens to compress."
             )
+        if pipeline.methods and (getattr(model, "_tp_size", None) or 1) > 1:  # loaded by from_pretrained itself
+            raise MethodError(
+                f"{pipeline.name} cannot act on a tensor-parallel model: it reads attention over all heads, and this "
+                f"process holds one of {model._tp_size} parts of them. Load it with device_map='auto' instead."
+            )
         kind = tower.hub_config.model_type
         available = self.signals - (frozenset({"cls_attention"}) if kind == "siglip_vision_model" else _HEAD_SIGNALS)
         self.check(pipeline, available, f"a {kind} tower")

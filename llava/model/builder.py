@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from accelerate_methods.errors import UnknownNameError
+from accelerate_methods.devices import computes_on, is_offloaded
+from accelerate_methods.errors import MethodError, UnknownNameError
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model.checkpoint import CheckpointError, find_file, load_config, read_config
 from llava.tokenization import load_tokenizer
@@ -50,7 +51,8 @@ def load_pretrained_model(
         model_path: folder or hub name of a checkpoint in the official format.
         model_base: base LLM for checkpoints that hold a projector or a LoRA only.
         model_name: as the official code expects it; only checked against the checkpoint, None skips the check.
-        device_map: as in transformers; a device ("cpu", "cuda:0") or "auto".
+        device_map: as in transformers: a device ("cpu", "cuda:0"), "auto" (all visible GPUs; with ``max_memory=`` only
+            so much of each), or a dict from module names to devices. See docs/distributed.md.
         torch_dtype: "float16", "bfloat16", "float32", "auto", or a torch dtype.
         attn_implementation: "flash_attention_2" falls back to "sdpa" where flash-attn is not installed or the model
             is not on CUDA; "sdpa", "eager" or None.
@@ -66,8 +68,11 @@ def load_pretrained_model(
 
     Raises:
         CheckpointError: not a LLaVA checkpoint, contradicting ``model_name``, missing weights.
+        MethodError: ``tp_plan`` or ``tp_size`` (tensor parallelism is not offered), or "auto" finds too little memory
+            and no ``offload_folder`` says that running from disk is meant.
     """
     kwargs.pop("multimodal", None)
+    _check_placement(kwargs)
     source = model_base if model_base is not None else model_path
     family = checkpoint_family(read_config(model_path), model_path)
     if model_name:
@@ -76,7 +81,7 @@ def load_pretrained_model(
     load = {
         "dtype": resolve_dtype(torch_dtype),
         "attn_implementation": _attention(attn_implementation, device_map),
-        "device_map": None if device_map == "auto" and not torch.cuda.is_available() else device_map,
+        "device_map": None if _only_cpu(device_map, kwargs) else device_map,
         **_quantisation(load_8bit, load_4bit),
         **kwargs,
     }
@@ -92,6 +97,8 @@ def load_pretrained_model(
         model = load_on_base(model_class, model_path, model_base, config, load)
     else:
         model = model_class.from_pretrained(model_path, config=config, **load)
+    if isinstance(device_map, str) and "offload_folder" not in kwargs:
+        _check_fits(model, model_path)
     image_processor = _finish_vision(model, tokenizer)
     if method is not None:
         from accelerate_methods import accelerate
@@ -194,6 +201,30 @@ def _attention(wanted: str | None, device_map: Any) -> str:
     return wanted
 
 
+def _only_cpu(device_map: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether "auto" has nothing to choose from."""
+    return device_map == "auto" and not torch.cuda.is_available() and kwargs.get("max_memory") is None
+
+
+def _check_placement(kwargs: dict[str, Any]) -> None:
+    for name in ("tp_plan", "tp_size", "device_mesh", "distributed_config"):
+        if kwargs.get(name) is not None:
+            raise MethodError(
+                f"{name}: tensor parallelism is not offered: methods read attention over all heads, and each process "
+                "would hold only some of them. For models larger than a GPU use device_map='auto', which spreads the "
+                "layers over the visible GPUs (lmms-eval: gpus_per_model=N GPUs per process). See docs/distributed.md."
+            )
+
+
+def _check_fits(model: Any, path: str) -> None:
+    away = [name for name, device in getattr(model, "hf_device_map", {}).items() if device == "disk"]
+    if away:
+        raise MethodError(
+            f"{path!r} does not fit: {len(away)} of its parts (first: {away[0]}) would be read from disk whenever they "
+            "are used. Give it more GPUs (gpus_per_model, max_memory), or an offload_folder if that is meant."
+        )
+
+
 def _quantisation(load_8bit: bool, load_4bit: bool) -> dict[str, Any]:
     if not (load_8bit or load_4bit):
         return {}
@@ -233,14 +264,41 @@ def _finish_vision(model: Any, tokenizer: Any) -> Any:
     if getattr(config, "mm_use_im_start_end", False):
         tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
     if len(tokenizer) != model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))
+        _resize_vocabulary(model, len(tokenizer))
+    newline = getattr(model.get_model(), "image_newline", None)
+    if newline is not None and newline.is_meta and not is_offloaded(model.get_model()):
+        raise CheckpointError(
+            "model.image_newline is on disk and no module of its own, so that nothing would load it; "
+            "give it a device in the device_map, for example {'model.image_newline': 0, ...}."
+        )
     tower = model.get_vision_tower()
     if tower is None:
         return None
     if not tower.is_loaded:
         tower.load_model()
-        tower.to(device=model.device, dtype=model.dtype)
+        tower.to(device=computes_on(model.get_model().mm_projector), dtype=model.dtype)
     return tower.image_processor
+
+
+def _resize_vocabulary(model: Any, size: int) -> None:
+    """Fit embedding and head to ``size`` tokens. Where they are offloaded, they go to CPU memory for good."""
+    offloaded = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if is_offloaded(m)]
+    if not offloaded:
+        model.resize_token_embeddings(size)
+        return
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_module
+    from accelerate.utils import align_module_device
+
+    devices = [computes_on(module) for module in offloaded]
+    for module in offloaded:
+        with align_module_device(module):
+            weight = module.weight.detach().to("cpu", copy=True)
+        remove_hook_from_module(module)
+        module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    model.resize_token_embeddings(size)
+    for module, device in zip((model.get_input_embeddings(), model.get_output_embeddings()), devices, strict=False):
+        cpu_offload(module, execution_device=device)
 
 
 def _context_length(config: Any) -> int:

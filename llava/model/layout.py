@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,8 +80,18 @@ def _with_newlines(index: Tensor, row: int, newline: Tensor, layout: str, **comm
     )
 
 
-def image_item(features: Tensor, newline: Tensor | None, size: tuple[int, int] | None, tower_size: int, config: Any):
-    """One image: [V, P, D] views -> its tokens by ``mm_patch_merge_type`` (sections 7.1 and 7.2)."""
+def image_item(
+    features: Tensor,
+    newline: Tensor | None,
+    size: tuple[int, int] | None,
+    tower_size: int,
+    config: Any,
+    unpad: Callable[[Tensor, tuple[int, int]], Tensor] | None = None,
+) -> VisualItem:
+    """One image: [V, P, D] views -> its tokens by ``mm_patch_merge_type`` (sections 7.1 and 7.2).
+
+    ``unpad`` takes the place of :func:`unpad_image`.
+    """
     merge_type = getattr(config, "mm_patch_merge_type", "flat")
     views, patches, width = features.shape
     if merge_type == "flat":
@@ -96,7 +107,7 @@ def image_item(features: Tensor, newline: Tensor | None, size: tuple[int, int] |
             grid=_square(patches), source=index[0],
         )
         return item
-    return _anyres_item(features, newline, size, tower_size, config, merge_type)
+    return _anyres_item(features, newline, size, tower_size, config, merge_type, unpad or unpad_image)
 
 
 def flat_item(features: Tensor, patches: int | None) -> VisualItem:
@@ -125,6 +136,7 @@ def _anyres_item(
     tower_size: int,
     config: Any,
     merge_type: str,
+    unpad: Callable[[Tensor, tuple[int, int]], Tensor],
 ) -> VisualItem:
     views, patches, _ = features.shape
     side = math.isqrt(patches)
@@ -137,7 +149,7 @@ def _anyres_item(
     if "maxpool2x2" in merge_type:
         big, source = nn.functional.max_pool2d(big, 2), None
     elif "unpad" in merge_type:
-        big, source = unpad_image(big, size), unpad_image(source, size)
+        big, source = unpad(big, size), unpad(source, size)
         limit = _max_tiles(aspect)
         if limit is not None:
             whole, big = big, _shrink_to(big, limit * side * side)

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from accelerate_methods import recording
 from accelerate_methods.decoder import DecoderOutput, needs_loop, run_decoder
+from accelerate_methods.devices import computes_on, moved, own_weights
 from accelerate_methods.items import VisualItem, VisualSequence, assemble, uncompressed
 from accelerate_methods.pipeline import Pipeline
 from accelerate_methods.steps import PromptLayout
@@ -43,6 +44,8 @@ class LlavaMetaModel:
                 delay_load=getattr(config, "delay_load", False),
                 checkpoint=getattr(config, "tower_checkpoint", None) or config.name_or_path or None,
             )
+            # the tower stays in one piece when the model is spread over devices
+            self._no_split_modules = {*(self._no_split_modules or ()), type(self.vision_tower).__name__}
             self.mm_projector = build_vision_projector(config)
             if "unpad" in getattr(config, "mm_patch_merge_type", "flat"):
                 self.image_newline = nn.Parameter(torch.randn(config.hidden_size) * config.hidden_size**-0.5)
@@ -130,10 +133,10 @@ class LlavaMetaForCausalLM:
         return self.project(self.get_vision_tower()(images))
 
     def project(self, features: Tensor) -> Tensor:
-        """Projector in its own dtype, whatever the images came in."""
+        """Projector in its own dtype, whatever the images came in. All of the visual side is on the tower's device."""
         projector = self.get_model().mm_projector
         parameter = next(projector.parameters(), None)
-        return projector(features if parameter is None else features.to(parameter.dtype))
+        return moved(projector(features if parameter is None else features.to(parameter.dtype)), features.device)
 
     def get_2dPool(self, image_feature: Tensor, stride: int = 2) -> Tensor:
         return pool_2d(image_feature, getattr(self.config, "mm_spatial_pool_mode", "average"), stride)
@@ -233,8 +236,11 @@ class LlavaMetaForCausalLM:
         return self.get_vision_tower().device
 
     def _newline(self, like: Tensor) -> Tensor | None:
-        newline = getattr(self.get_model(), "image_newline", None)
-        return None if newline is None else newline.to(like)
+        decoder = self.get_model()
+        if getattr(decoder, "image_newline", None) is None:
+            return None
+        with own_weights(decoder):
+            return decoder.image_newline.to(like)
 
     @staticmethod
     def _check_modalities(modalities: list[str]) -> None:
@@ -267,7 +273,7 @@ class LlavaMetaForCausalLM:
     ) -> Spliced:
         """Encode, compress and splice: everything between raw inputs and the decoder."""
         modalities = [modalities] * len(images) if isinstance(modalities, str) else list(modalities)
-        device = self.get_model().embed_tokens.weight.device
+        device = computes_on(self.get_model().embed_tokens)
         items = self.visual_items(images, modalities, image_sizes, request)
         with recording.stage(request, "compress", self._visual_device()):
             sequences = [self._sequence(item) for item in items]
@@ -275,7 +281,7 @@ class LlavaMetaForCausalLM:
             input_ids.to(device),
             None if attention_mask is None else attention_mask.to(device),
             None if labels is None else labels.to(device),
-            [_moved(s, device) for s in sequences],
+            [_beside_text(s, device) for s in sequences],
             self.get_model().embed_tokens,
             original_positions=self.acceleration is not None and self.acceleration.pipeline.positions == "original",
             padding_side=padding_side or getattr(self.config, "tokenizer_padding_side", "right"),
@@ -379,7 +385,8 @@ class LlavaMetaForCausalLM:
             outputs = self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, **passed)
             hidden = outputs.last_hidden_state
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, kept])
+            # back to the first device, also so that the time of this stage covers the work on all of them
+            logits = moved(self.lm_head(hidden[:, kept]), tokens.device)
         if request is not None and not decoding and not request.layer_tokens:  # the model's own forward: no layer cuts
             request.layer_tokens = [[sample.length for sample in request.samples]] * self.config.num_hidden_layers
         if labels is not None and isinstance(outputs, DecoderOutput):
@@ -452,7 +459,7 @@ class LlavaMetaForCausalLM:
 
     def _text_only(self, inputs: Tensor, mask: Tensor | None, request: recording.RequestRecord | None) -> Spliced:
         embed = self.get_model().embed_tokens
-        device = embed.weight.device
+        device = computes_on(embed)
         mask = None if mask is None else mask.to(device)
         spliced = splice(inputs.to(device), mask, None, [], embed, original_positions=False, padding_side="left")
         if request is not None:
@@ -496,12 +503,10 @@ def _llm_stage(request: recording.RequestRecord | None, tokens: Tensor, decoding
         yield
 
 
-def _moved(sequence: VisualSequence, device: torch.device) -> VisualSequence:
-    """The sequence on the decoder's device (differs from the tower's under a device map)."""
-    if sequence.tokens.device == device:
-        return sequence
+def _beside_text(sequence: VisualSequence, device: torch.device) -> VisualSequence:
+    """The sequence on the device of the text's embeddings (under a device map not always the tower's)."""
     parts = ("tokens", "positions", "is_content")
-    return dataclasses.replace(sequence, **{name: getattr(sequence, name).to(device) for name in parts})
+    return dataclasses.replace(sequence, **{name: moved(getattr(sequence, name), device) for name in parts})
 
 
 def _describe(

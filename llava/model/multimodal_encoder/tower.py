@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, SiglipVisionModel
 
+from accelerate_methods.devices import computes_on, own_weights
 from accelerate_methods.hosts.encoder_attention import encoder_signals
 
 from .source import TowerError, VisionConfig, tower_config, tower_file, tower_weights
@@ -114,7 +115,9 @@ class VisionTower(nn.Module):
             interpolate: fit the position embeddings to another side than the tower's own.
         """
         model = self.vision_tower
-        hidden = before = model.embeddings(pixels.to(self.dtype), interpolate_pos_encoding=interpolate)
+        # interpolation reads the position table instead of calling its module
+        with own_weights(model.embeddings.position_embedding) if interpolate else contextlib.nullcontext():
+            hidden = before = model.embeddings(pixels.to(self.dtype), interpolate_pos_encoding=interpolate)
         if hasattr(model, "pre_layrnorm"):
             hidden = model.pre_layrnorm(hidden)
         for layer in model.encoder.layers[: self._layers_to_run()]:
@@ -165,7 +168,7 @@ class VisionTower(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.vision_tower.device
+        return computes_on(self.vision_tower)
 
     @property
     def dummy_feature(self) -> Tensor:
