@@ -370,6 +370,9 @@ class _Loop:
 
     def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary tables beside the hidden states (the module that makes them may compute elsewhere)."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        if positions.ndim == 2 and "mrope_section" in rope:  # text of a model with several ids per token
+            positions = positions.expand(3, *positions.shape)
         return moved(self.decoder.rotary_emb(self.hidden, positions), self.hidden.device)
 
     def _call(self, layer: Any, mask: Any, cache: Any) -> Tensor:

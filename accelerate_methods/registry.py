@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any
 
+from . import outside
 from .errors import MethodError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ _BUILT_IN = {
     "downsample": "accelerate_methods.baselines:DownsampledInput",
     "random_prefill": "accelerate_methods.baselines:RandomPrefill",
 }
-_ENTRY_POINT_GROUP = "accelerate_methods.methods"
 _registered: dict[str, type[Method]] = {}
 
 
@@ -45,8 +45,13 @@ def register(name: str) -> Callable[[type[Method]], type[Method]]:
 
 
 def available() -> list[str]:
-    """Sorted names of all methods: built in, registered here, and offered by other packages as entry points."""
-    return sorted({*_BUILT_IN, *_registered, *(e.name for e in _plugins())})
+    """Sorted names of all methods: built in, registered in this process, and from outside (see ``outside.py``).
+
+    Raises:
+        MethodError: what the environment names cannot be imported.
+    """
+    outside.import_named()
+    return sorted({*_BUILT_IN, *_registered, *(e.name for e in outside.offered())})
 
 
 def method_class(name: str) -> type[Method]:
@@ -56,9 +61,12 @@ def method_class(name: str) -> type[Method]:
     if name in _BUILT_IN:
         module, _, attribute = _BUILT_IN[name].partition(":")
         return getattr(importlib.import_module(module), attribute)
-    for entry in _plugins():
+    outside.import_named()
+    if name in _registered:
+        return _registered[name]
+    for entry in outside.offered():
         if entry.name == name:
-            return entry.load()
+            return _loaded(entry)
     raise UnknownNameError("method", name, available())
 
 
@@ -72,8 +80,16 @@ def get(name: str, **params: Any) -> Method:
     return method_class(name).create(**params)
 
 
-def _plugins():
-    return entry_points(group=_ENTRY_POINT_GROUP)
+def _loaded(entry: EntryPoint) -> type[Method]:
+    """The class behind an entry point of another package."""
+    where = f"method {entry.name!r} ({entry.value}, entry-point group {outside.GROUP})"
+    try:
+        cls = entry.load()
+    except Exception as error:
+        raise MethodError(f"{where} cannot be loaded: {type(error).__name__}: {error}") from error
+    if getattr(cls, "name", None) != entry.name:
+        raise MethodError(f"{where} is registered under another name, or not at all; write @register({entry.name!r}).")
+    return cls
 
 
 def _path(cls: type) -> str:

@@ -1,0 +1,15 @@
+"""Hosts of transformers' own multimodal models.
+
+Nothing of a model is replaced: ``model.forward`` and the language model's ``forward`` of that one object get a wrapper,
+vision encoder layers a hook. transformers encodes the images and puts their features into the prompt as ever; what
+reaches the language model is then cut (:mod:`.prompt`), and the decoder loop takes over. ``generate``, processors and
+chat templates stay those of transformers. A family (one module here) says where tokens stand and what signals there
+are; :func:`register_family` adds one from outside (docs/adding_a_host.md).
+"""
+
+from .family import Call, Family, Seen, expected, placed
+from .host import HOST, register_family
+from .prompt import PromptItem
+from .tower import ClipTower
+
+__all__ = ["Call", "ClipTower", "Family", "HOST", "PromptItem", "Seen", "expected", "placed", "register_family"]

@@ -1,0 +1,185 @@
+"""What a native host has to know of one model family."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...errors import MethodError
+from ...views import Views
+from .prompt import PromptItem
+
+
+@dataclasses.dataclass
+class Seen:
+    """One run of the vision side.
+
+    Attributes:
+        arguments: what ``get_image_features`` or ``get_video_features`` was called with.
+        encoded: what the vision encoder's hook saw, run by run.
+    """
+
+    arguments: dict[str, Any]
+    encoded: list[Any] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Call:
+    """One ``forward`` of a model with images or videos in its prompt.
+
+    Attributes:
+        ids: [B, L] the prompt.
+        embeds: [B, L, D] the same with the visual features in place.
+        seen: what the vision side did, by kind of item ("image", "video").
+        arguments: the model's keyword arguments.
+        wanted: signals that are asked for.
+        on_views: kinds of item that are compressed before the projector.
+    """
+
+    ids: Tensor
+    embeds: Tensor
+    seen: dict[str, Seen]
+    arguments: dict[str, Any]
+    wanted: frozenset[str]
+    on_views: frozenset[str]
+
+
+@contextlib.contextmanager
+def expected(module: nn.Module) -> Iterator[None]:
+    """Block that looks at parts of ``module``; :class:`MethodError` if one is not there."""
+    try:
+        yield
+    except (AttributeError, IndexError) as error:
+        raise MethodError(
+            f"{type(module).__name__} is not built as this host expects ({error}); this version of transformers is "
+            "not supported."
+        ) from error
+
+
+class Family(ABC):
+    """One model of one family; made when something is attached to it.
+
+    Raises:
+        MethodError: (constructor) the model is not built as expected.
+    """
+
+    #: class names of ``transformers`` that belong to it
+    classes: tuple[str, ...] = ()
+    name: str = ""
+    #: kinds of item that the model tells apart, and why not more; methods that act on none of them are refused
+    modalities: frozenset[str] = frozenset({"image", "video"})
+    only: str = ""
+    #: kinds of item that can be compressed before the projector
+    views: frozenset[str] = frozenset()
+
+    def __init__(self, model: nn.Module):
+        self.model, self.config = model, model.config
+        with expected(model):
+            self.language: nn.Module = model.model.language_model
+            for name in ("layers", "norm", "rotary_emb", "embed_tokens"):
+                getattr(self.language, name)
+
+    def check_attention(self) -> None:
+        """Raise :class:`MethodError` unless attention of the decoder can be computed anew for some rows."""
+        with expected(self.model):
+            layer = self.language.layers[0]
+            layer.input_layernorm  # noqa: B018
+            for name in ("q_proj", "k_proj", "head_dim", "scaling"):
+                getattr(layer.self_attn, name)
+
+    @property
+    @abstractmethod
+    def signals(self) -> frozenset[str]:
+        """Signals that this model can give."""
+
+    def prepare(self, wanted: frozenset[str]) -> None:  # noqa: B027 (most need nothing)
+        """Load what these signals need beside the model."""
+
+    def added(self, kwargs: dict[str, Any]) -> list[Tensor]:
+        """[B, L, D] each, what the model adds to the output of its first decoder layers (deepstack)."""
+        return []
+
+    @abstractmethod
+    def watch(self, seen: Any) -> list[Any]:
+        """Hook the vision encoder: ``seen(encoded)`` after every run. Returns the hooks' handles."""
+
+    @abstractmethod
+    def items(self, call: Call) -> list[PromptItem]:
+        """The images and videos of the prompt, those of one sample in the order in which they stand."""
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """[K, M] features of views -> [K, D]."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass
+class Place:
+    """Where one image or video stands in the batch.
+
+    Attributes:
+        number: its number among what the vision side saw (in a beam search, prompts share their images).
+        sample: row of the batch; rows: [n] its rows of the prompt; start, end: the first of them, and behind the last.
+    """
+
+    number: int
+    sample: int
+    rows: Tensor
+    start: int
+    end: int
+
+
+def placed(ids: Tensor, token: int, lengths: Sequence[int], kind: str) -> list[Place]:
+    """The places of the items of one kind: their ``token`` placeholders in ``ids`` [B, L], item after item.
+
+    Args:
+        lengths: rows of every item that the vision side saw, in the order of the prompts.
+
+    Raises:
+        MethodError: not as many placeholders as the items have rows.
+    """
+    if not lengths:
+        return []
+    where = (ids == token).nonzero()
+    copies, rest = divmod(len(where), sum(lengths))
+    numbers = [list(range(len(lengths)))]
+    if copies > 1 and not rest:  # prompts repeated for beams, one behind the other
+        owners = _owners(ids[::copies], token, lengths)
+        numbers = [[n for n in numbers[0] if owners[n] == sample] for sample in range(len(ids) // copies)]
+    elif copies != 1 or rest:
+        raise MethodError(
+            f"the prompt holds {len(where)} {kind} placeholders, but the {kind}s have {sum(lengths)} tokens: the "
+            "inputs were made by another processor, or this version of transformers lays tokens out differently."
+        )
+    order = [number for own in numbers for _ in range(copies) for number in own]
+    sizes = [lengths[number] for number in order]
+    ends = list(itertools.accumulate(sizes))
+    edges = where[[edge for end, size in zip(ends, sizes, strict=True) for edge in (end - size, end - 1)]].tolist()
+    return [
+        Place(number, first[0], part[:, 1], first[1], last[1] + 1)
+        for number, first, last, part in zip(order, edges[::2], edges[1::2], where.split(sizes), strict=True)
+    ]
+
+
+def _owners(ids: Tensor, token: int, lengths: Sequence[int]) -> list[int]:
+    """Sample of each item."""
+    where = (ids == token).nonzero()[:, 0]
+    return where[[0, *itertools.accumulate(lengths[:-1])]].tolist()
+
+
+def views_of(encoded: Any, signals: dict[str, Tensor], grid: tuple[int, int], tiles: Any, uncompressed: Any) -> Views:
+    """An image as its encoder saw it."""
+    special = encoded.special
+    return Views(
+        features=encoded.patches,
+        special=encoded.hidden[:, :special] if special else None,
+        grid=grid,
+        tiles=tiles,
+        signals=signals,
+        uncompressed=uncompressed,
+    )

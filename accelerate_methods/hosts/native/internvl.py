@@ -1,0 +1,147 @@
+"""InternVL of transformers (the ``-hf`` checkpoints): square tiles, of which four patches make one token.
+
+Every tile has a CLS token, which the projector does not get, and a token per block of 2 x 2 patches. A prompt holds an
+image as one run of placeholders, tile after tile with the thumbnail last. A video is written as many images with text
+in between ("Frame1: <img>...</img>\\n"), and the model is not told which images are its frames: here every frame is an
+image by itself, so methods that compare frames cannot act.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import MethodError
+from ...items import VisualItem
+from ..encoder_attention import ENCODER_SIGNALS, encoder_signals
+from .family import Call, Family, Seen, placed
+from .prompt import PromptItem
+
+
+@dataclasses.dataclass
+class Encoded:
+    """[V, 1 + P, M] input of the encoder layer whose output is the feature, CLS token first."""
+
+    before: Tensor
+
+
+class InternVL(Family):
+    name = "InternVL"
+    classes = ("InternVLForConditionalGeneration",)
+    modalities = frozenset({"image"})
+    only = "The frames of a video reach an InternVL model as images, which it cannot tell from others."
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        number = self.config.vision_feature_layer
+        if not isinstance(number, int) or number == 0:
+            raise MethodError(f"features of vision layer {number} are not supported; one layer is needed.")
+        if self.config.vision_feature_select_strategy != "default":
+            raise MethodError(
+                f"vision_feature_select_strategy={self.config.vision_feature_select_strategy!r} is not supported: "
+                "only 'default', which leaves the CLS token out, gives tiles of whole blocks."
+            )
+        self.factor = int(1 / self.config.downsample_ratio)
+        try:
+            tower = model.model.vision_tower
+            layers, sizes = tower.encoder.layer, zip(tower.config.image_size, tower.config.patch_size, strict=True)
+            self.layer = layers[number - 1 if number > 0 else len(layers) + number]
+            attention = self.layer.attention
+            for name in ("num_heads", "head_dim", "scale", "q_proj", "k_proj", "q_norm", "k_norm"):
+                getattr(attention, name)
+            self.layer.layernorm_before, tower.embeddings.cls_token  # noqa: B018
+        except (AttributeError, IndexError, TypeError) as error:
+            raise MethodError(
+                f"the vision tower of {type(model).__name__} is not built as this host expects ({error}); this version "
+                "of transformers is not supported."
+            ) from error
+        rows, columns = (pixels // patch for pixels, patch in sizes)
+        if rows != columns or rows % self.factor:
+            raise MethodError(f"tiles of {rows} x {columns} patches do not make blocks of {self.factor} squared.")
+        self.side = rows // self.factor
+
+    @property
+    def signals(self) -> frozenset[str]:
+        return ENCODER_SIGNALS
+
+    def watch(self, seen: Any) -> list[Any]:
+        def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            seen(Encoded((args[0] if args else kwargs["hidden_states"]).detach()))
+
+        return [self.layer.register_forward_pre_hook(hook, with_kwargs=True)]
+
+    def items(self, call: Call) -> list[PromptItem]:
+        seen, token, per_tile = call.seen["image"], self.config.image_token_id, self.side**2
+        (encoded,) = seen.encoded
+        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+            if seen.arguments.get(name) not in (None, getattr(self.config, name)):
+                raise MethodError(f"{name}={seen.arguments[name]!r} is not the model's own; set it in its config.")
+        if len(encoded.before[0]) != 1 + per_tile * self.factor**2:
+            raise MethodError(
+                f"tiles of {len(encoded.before[0]) - 1} patches; this checkpoint's have {per_tile * self.factor**2}."
+            )
+        tiles = len(encoded.before)
+        lengths = _runs(call.ids, token, tiles * per_tile)
+        if any(length % per_tile for length in lengths):
+            raise MethodError(f"runs of {lengths} image placeholders are not made of tiles of {per_tile} tokens.")
+        signals = self._signals(seen, call.wanted)
+        firsts = [sum(lengths[:number]) // per_tile for number in range(len(lengths))]
+        out = []
+        for place in placed(call.ids, token, lengths, "image"):
+            count, first = lengths[place.number] // per_tile, firsts[place.number]
+            features = call.embeds[place.sample, place.rows].view(count, per_tile, -1)
+            item = VisualItem(
+                modality="image",
+                features=features,
+                positions=torch.arange(lengths[place.number], device=features.device).view(count, per_tile),
+                length=lengths[place.number],
+                layout="grid",  # a tile's tokens stay in raster order, as those of a frame do
+                grid=(self.side, self.side),
+                signals={name: value[first : first + count] for name, value in signals.items()},
+            )
+            out.append(PromptItem(place.sample, place.rows, place.start, place.end, item))
+        return out
+
+    def _signals(self, seen: Seen, wanted: frozenset[str]) -> dict[str, Tensor]:
+        """[V, N, ...] over tokens: averages of their blocks of patches. Keys are those that the queries meet."""
+        attention = self.layer.attention
+        layer = SimpleNamespace(
+            layer_norm1=self.layer.layernorm_before,
+            self_attn=SimpleNamespace(
+                num_heads=attention.num_heads,
+                head_dim=attention.head_dim,
+                scale=attention.scale,
+                q_proj=lambda states: attention.q_norm(attention.q_proj(states)),
+                k_proj=lambda states: attention.k_norm(attention.k_proj(states)),
+            ),
+        )
+        found = encoder_signals(layer, seen.encoded[0].before, wanted, special=1)
+        return {name: _blocks(value, self.factor) for name, value in found.items()}
+
+
+def _runs(ids: Tensor, token: int, rows: int) -> list[int]:
+    """Lengths of the runs of ``token`` in ``ids`` [B, L], sample after sample.
+
+    Args:
+        rows: tokens that the vision side made; prompts that stand there several times, for beams, are read once.
+    """
+    total = int((ids == token).sum())
+    copies = total // rows if total and total % rows == 0 else 1
+    mask = nn.functional.pad((ids[::copies] == token).long(), (1, 1))
+    edges = mask.diff(dim=1)
+    return ((edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]).tolist()
+
+
+def _blocks(signal: Tensor, factor: int) -> Tensor:
+    """[V, P, ...] over a square of patches -> [V, P / factor**2, ...], averages over blocks."""
+    side = math.isqrt(signal.shape[1]) // factor
+    blocks = signal.unflatten(1, (side, factor, side, factor))
+    return blocks.mean((2, 4)).flatten(1, 2)
+
+
+FAMILIES = (InternVL,)

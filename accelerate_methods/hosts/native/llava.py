@@ -1,0 +1,159 @@
+"""LLaVA-1.5 and LLaVA-NeXT (1.6) of transformers: CLIP tower, one view or any-resolution tiles per image."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava.model.layout import flat_item, image_item, tile_grid
+
+from ...devices import moved
+from ...errors import MethodError
+from ...items import VisualItem
+from .family import Call, Family, Seen, expected, placed, views_of
+from .prompt import PromptItem
+from .tower import ClipTower, Encoded
+
+
+class Llava(Family):
+    """LLaVA-1.5: every image is one view, without newlines."""
+
+    name = "LLaVA-1.5"
+    classes = ("LlavaForConditionalGeneration",)
+    modalities = frozenset({"image"})
+    views = frozenset({"image"})
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        with expected(model):
+            tower, _ = model.model.vision_tower, model.model.multi_modal_projector
+        self.tower = ClipTower(tower, self.config.vision_feature_layer)
+        strategy = self.config.vision_feature_select_strategy
+        if strategy != ("default" if self.tower.special else "full"):
+            raise MethodError(
+                f"vision_feature_select_strategy={strategy!r} with a {self.tower.config.model_type} tower: the rows of "
+                "its output would not be its patches one for one."
+            )
+
+    @property
+    def signals(self) -> frozenset[str]:
+        return self.tower.signals
+
+    def watch(self, seen: Any) -> list[Any]:
+        return [self.tower.watch(seen)]
+
+    def project(self, tokens: Tensor) -> Tensor:
+        return self.model.model.multi_modal_projector(tokens).to(tokens.device)
+
+    def items(self, call: Call) -> list[PromptItem]:
+        return self._images(call, call.seen["image"]) if "image" in call.seen else []
+
+    def _encoded(self, seen: Seen) -> Encoded:
+        """The one run of the tower, whose patches are what the projector got."""
+        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+            given = seen.arguments.get(name)
+            own = getattr(self.config, name)
+            if given is not None and given != own:
+                raise MethodError(f"{name}={given!r}: only that of the checkpoint ({own!r}) is supported.")
+        if len(seen.encoded) != 1:
+            raise MethodError(f"the vision tower ran {len(seen.encoded)} times for one prompt; one run was expected.")
+        return seen.encoded[0]
+
+    def _image_layouts(self, seen: Seen, features: Tensor) -> list[tuple[int, VisualItem, Any]]:
+        """(views, layout, tile grid) of each image; tokens and newlines hold no numbers yet."""
+        return [(1, flat_item(view[None], view.shape[0]), None) for view in features]
+
+    def _images(self, call: Call, seen: Seen) -> list[PromptItem]:
+        encoded = self._encoded(seen)
+        device = call.embeds.device
+        layouts = self._image_layouts(seen, encoded.patches[..., :1].to(device))
+        ends = list(itertools.accumulate(views for views, _, _ in layouts))
+        signals = moved(self.tower.read(encoded, call.wanted), device)
+        out = []
+        for place in placed(call.ids, self.config.image_token_id, [item.length for _, item, _ in layouts], "image"):
+            views, layout, tiles = layouts[place.number]
+            item = filled(layout, call.embeds[place.sample, place.rows])
+            here = slice(ends[place.number] - views, ends[place.number])
+            own = {name: value[here] for name, value in signals.items()}
+            if "image" in call.on_views:
+                side = math.isqrt(encoded.patches.shape[1])
+                seen_views = moved(encoded[here], device)
+                item.views = views_of(seen_views, own, (side, side), tiles, lambda item=item: item)
+            else:
+                item.signals = {name: _on_tokens(value, item) for name, value in own.items()}
+            out.append(PromptItem(place.sample, place.rows, place.start, place.end, item))
+        return out
+
+
+class LlavaNext(Llava):
+    """LLaVA-NeXT: the whole image, then tiles, unpadded, with a newline after every row."""
+
+    name = "LLaVA-NeXT"
+    classes = ("LlavaNextForConditionalGeneration",)
+    aspect = "anyres"
+
+    def _image_layouts(self, seen: Seen, features: Tensor) -> list[tuple[int, VisualItem, Any]]:
+        newline = features.new_zeros(1)
+        config = SimpleNamespace(
+            mm_patch_merge_type="spatial_unpad",
+            image_aspect_ratio=self.aspect,
+            # the official code says (width, height) where transformers says (height, width)
+            image_grid_pinpoints=[tuple(point[::-1]) for point in self.config.image_grid_pinpoints],
+        )
+        sizes = [tuple(reversed(size)) for size in torch.as_tensor(seen.arguments["image_sizes"]).tolist()]
+        counts = self._views(seen, sizes, config, len(features))
+        out, first = [], 0
+        for count, size in zip(counts, sizes, strict=True):
+            item = image_item(features[first : first + count], newline, size, self.tower.side, config, _unpadded)
+            out.append((count, item, tile_grid(count, size, self.tower.side, config)))
+            first += count
+        return out
+
+    def _views(self, seen: Seen, sizes: list[tuple[int, int]], config: Any, total: int) -> list[int]:
+        """How many views each image has."""
+        from llava.mm_utils import get_anyres_image_grid_shape
+
+        counts = []
+        for size in sizes:
+            columns, rows = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, self.tower.side)
+            counts.append(1 + columns * rows)
+        if sum(counts) != total:
+            raise MethodError(f"{len(sizes)} images should have {counts} views, but the vision tower saw {total}.")
+        return counts
+
+
+def filled(layout: VisualItem, rows: Tensor) -> VisualItem:
+    """A layout with the tokens that its rows [length, D] of the prompt hold."""
+    newlines = None if layout.newline_positions is None else rows[layout.newline_positions]
+    return dataclasses.replace(layout, features=rows[layout.positions], newlines=newlines, signals={})
+
+
+def _unpadded(features: Tensor, size: tuple[int, int]) -> Tensor:
+    """``llava.model.layout.unpad_image`` as transformers rounds: a whole number of cells that float arithmetic puts
+    just below itself stays whole (352 x 836 pixels in 48 x 24 cells, for example)."""
+    width, height = size
+    rows, columns = features.shape[1:]
+    if width / height > columns / rows:
+        pad = (rows - int(round(height * (columns / width), 7))) // 2
+        return features[:, pad : rows - pad]
+    pad = (columns - int(round(width * (rows / height), 7))) // 2
+    return features[:, :, pad : columns - pad]
+
+
+def _on_tokens(signal: Tensor, item: VisualItem) -> Tensor:
+    """[V, P, ...] over patches -> [1, N, ...] over the tokens of an image."""
+    if item.source is None:
+        raise MethodError(
+            "this image was shrunk to the checkpoint's token limit: its tokens are mixtures of patches, which have no "
+            "signals of their own."
+        )
+    return signal.flatten(0, 1)[item.source][None]
+
+
+FAMILIES = (Llava, LlavaNext)

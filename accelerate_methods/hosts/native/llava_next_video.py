@@ -1,0 +1,81 @@
+"""LLaVA-NeXT-Video of transformers: images as LLaVA-NeXT, frames pooled before the projector, without newlines."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from llava.model.layout import pool_2d, video_item
+
+from ...errors import MethodError
+from ...items import VisualItem
+from .family import Call, Seen, placed
+from .llava import LlavaNext, filled
+from .prompt import PromptItem
+from .tower import Encoded
+
+
+class PooledVideos(LlavaNext):
+    """What the families with videos share: all videos of a call have as many frames, each pooled on its grid."""
+
+    modalities = frozenset({"image", "video"})
+
+    def items(self, call: Call) -> list[PromptItem]:
+        items = super().items(call)
+        if "video" in call.seen:
+            items += self._videos(call, call.seen["video"])
+        return sorted(items, key=lambda item: (item.sample, item.start))
+
+    def _videos(self, call: Call, seen: Seen) -> list[PromptItem]:
+        encoded = self._encoded(seen)
+        frames = next(v.shape[1] for v in seen.arguments.values() if isinstance(v, Tensor) and v.ndim == 5)
+        pooled = self._pooled(encoded.patches[..., :1]).to(call.embeds.device)
+        layouts = [self._video_layout(part) for part in pooled.split(frames)]
+        signals = self._video_signals(encoded, call.wanted)
+        out = []
+        for place in placed(call.ids, self.config.video_token_id, [item.length for item in layouts], "video"):
+            item = filled(layouts[place.number], call.embeds[place.sample, place.rows])
+            here = slice(place.number * frames, (place.number + 1) * frames)
+            item.signals = {name: value[here] for name, value in signals.items()}
+            out.append(PromptItem(place.sample, place.rows, place.start, place.end, item))
+        return out
+
+    def _pooled(self, patches: Tensor) -> Tensor:
+        """[F, P, C] -> [F, N, C]."""
+        raise NotImplementedError
+
+    def _video_layout(self, pooled: Tensor) -> VisualItem:
+        """Layout of one video of [F, N, 1]."""
+        raise NotImplementedError
+
+    def _video_signals(self, encoded: Encoded, wanted: frozenset[str]) -> dict[str, Tensor]:
+        """Signals over all frames, pooled as the features are."""
+        return {name: self._per_token(value) for name, value in self.tower.read(encoded, wanted).items()}
+
+    def _per_token(self, signal: Tensor) -> Tensor:
+        """[F, P, ...] -> [F, N, ...]."""
+        return self._pooled(signal[..., None])[..., 0] if signal.ndim == 2 else self._pooled(signal)
+
+
+class LlavaNextVideo(PooledVideos):
+    name = "LLaVA-NeXT-Video"
+    classes = ("LlavaNextVideoForConditionalGeneration",)
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self.stride = self.config.spatial_pool_stride
+        # a learned pooling weights a token's patches in its own way; signals are averaged over the same patches
+        self.mode = {"conv": "average"}.get(self.config.spatial_pool_mode, self.config.spatial_pool_mode)
+        if not hasattr(model.model, "vision_resampler") or self.mode not in ("average", "max"):
+            raise MethodError(
+                f"{type(model).__name__} does not pool its frames as this host expects "
+                f"(spatial_pool_mode={self.config.spatial_pool_mode!r}); this version of transformers is not supported."
+            )
+
+    def _pooled(self, patches: Tensor) -> Tensor:
+        return pool_2d(patches, self.mode, self.stride)
+
+    def _video_layout(self, pooled: Tensor) -> VisualItem:
+        return video_item(pooled, None, "no_token", "spatial_unpad")
+
+
+FAMILIES = (LlavaNextVideo,)

@@ -1,0 +1,193 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: patches merged two by two, several position ids per token, deepstack features.
+
+A frame (of a video: of two input frames) has h x w patches in blocks of ``spatial_merge_size`` squared, which the
+merger makes one token each. Signals come from the last vision block, whose patches attend to their whole frame; they
+are averaged over a token's patches (specs/fastvid.md section 1b, specs/visionzip.md section 7.3).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import MethodError
+from ...items import VisualItem
+from .family import Call, Family, Seen, placed
+from .prompt import PromptItem
+
+CHUNK_BYTES = 256 * 2**20  # what the attention maps alive at a time may take
+_FROM_BLOCK = frozenset({"pooling_attention", "received_attention", "key_states"})
+
+
+@dataclasses.dataclass
+class Encoded:
+    """What the attention of the last block got: [S, M] normed states of all patches, rotary tables [S, d] each."""
+
+    states: Tensor
+    rotary: tuple[Tensor, Tensor]
+
+
+class QwenVL(Family):
+    name = "Qwen-VL"
+    classes = (
+        *("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"),
+        "Qwen3VLForConditionalGeneration",
+    )
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        config = self.config.vision_config
+        try:
+            self.attention = model.model.visual.blocks[-1].attn
+            self.heads, self.unit = self.attention.num_heads, config.spatial_merge_size**2
+            self.attention.qkv  # noqa: B018
+        except (AttributeError, IndexError) as error:
+            raise MethodError(
+                f"the vision tower of {type(model).__name__} is not built as this host expects ({error}); this version "
+                "of transformers is not supported."
+            ) from error
+        full = getattr(config, "fullatt_block_indexes", None)
+        self.windowed = full is not None
+        if self.windowed and config.depth - 1 not in full:
+            raise MethodError("the last vision block attends to windows only; its attention says nothing of a frame.")
+
+    @property
+    def signals(self) -> frozenset[str]:
+        return _FROM_BLOCK | {"frame_features"}
+
+    def watch(self, seen: Any) -> list[Any]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            states = args[0] if args else kwargs["hidden_states"]
+            seen(Encoded(states.detach(), kwargs["position_embeddings"]))
+
+        return [self.attention.register_forward_pre_hook(hook, with_kwargs=True)]
+
+    def added(self, kwargs: dict[str, Any]) -> list[Tensor]:
+        where, features = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
+        if features is None:
+            return []
+        embeds = kwargs["inputs_embeds"]
+        rows = where if where.ndim == 2 else where[..., 0]
+        out = []
+        for part in features:
+            full = torch.zeros_like(embeds)
+            full[rows.to(embeds.device)] = part.to(embeds)
+            out.append(full)
+        return out
+
+    def items(self, call: Call) -> list[PromptItem]:
+        items = [item for kind in ("image", "video") if kind in call.seen for item in self._of(call, kind)]
+        return sorted(items, key=lambda item: (item.sample, item.start))
+
+    def _of(self, call: Call, kind: str) -> list[PromptItem]:
+        seen, token = call.seen[kind], getattr(self.config, f"{kind}_token_id")
+        grids = torch.as_tensor(seen.arguments[f"{kind}_grid_thw" if kind == "video" else "image_grid_thw"]).tolist()
+        side = self.config.vision_config.spatial_merge_size
+        shapes = [(frames, rows // side, columns // side) for frames, rows, columns in grids]
+        lengths = [frames * rows * columns for frames, rows, columns in shapes]
+        signals = self._signals(seen, shapes, lengths, call.wanted)
+        out = []
+        for place in placed(call.ids, token, lengths, kind):
+            frames, rows, columns = shapes[place.number]
+            features = call.embeds[place.sample, place.rows].view(frames, rows * columns, -1)
+            item = VisualItem(
+                modality=kind,
+                features=features,
+                positions=torch.arange(features.shape[0] * features.shape[1], device=features.device).view(frames, -1),
+                length=lengths[place.number],
+                layout="grid",  # a token's place is part of its position ids: methods leave it where it was
+                grid=(rows, columns),
+                signals=dict(signals[place.number]),
+            )
+            if "frame_features" in call.wanted:
+                item.signals["frame_features"] = features.mean(1)
+            out.append(PromptItem(place.sample, place.rows, place.start, place.end, item))
+        return out
+
+    # -- signals -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _signals(
+        self, seen: Seen, shapes: list[tuple[int, int, int]], lengths: list[int], wanted: frozenset[str]
+    ) -> list[dict[str, Tensor]]:
+        """Per item [T, N, ...] over its merged tokens."""
+        if not wanted & _FROM_BLOCK:
+            return [{} for _ in shapes]
+        (encoded,) = seen.encoded
+        query, key, _ = self.attention.qkv(encoded.states).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        plain = key
+        query, key = (_rotate(part, *encoded.rotary) for part in (query, key))
+        out, first = [], 0
+        for (frames, rows, columns), length in zip(shapes, lengths, strict=True):
+            here = slice(first, first + length * self.unit)
+            first = here.stop
+            q, k, bare = (part[here].unflatten(0, (frames, -1)) for part in (query, key, plain))
+            found: dict[str, Tensor] = {}
+            if "pooling_attention" in wanted:
+                found["pooling_attention"] = frame_attention(q, k, self.unit)
+            if "received_attention" in wanted:
+                found["received_attention"] = received_attention(q, k, self.unit)
+            if "key_states" in wanted:
+                found["key_states"] = bare.unflatten(1, (-1, self.unit)).mean(2).mean(2)
+            if self.windowed:
+                back = torch.argsort(self._window_order(rows, columns)).to(query.device)
+                found = {name: value[:, back] for name, value in found.items()}
+            out.append(found)
+        return out
+
+    def _window_order(self, rows: int, columns: int) -> Tensor:
+        """[N] merged tokens of a frame, window by window, as Qwen2.5-VL's tower sorts them."""
+        config = self.config.vision_config
+        size = config.window_size // config.spatial_merge_size // config.patch_size
+        index = torch.arange(rows * columns).view(rows, columns)
+        window = (torch.arange(rows)[:, None] // size) * (columns // size + 1) + torch.arange(columns) // size
+        return index.flatten()[torch.argsort(window.flatten(), stable=True)]
+
+
+def frame_attention(query: Tensor, key: Tensor, unit: int) -> Tensor:
+    """Attention of a frame's mean query to its merged tokens (specs/fastvid.md section 1b): float32 softmax, head mean.
+
+    Args:
+        query, key: [T, P, H, d] rotated; unit: patches per merged token.
+
+    Returns:
+        [T, P // unit] in the dtype of ``query``.
+    """
+    mean_query = query.mean(1)
+    mean_keys = key.unflatten(1, (-1, unit)).mean(2)
+    scores = torch.einsum("thd,tnhd->thn", mean_query, mean_keys) * query.shape[-1] ** -0.5
+    return scores.softmax(-1, dtype=torch.float32).to(query.dtype).mean(1)
+
+
+def received_attention(query: Tensor, key: Tensor, unit: int) -> Tensor:
+    """Attention that a merged token's patches receive, averaged over heads, query patches and its patches.
+
+    Args:
+        query, key: [T, P, H, d] rotated; unit: patches per merged token.
+
+    Returns:
+        [T, P // unit] float32. A few (frame, head) maps are formed at a time.
+    """
+    frames, patches, heads, dim = query.shape
+    queries = query.transpose(1, 2).flatten(0, 1) * dim**-0.5
+    columns = key.permute(0, 2, 3, 1).flatten(0, 1)
+    received = torch.empty(frames * heads, patches, dtype=torch.float32, device=query.device)
+    step = max(1, CHUNK_BYTES // (patches * patches * (4 + query.element_size())))
+    for start in range(0, frames * heads, step):
+        part = slice(start, start + step)
+        received[part] = (queries[part] @ columns[part]).softmax(-1, dtype=torch.float32).mean(1)
+    return received.view(frames, heads, -1, unit).mean((1, 3))
+
+
+def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[S, H, d] with tables [S, d], in float32 as the tower does it."""
+    full = states.float()
+    first, second = full.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (full * cos[:, None].float() + turned * sin[:, None].float()).to(states.dtype)
+
+
+FAMILIES = (QwenVL,)

@@ -1,0 +1,89 @@
+"""What methods ask of a vision encoder of transformers: read from one of its layers while it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...errors import MethodError
+from ..encoder_attention import ENCODER_SIGNALS, encoder_signals
+
+
+@dataclasses.dataclass
+class Encoded:
+    """One run of the encoder.
+
+    Attributes:
+        before: [V, S, M] input of the layer whose output is the feature; hidden: [V, S, M] that output.
+        special: rows in front of the patches (1 for the CLS token of CLIP).
+    """
+
+    before: Tensor
+    hidden: Tensor
+    special: int
+
+    @property
+    def patches(self) -> Tensor:
+        """[V, P, M]."""
+        return self.hidden[:, self.special :]
+
+    def __getitem__(self, views: slice) -> Encoded:
+        return dataclasses.replace(self, before=self.before[views], hidden=self.hidden[views])
+
+
+class ClipTower:
+    """A CLIP or SigLIP tower.
+
+    Args:
+        tower: ``CLIPVisionModel`` or ``SiglipVisionModel``.
+        feature_layer: index of the hidden state that the projector gets, as in the model's config.
+
+    Raises:
+        MethodError: another tower, features of several layers, or an encoder that is not built as expected.
+    """
+
+    def __init__(self, tower: nn.Module, feature_layer: Any):
+        kind = tower.config.model_type
+        if kind not in ("clip_vision_model", "siglip_vision_model"):
+            raise MethodError(f"vision tower {kind}: only CLIP and SigLIP towers are known to this host.")
+        if not isinstance(feature_layer, int):
+            raise MethodError(f"features of several layers ({feature_layer}) are not supported.")
+        self.config, self.is_clip = tower.config, kind == "clip_vision_model"
+        try:
+            layers = tower.encoder.layers
+            self.layer = layers[feature_layer - 1 if feature_layer > 0 else len(layers) + feature_layer]
+            for name in ("num_heads", "head_dim", "scale", "q_proj", "k_proj"):
+                getattr(self.layer.self_attn, name)
+            self.layer.layer_norm1  # noqa: B018
+        except (AttributeError, IndexError) as error:
+            raise MethodError(
+                f"the encoder of {type(tower).__name__} is not built as this host expects ({error}); this version of "
+                "transformers is not supported."
+            ) from error
+        self.special = int(self.is_clip)
+
+    @property
+    def signals(self) -> frozenset[str]:
+        return ENCODER_SIGNALS if self.is_clip else ENCODER_SIGNALS - {"cls_attention"}
+
+    @property
+    def side(self) -> int:
+        """Pixels of a view."""
+        return self.config.image_size
+
+    def watch(self, seen: Callable[[Encoded], None]) -> Any:
+        """Call ``seen`` after every run; returns the hook's handle."""
+
+        def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            hidden = output[0] if isinstance(output, tuple) else output
+            seen(Encoded(before.detach(), hidden, self.special))
+
+        return self.layer.register_forward_hook(hook, with_kwargs=True)
+
+    def read(self, encoded: Encoded, names: frozenset[str]) -> dict[str, Tensor]:
+        """Signals over the patches, see :func:`accelerate_methods.hosts.encoder_attention.encoder_signals`."""
+        return encoder_signals(self.layer, encoded.before, names, self.special)
