@@ -127,13 +127,18 @@ def default_processes(gpus_per_model: int = 1) -> int:
     return max(1, gpus() // gpus_per_model)
 
 
-def write_plan(runs: Sequence[Run], folder: Path) -> Path:
-    """PLAN.json as ``--runs`` reads it."""
+def write_plan(runs: Sequence[Run], folder: Path, machine_rank: int = 0) -> Path:
+    """PLAN.json as ``--runs`` reads it; every machine has its own, as they may share the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = [{"name": r.name, "output_path": str(r.output), "argv": list(r.argv)} for r in runs]
-    path = folder / PLAN
+    path = folder / _of_machine(PLAN, machine_rank)
     path.write_text(json.dumps({"runs": entries}, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def _of_machine(name: str, rank: int) -> str:
+    stem, dot, suffix = name.rpartition(".")
+    return name if rank == 0 else f"{stem}_{rank}{dot}{suffix}"
 
 
 def execute(
@@ -157,17 +162,10 @@ def execute(
     """
     if importlib.util.find_spec(MODULE) is None:
         raise MethodError("the lmms-eval plugin is not installed: pip install -c constraints.txt -e lmms-eval")
-    command = machines.command(["--runs", str(write_plan(runs, folder).resolve())])
-    environment = {**os.environ, **outside.environment(), "PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
-    if machines.gpus_per_model > 1:
-        environment["GPUS_PER_MODEL"] = str(machines.gpus_per_model)
-    cwd = None
-    if data is not None:
-        from .benchmarks import offline_environment
-
-        cwd, more = offline_environment(data)
-        environment.update(more)
-    log_path = folder / (LOG if machines.machine_rank == 0 else f"log_{machines.machine_rank}.txt")
+    command = machines.command(["--runs", str(write_plan(runs, folder, machines.machine_rank).resolve())])
+    cwd, more = _surroundings(machines, data)
+    environment = {**os.environ, **outside.environment(), "PYTHONUNBUFFERED": "1", "COLUMNS": "160", **more}
+    log_path = folder / _of_machine(LOG, machines.machine_rank)
     tail: collections.deque[str] = collections.deque(maxlen=TAIL)
     with log_path.open("a", encoding="utf-8", buffering=1) as log, _Follower(len(runs), console) as follower:
         log.write(shlex.join(command) + "\n")
@@ -180,6 +178,25 @@ def execute(
     if process.returncode != 0:
         where = follower.running or "the start"
         raise LaunchError(f"{where} failed (exit code {process.returncode}); end of {log_path}:", tail)
+
+
+def _surroundings(machines: Machines, data: Path | None) -> tuple[Path | None, dict[str, str]]:
+    """Working directory (None: this one) and environment variables of the command."""
+    cwd, environment = None, {}
+    if data is not None:
+        from .benchmarks import offline_environment
+
+        cwd, environment = offline_environment(data)
+    if machines.gpus_per_model > 1:
+        environment = {**environment, "GPUS_PER_MODEL": str(machines.gpus_per_model)}
+    return cwd, environment
+
+
+def shell_prefix(machines: Machines, data: Path | None) -> str:
+    """What stands before a printed command so that a shell runs it as :func:`execute` does."""
+    cwd, environment = _surroundings(machines, data)
+    changes = "".join(f"{name}={shlex.quote(value)} " for name, value in environment.items())
+    return (f"cd {shlex.quote(str(cwd))} && " if cwd else "") + changes
 
 
 @contextlib.contextmanager

@@ -22,8 +22,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from accelerate_methods import outside
 from accelerate_methods.benchmarks import require_judges
 from accelerate_methods.errors import MethodError
+from accelerate_methods.fingerprint import code_hash
 from lmms_eval_accelerate import TASKS
 from lmms_eval_accelerate.runs import RunError, RunFolder, run_name
 from lmms_eval_accelerate.session import Session, session
@@ -50,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         _stock(argv or ["--help"])
         sys.exit(0)
     _prepare_environment()
+    code_hash()  # of the code that is imported now: what is edited while runs go on is not what makes them
     if argv[0] == "--runs":
         from lmms_eval_accelerate.many import main as many
 
@@ -63,15 +66,17 @@ def main(argv: list[str] | None = None) -> None:
 def one(argv: list[str], shared: Session) -> None:
     """Do one run. A failure ends the process with its reason and exit code 1 (2: it could not start)."""
     try:
-        own, passed = _own_options(argv)
+        outside.import_named()  # lmms-eval would warn, and not know the model
+        own, passed = own_options(argv)
     except (RunError, MethodError) as error:
-        _complain(error)
+        complain(error)
         sys.exit(2)
     folder = None
     try:
         name = run_name(own.model, own.model_args)
         folder = RunFolder.claim(own.output_path, name, rank(), passed, own.resume)
-        shared.journal = None if own.listing else folder.answers
+        # without a folder of the user's choice, processes cannot know each other's
+        shared.journal = None if own.listing or not (own.output_path or alone()) else folder.answers
         outcome = _run(own, [*passed, "--output_path", str(folder.path), "--log_samples"])
         if rank() == 0 and not own.listing:
             folder.finish(outcome, own)
@@ -98,12 +103,17 @@ def _prepare_environment() -> None:
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 
+def alone() -> bool:
+    """Whether this is the only process."""
+    return int(os.environ.get("WORLD_SIZE", 1)) == 1
+
+
 def rank() -> int:
     """Number of this process among all that were started together."""
     return int(os.environ.get("RANK", 0))
 
 
-def _own_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def own_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Options that this command must know, and the arguments that go to lmms-eval."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--allow_cache", action="store_true")
@@ -192,13 +202,13 @@ def _cause(error: BaseException) -> BaseException:
     return inner or error
 
 
-def _complain(error: BaseException) -> None:
+def complain(error: BaseException) -> None:
     kind = "" if isinstance(error, (RunError, MethodError)) else f"{type(error).__name__}: "
     print(f"lmms-eval-accelerate: the run failed: {kind}{error}", file=sys.stderr, flush=True)
 
 
 def _fail(folder: RunFolder | None, error: BaseException) -> None:
-    _complain(error)
+    complain(error)
     if folder is not None:
         folder.failed(error)
     sys.exit(1)

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,17 @@ from rich.markup import escape
 
 import accelerate_methods
 from accelerate_methods.errors import MethodError
-from accelerate_methods.launch import LaunchError, Machines, Run, default_processes, execute
+from accelerate_methods.fingerprint import checkpoint_facts, code_hash, versions
+from accelerate_methods.launch import LaunchError, Machines, Run, default_processes, execute, shell_prefix
 from accelerate_methods.pipeline import CONFIG_DIR, read_config
 from lmms_eval_accelerate import TASKS, comparison
+from lmms_eval_accelerate.arguments import COMMON, HF
 from lmms_eval_accelerate.settings import Setting, has_budget, settings_of
 
 ROOT = Path(accelerate_methods.__file__).resolve().parent.parent
 EMBEDDED = ROOT / "assets" / "tiny-llava-onevision"
 #: with --pretrained: tasks of the methods' papers
-TASKS_OF_FAMILY = {"llava": "gqa,mme,pope", "llava_onevision": "videomme", "llava_video": "videomme"}
+TASKS_OF_FAMILY = {"llava": "gqa,mme,pope", "llava_onevision": "videomme", "llava_video": "videomme", "hf": "videomme"}
 EMBEDDED_FAMILY = "llava_onevision"
 EMBEDDED_ARGS = {"max_frames_num": 16, "save_provenance": 4}
 EMBEDDED_CONFIG = "embedded"  # configs/<method>/embedded.yaml: where a method's own values do not fit a tiny model
@@ -56,7 +59,10 @@ class Plan:
         arguments = {"pretrained": self.pretrained, **self.model_args}
         if setting.method is not None:
             config = self.config_of(setting.method)
-            arguments |= {"method": setting.method} if config is None else {"config": config}
+            if config is None:
+                arguments["method"] = setting.method
+            else:
+                arguments |= {"config": config, **self._not_from(config)}
             arguments |= dict(setting.params)
         argv = [
             *("--model", f"{self.family}_accelerated"),
@@ -66,6 +72,13 @@ class Plan:
             *(("--limit", self.limit) if self.limit else ()),
         ]
         return Run(setting.label, self.output / setting.folder, tuple(argv))
+
+    def _not_from(self, config: str) -> dict[str, Any]:
+        """Arguments that only the config of another method sets: back to their defaults, all runs share one setting."""
+        if self.family != "hf" or config == self.config:
+            return {}
+        own = {"family", "pretrained", *self.model_args}
+        return {key: {**COMMON, **HF}[key] for key in read_config(config)["model"] if key not in own}
 
     def config_of(self, method: str) -> str | None:
         """The config that holds a method's parameters for this model, or None: then its defaults."""
@@ -93,12 +106,15 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"error: {error}") from error
     runs = [plan.run(setting) for setting in settings]
     if args.dry_run:
+        prefix = shell_prefix(plan.machines, args.data)
         for run in runs:
-            print(shlex.join(run.command()))
+            print(prefix + shlex.join(run.command()))
         together = plan.machines.command(["--runs", str(plan.output / "plan.json")])
-        print(f"# all of them, with one loading of the weights: {shlex.join(together)}")
+        print(f"# all of them, with one loading of the weights: {prefix}{shlex.join(together)}")
         return
-    _settle(plan, runs)
+    if plan.machines.machines > 1 and args.output is None:
+        raise SystemExit("error: several machines need --output (OUTPUT=...), the same folder on all of them.")
+    _settle(plan, runs, args.data)
     console.print(f"[bold]{len(settings)} runs[/] of {plan.tasks} on {plan.pretrained}; results in {plan.output}")
     started = time.time()
     try:
@@ -117,14 +133,24 @@ def main(argv: list[str] | None = None) -> None:
     console.print(f"{time.time() - started:.0f} s; everything is in {plan.output}", soft_wrap=True)
 
 
-def _settle(plan: Plan, runs: list[Run]) -> None:
+def _settle(plan: Plan, runs: list[Run], data: Path | None) -> None:
     """Make the output folder, or make sure that it is of the same runs."""
     file = plan.output / (PLANNED if plan.machines.machine_rank == 0 else f"{plan.machines.machine_rank}_{PLANNED}")
-    wanted = {run.name: [str(run.output), *run.argv] for run in runs}
+    wanted = {
+        "runs": {run.name: [str(run.output), *run.argv] for run in runs},
+        "checkpoint": checkpoint_facts(plan.pretrained),
+        "data": str(data) if data else None,
+        "gpus_per_model": plan.machines.gpus_per_model,
+        "versions": versions(),
+        "code": code_hash(),
+    }
     if file.is_file():
         there = json.loads(file.read_text(encoding="utf-8"))
         if there != wanted:
-            raise SystemExit(f"error: {plan.output} holds another comparison ({file.name}); choose another --output.")
+            other = ", ".join(key for key in wanted if there.get(key) != wanted[key])
+            raise SystemExit(
+                f"error: {plan.output} holds another comparison ({file.name}: other {other}); choose another --output."
+            )
     elif plan.output.is_dir() and any(plan.output.iterdir()) and plan.machines.machines == 1:
         raise SystemExit(f"error: {plan.output} is not empty and holds no comparison; choose another --output.")
     plan.output.mkdir(parents=True, exist_ok=True)
@@ -135,6 +161,11 @@ def _plan(args: argparse.Namespace) -> Plan:
     model = read_config(args.config)["model"]
     model_args = dict(pair.split("=", 1) for pair in args.model_args.split(",") if pair)
     tasks = args.tasks
+    if args.pretrained is None and model["family"] == "hf":
+        print(f"error: {args.config} needs a checkpoint, e.g. PRETRAINED={model['pretrained']}.", file=sys.stderr)
+        raise SystemExit(2)
+    if args.picture is not None and model["family"] == "hf":
+        raise MethodError("--picture draws models of the llava package only; save_provenance=N shows kept tokens.")
     if args.pretrained is None:
         if not (EMBEDDED / "config.json").is_file():
             raise SystemExit(f"error: the embedded model is missing ({EMBEDDED}); set PRETRAINED to a checkpoint.")

@@ -40,12 +40,13 @@ class Journal:
                     file.write("\n")  # what was cut off must not spoil the next line
 
     def _read(self, path: Path) -> None:
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().split(b"\n"):
             try:
                 entry = json.loads(line)
             except ValueError:
                 continue  # the process was killed while it wrote this line: that answer is made again
-            self._known[entry["key"]] = entry
+            if not (entry["costs"] or {}).get("skipped"):  # the file may be there now
+                self._known[entry["key"]] = entry
 
     def keys(self, requests: Sequence[Instance]) -> list[str | None]:
         """A name for each request; a request that is asked several times (``repeats``) gets several."""
@@ -81,7 +82,7 @@ class Journal:
                 entry["loss"], entry["greedy"] = answer.text
             else:
                 entry["text"] = answer.text
-            lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+            lines.append(json.dumps(entry) + "\n")
         with self._path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
 

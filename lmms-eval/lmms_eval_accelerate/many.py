@@ -18,9 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from accelerate_methods.errors import MethodError
 from accelerate_methods.launch import MARKS
 from lmms_eval_accelerate import cli
-from lmms_eval_accelerate.runs import SUMMARY
+from lmms_eval_accelerate.runs import RunError, finished
 from lmms_eval_accelerate.session import session
 
 _DISTRIBUTED_TIMEOUT = datetime.timedelta(days=7)  # a rank may wait for another that answers long documents
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> None:
     runs = _read(parser.parse_args(argv).plan)
     with session(share=True) as shared, _one_task_list():
         for number, run in enumerate(runs, 1):
-            if _from_first((Path(run["output_path"]) / SUMMARY).exists()):
+            if _from_first(_finished(run)):
                 _mark("reused", number, len(runs), run["name"])
                 continue
             _mark("begin", number, len(runs), run["name"])
@@ -55,6 +56,18 @@ def _read(path: Path) -> list[dict[str, Any]]:
         )
         raise SystemExit(2)
     return runs
+
+
+def _finished(run: dict[str, Any]) -> bool:
+    """Whether a run is there already; one of other arguments or code in its folder ends everything."""
+    if cli.rank() != 0:
+        return False  # the first process says
+    try:
+        _, passed = cli.own_options(run["argv"])
+        return finished(Path(run["output_path"]), passed)
+    except (RunError, MethodError) as error:
+        cli.complain(error)
+        raise SystemExit(1) from error
 
 
 def _mark(what: str, number: int, total: int, name: str) -> None:

@@ -30,7 +30,7 @@ class Placement:
     device: str
     gpus: tuple[int, ...] = ()
     device_map: str | None = None
-    max_memory: dict[int, int] | None = None
+    max_memory: dict[int, int] | None = dataclasses.field(default=None, compare=False)
 
 
 def place(
@@ -74,6 +74,16 @@ def place(
     if free is None or len(free) != gpus:
         raise MethodError(f"the free memory of all {gpus} GPUs is needed to spread a model over {gpus_per_model}.")
     return Placement(f"cuda:{first}", own, "auto", {gpu: int(free[gpu] * WEIGHTS_SHARE) for gpu in own})
+
+
+def remeasured(placement: Placement) -> Placement:
+    """The same with what is free on its GPUs now."""
+    if placement.max_memory is None:
+        return placement
+    import torch
+
+    free = {gpu: int(torch.cuda.mem_get_info(gpu)[0] * WEIGHTS_SHARE) for gpu in placement.gpus}
+    return dataclasses.replace(placement, max_memory=free)
 
 
 def place_process(local_rank: int, local_world_size: int, gpus_per_model: int = 1) -> Placement:

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any, TextIO
 
-from accelerate_methods.fingerprint import short_hash
+from accelerate_methods.fingerprint import code_hash, short_hash
 
 CLAIM, FAILED, SUMMARY, EFFICIENCY = "run.json", "failed.json", "summary.json", "efficiency.json"
 ANSWERS = "answers"
@@ -58,7 +58,7 @@ class RunFolder:
             raise RunError(f"--output_path {path} holds a ',' or '=', which lmms-eval cannot read; choose another.")
         if rank != 0:
             return cls(path, rank)
-        claim = {"command": shlex.join(argv), "started": stamp.isoformat()}
+        claim = {"command": shlex.join(argv), "started": stamp.isoformat(), "code": code_hash()}
         if resume:
             return cls._take_up(path, claim)
         number = 1
@@ -88,17 +88,15 @@ class RunFolder:
         if (path / SUMMARY).exists():
             raise RunError(f"{path} holds the results of a run; there is nothing to resume.")
         for file in (path / CLAIM, path / FAILED):
-            before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-            if before.get("command", claim["command"]) != claim["command"]:
-                raise RunError(
-                    f"{path} was begun with other arguments; choose another --output_path or delete it.\n"
-                    f"  then: {before['command']}\n  now:  {claim['command']}"
-                )
+            before = _read(file)
+            _check_same(path, before, claim)
             claim["started"] = before.get("started", claim["started"])
         with open(path / CLAIM, "a", encoding="utf-8"):
             pass
         lock = _locked(path / CLAIM)
-        (path / CLAIM).write_text(json.dumps(claim, indent=2), encoding="utf-8")
+        with open(path / CLAIM, "r+", encoding="utf-8") as file:  # in place: the lock is on this file
+            file.write(json.dumps(claim, indent=2))
+            file.truncate()
         (path / FAILED).unlink(missing_ok=True)
         return cls(path, 0, lock)
 
@@ -118,7 +116,7 @@ class RunFolder:
     def failed(self, error: BaseException) -> None:
         """Write down why; the answers stay for ``--resume``."""
         if self.rank == 0:
-            claim = json.loads((self.path / CLAIM).read_text(encoding="utf-8"))
+            claim = _read(self.path / CLAIM)
             reason = {"error": type(error).__name__, "reason": str(error), **claim}
             (self.path / FAILED).write_text(json.dumps(reason, indent=2) + "\n", encoding="utf-8")
             self.release()
@@ -176,7 +174,43 @@ def scores(values: dict[str, Any]) -> dict[str, float]:
 
 
 def dump(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+    """All of it or nothing, also if the process is killed."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def finished(folder: Path, argv: list[str]) -> bool:
+    """Whether ``folder`` holds the results of a run with these arguments and this code.
+
+    Raises:
+        RunError: it holds those of another run.
+    """
+    if not (folder / SUMMARY).exists():
+        return False
+    _check_same(folder, _read(folder / CLAIM), {"command": shlex.join(argv), "code": code_hash()})
+    return True
+
+
+def _read(path: Path) -> dict[str, str]:
+    """A claim; empty if there is none, or if the process was killed while it wrote it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _check_same(path: Path, before: dict[str, str], now: dict[str, str]) -> None:
+    if before.get("command", now["command"]) != now["command"]:
+        raise RunError(
+            f"{path} was begun with other arguments; choose another --output_path or delete it.\n"
+            f"  then: {before['command']}\n  now:  {now['command']}"
+        )
+    if before.get("code", now["code"]) != now["code"]:
+        raise RunError(
+            f"{path} was begun with another state of the code ({before['code']}, now {now['code']}); results of both "
+            "are not mixed: choose another --output_path or delete it."
+        )
 
 
 def _locked(path: Path) -> TextIO | None:

@@ -50,12 +50,14 @@ ensure_env() {
     fi
     # Installed as editable: the scripts, configs and assets of this checkout are what runs.
     local packages=(-c constraints.txt -e '.[video,plots,dev]' -e lmms-eval)
-    cd "$ROOT"
-    if ! "$uv" pip install --python "$PY" "${packages[@]}"; then
-        say "uv did not manage (see above); trying pip, which may know this machine's proxies and certificates"
-        "$PY" -m pip --version >/dev/null 2>&1 || "$PY" -m ensurepip >/dev/null
-        "$PY" -m pip install --disable-pip-version-check "${packages[@]}"
-    fi
+    (
+        cd "$ROOT"
+        if ! "$uv" pip install --python "$PY" "${packages[@]}"; then
+            say "uv did not manage (see above); trying pip, which may know this machine's proxies and certificates"
+            "$PY" -m pip --version >/dev/null 2>&1 || "$PY" -m ensurepip >/dev/null
+            "$PY" -m pip install --disable-pip-version-check "${packages[@]}"
+        fi
+    ) || die "the packages could not be installed, see above"
     printf '%s' "$wanted" >"$stamp"
     say "Environment ready after $((SECONDS - started)) s"
 }

@@ -1,7 +1,8 @@
 # Evaluate one method on one model family through the lmms-eval command line, next to the dense model.
 # Sourced by scripts/eval/<method>_<model>.sh, which set CONFIG (a file of configs/ without its suffix).
 #
-# Without PRETRAINED: the embedded tiny model and benchmark.
+# Without PRETRAINED: the embedded tiny model and benchmark (a model of the llava package; scripts for others set NEEDS,
+# an example of a checkpoint, and end with exit code 2).
 # With PRETRAINED: that checkpoint, on all GPUs asked for.
 #
 #   PRETRAINED        checkpoint folder or hub name
@@ -19,6 +20,10 @@
 #   FULL=1            embedded benchmark: the full sets instead of the quick subset
 
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+if [[ -n "${NEEDS:-}" && -z "${PRETRAINED:-}" ]]; then
+    printf 'error: %s needs a checkpoint, e.g. PRETRAINED=%s.\n' "$CONFIG" "$NEEDS" >&2
+    exit 2
+fi
 ensure_env
 cd "$ROOT"
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import accelerate_methods
 from accelerate_methods.fastvid import plan_quotas
+from accelerate_methods.hosts.native.qwen_vl import frame_attention
 from accelerate_methods.items import VisualItem, assemble
 from accelerate_methods.ops.density import density_peak_scores
 from accelerate_methods.ops.merge import merge_to_anchors
@@ -95,6 +96,12 @@ def compress(inputs, params, context):
     }
 
 
+def qwen_frame_attention(inputs, params, context):
+    frames, unit = params["grid_thw"][0], params["merge"] ** 2
+    query, key = (inputs[name].float().unflatten(0, (frames, -1)) for name in ("query", "key"))
+    return {"attention": frame_attention(query, key, unit)}
+
+
 def _item(features: Tensor, inputs: dict[str, Tensor], params: dict[str, Any]) -> VisualItem:
     """A video in the newline layout of the case's variant."""
     if params["variant"] == "llava_video":
@@ -147,5 +154,6 @@ ADAPTERS = {
     ("fastvid", "dtm_merge"): dtm_merge,
     ("fastvid", "frame_quotas"): frame_quotas,
     ("fastvid", "compress"): compress,
+    ("fastvid", "qwen_frame_attention"): qwen_frame_attention,
     ("fastvid", "e2e"): e2e,
 }
