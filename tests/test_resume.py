@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("lmms_eval")
 pytest.importorskip("lmms_eval_accelerate")
@@ -61,11 +62,21 @@ def test_a_line_that_was_cut_off_is_answered_again_and_spoils_nothing(tmp_path):
     keys = journal.keys([request(0), request(1), request(2)])
     journal.add([(keys[0], GenerationResult("a")), (keys[1], GenerationResult("b"))])
     file = tmp_path / "rank0.jsonl"
-    file.write_bytes(file.read_bytes()[:-5])
+    file.write_bytes(file.read_bytes()[:-5] + "猫".encode()[:1])  # also inside a character
     again = Journal(tmp_path, rank=0)
     assert again.find(keys[0]).text == "a" and again.find(keys[1]) is None
     again.add([(keys[2], GenerationResult("c"))])
     assert Journal(tmp_path, rank=0).find(keys[2]).text == "c"
+
+
+def test_answers_with_unusual_line_ends_and_skipped_ones(tmp_path):
+    journal = Journal(tmp_path, rank=0)
+    keys = journal.keys([request(0), request(1)])
+    skipped = Costs(extra={"skipped": True, "error": "no file"})
+    journal.add([(keys[0], GenerationResult("a\u2028b\x85c")), (keys[1], GenerationResult("", skipped))])
+    again = Journal(tmp_path, rank=0)
+    assert again.find(keys[0]).text == "a\u2028b\x85c"
+    assert again.find(keys[1]) is None  # its video may be there now
 
 
 def test_without_a_folder_nothing_is_kept():
@@ -74,7 +85,7 @@ def test_without_a_folder_nothing_is_kept():
     journal.add([(None, GenerationResult("a"))])
 
 
-def test_a_run_is_resumed_only_with_its_own_arguments(tmp_path):
+def test_a_run_is_resumed_only_with_its_own_arguments(tmp_path, monkeypatch):
     arguments = ["--tasks", "a"]
     begun = RunFolder.claim(str(tmp_path / "x"), "name", 0, arguments)
     with pytest.raises(RunError, match="still going on"):
@@ -91,7 +102,14 @@ def test_a_run_is_resumed_only_with_its_own_arguments(tmp_path):
     with pytest.raises(RunError, match="begun with other arguments"):
         RunFolder.claim(str(tmp_path / "x"), "name", 0, ["--tasks", "b"], resume=True)
     RunFolder.claim(str(tmp_path / "x"), "name", 0, arguments, resume=True)
+    assert not runs.finished(tmp_path / "x", arguments)
     (tmp_path / "x" / "summary.json").write_text("{}")
+    assert runs.finished(tmp_path / "x", arguments)
+    with pytest.raises(RunError, match="begun with other arguments"):
+        runs.finished(tmp_path / "x", ["--tasks", "b"])
+    monkeypatch.setattr(runs, "code_hash", lambda: "other")
+    with pytest.raises(RunError, match="another state of the code"):
+        runs.finished(tmp_path / "x", arguments)
     with pytest.raises(RunError, match="nothing to resume"):
         RunFolder.claim(str(tmp_path / "x"), "name", 0, arguments, resume=True)
 
@@ -192,3 +210,29 @@ def test_a_killed_plan_goes_on_where_it_stopped(tmp_path):
     summary = json.loads((tmp_path / "out" / "fastvid" / "summary.json").read_text())
     assert summary["costs"]["by_task"]["many_clips"]["samples"] == 60
     assert runs.SUMMARY == "summary.json" and summary["task_info"]["many_clips"]["documents"] == 60
+
+
+def test_weights_are_shared_whatever_memory_they_leave(tmp_path, monkeypatch):
+    """With several GPUs per model the free memory at a second run is less by the very weights that it takes over."""
+    from types import SimpleNamespace
+
+    from lmms_eval_accelerate.models import loading
+    from lmms_eval_accelerate.placement import Placement
+    from lmms_eval_accelerate.session import session
+
+    values = dict.fromkeys(("pretrained", "device_map", "dtype", "attn_implementation"), None)
+    arguments = SimpleNamespace(values=values, family="llava", device_map=None, dtype="float16")
+    monkeypatch.setattr(loading, "remeasured", lambda placement: placement)
+    loads = []
+
+    def loader(dtype, device_map, max_memory):
+        loads.append(max_memory)
+        return loading.Loaded(torch.nn.Linear(1, 1), None, None)
+
+    with session(share=True):
+        for free in (80, 40):
+            place = Placement("cuda:0", (0, 1), "auto", {0: free, 1: free})
+            loading.load(arguments, place, loader, {})
+        other = Placement("cuda:2", (2, 3), "auto", {2: 80, 3: 80})
+        loading.load(arguments, other, loader, {})
+    assert loads == [{0: 80, 1: 80}, {2: 80, 3: 80}]

@@ -34,6 +34,18 @@ COMMON: dict[str, Any] = {
     "until": "apply",  # "ignore": do not cut answers at the task's stop strings (the stock models do not)
     "save_provenance": 0,  # documents per task whose kept tokens are saved for the report
 }
+#: Further arguments of the family ``hf``, named as those of the stock chat classes.
+HF: dict[str, Any] = {
+    "max_num_frames": 32,
+    "fps": None,  # frames per second in place of max_num_frames
+    "min_pixels": None,  # of an image or a frame; None: the stock class's
+    "max_pixels": None,
+    "total_pixels": None,  # of a whole video; None: no limit but that of qwen-vl-utils
+    "system_prompt": "auto",  # "auto": the stock class's; "none"
+    "chat_template": None,  # file with a Jinja template in place of the processor's
+    "video_decode_backend": "auto",
+    "until": "ignore",  # an answer of a chat model may begin with more than one paragraph
+}
 _CHOICES = {
     "on_error": ("stop", "skip"),
     "until": ("apply", "ignore"),

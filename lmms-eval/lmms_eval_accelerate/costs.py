@@ -52,13 +52,17 @@ def sample_costs(
 ) -> list[Costs]:
     """Costs of each sample of one ``generate`` call. Times are the call's, divided by its number of samples.
 
-    ``visual_tokens_after`` is what the first decoder layer gets, ``visual_tokens_per_layer`` the mean over all of them.
+    ``config`` is the language model's. ``visual_tokens_after`` is what the first decoder layer gets,
+    ``visual_tokens_per_layer`` the mean over all of them.
     LLM work is the prefill of the decoder layers in tera multiply-accumulates (the papers' "FLOPs").
     """
-    size = len(record.samples)
+    size = len(generated)
+    beams = len(record.samples) // size  # a host may see the rows of a beam search
     stage_ms = record.stage_ms
     per_sample = []
-    for index, sample in enumerate(record.samples):
+    for number in range(size):
+        index = number * beams
+        sample = record.samples[index]
         # Without a decoder loop every layer sees the whole spliced sequence.
         layers = record.layer_lengths(index) or [sample.length] * config.num_hidden_layers
         extra = {
@@ -72,12 +76,12 @@ def sample_costs(
             "generate_ms": elapsed_ms / size,
             "llm_tflops_dense": prefill_macs([sample.dense_length] * config.num_hidden_layers, config) / 1e12,
             "llm_tflops": prefill_macs(layers, config) / 1e12,
-            "generated_tokens": generated[index],
+            "generated_tokens": generated[number],
             "batch_size": size,
             "method": method,
             "warmup": warmup,
         }
-        per_sample.append(Costs(input_tokens=sample.length, output_tokens=generated[index], extra=extra))
+        per_sample.append(Costs(input_tokens=sample.length, output_tokens=generated[number], extra=extra))
     return per_sample
 
 

@@ -7,6 +7,8 @@ top-k, top-p, watermark and normalisation. So what is captured is
 * for ``generate`` with embeddings, as in the LLaVA tree: the softmax of the model's own logits, at any temperature. The
   sequence of generated ids is empty at the first step, and repetition penalties and n-gram bans have nothing to act on
   (LLaVA-OneVision's generation config has a penalty of 1.05);
+* for ``generate`` with ids (models of transformers) the same, but behind a repetition penalty or n-gram ban of the
+  generation config: it acts on the prompt's tokens there;
 * unless the generation config or a task forbids or biases tokens outright (``min_new_tokens``, ``suppress_tokens``,
   ``bad_words_ids``, ``sequence_bias``, guidance): then the softmax of what these leave, which is what the answer is
   taken from. Forbidden tokens have no mass and are not logged.

@@ -12,8 +12,10 @@ from accelerate_methods.registry import available
 if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest
 
-#: our family -> id of the stock model whose prompts and inputs it reproduces
-FAMILIES = {"llava": "llava", "llava_onevision": "llava_onevision", "llava_video": "llava_vid"}
+#: our family -> id of the stock model whose prompts and inputs it reproduces ("auto": that of the checkpoint's class)
+FAMILIES = {"llava": "llava", "llava_onevision": "llava_onevision", "llava_video": "llava_vid", "hf": "auto"}
+#: families whose tasks ask in messages
+CHAT = frozenset({"hf"})
 
 #: suffix of the model id that takes any method (``method=`` or ``config=``), or none
 ANY_METHOD = "accelerated"
@@ -29,4 +31,8 @@ def manifests() -> list[ModelManifest]:
     """Entry point ``lmms_eval.models``. The class of an id is made when it is asked for, see ``models/__init__.py``."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return [ModelManifest(model_id=name, simple_class_path=f"{__package__}.models.{name}") for name in model_ids()]
+    made = []
+    for name, (family, _) in model_ids().items():
+        kind = "chat_class_path" if family in CHAT else "simple_class_path"
+        made.append(ModelManifest(model_id=name, **{kind: f"{__package__}.models.{name}"}))
+    return made

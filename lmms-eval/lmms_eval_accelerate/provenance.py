@@ -32,12 +32,16 @@ THUMBNAILS, SIDE = 16, 168  # frames per video, pixels
 
 
 class Provenance:
-    """Saves the first ``count`` documents of each task; does nothing if ``count`` is 0."""
+    """Saves the first ``count`` documents of each task; does nothing if ``count`` is 0.
 
-    def __init__(self, count: int, rank: int, method: str, processor: Any):
+    Args:
+        mean, std: per colour, that the questions' pictures were normalised with.
+    """
+
+    def __init__(self, count: int, rank: int, method: str, mean: Sequence[float], std: Sequence[float]):
         self.count, self.method = count, method
-        self._mean = torch.tensor(processor.image_mean)[:, None, None]
-        self._std = torch.tensor(processor.image_std)[:, None, None]
+        self._mean = torch.tensor(mean)[:, None, None]
+        self._std = torch.tensor(std)[:, None, None]
         self._open: set[tuple[str, Any]] = set()
         self._folder = output_folder(rank) / FOLDER if count else None
 
@@ -58,9 +62,9 @@ class Provenance:
             self._open.remove(question.document)
             items = [item for item in sample.items if item.owner is not None]
             if items:
-                self._write(*question.document, items, _pictures(question))
+                self._write(*question.document, items, question.pictures)
 
-    def _write(self, task: str, doc_id: Any, items: list[ItemRecord], pictures: list[torch.Tensor]) -> None:
+    def _write(self, task: str, doc_id: Any, items: list[ItemRecord], pictures: Sequence[torch.Tensor]) -> None:
         folder = self._folder / task
         folder.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, np.ndarray] = {}
@@ -69,8 +73,11 @@ class Provenance:
                 value = getattr(item, name)
                 if value is not None:
                     arrays[f"{name}_{number}"] = _small(value.cpu().numpy())
-            if number < len(pictures):
-                arrays[f"frames_{number}"] = self._draw(pictures[number], folder / f"{doc_id}_{number}.jpg")
+            picture = pictures[number] if number < len(pictures) else None
+            # an item of Qwen-VL holds pairs of frames; of tiled images transformers' processors keep no views
+            if picture is not None and len(picture) % len(item.owner) == 0:
+                shown = picture[:: len(picture) // len(item.owner)]
+                arrays[f"frames_{number}"] = self._draw(shown, folder / f"{doc_id}_{number}.jpg")
         meta = {"task": task, "doc_id": doc_id, "method": self.method, "started": _started(self._folder.parent)}
         meta["items"] = [_describe(item) for item in items]
         np.savez_compressed(folder / f"{doc_id}.npz", meta=np.array(json.dumps(meta, default=_plain)), **arrays)
@@ -106,11 +113,6 @@ def _started(folder: Path) -> str | None:
     """When the run began, which tells its files from those that a failed attempt left in the same folder."""
     claim = folder / CLAIM
     return json.loads(claim.read_text(encoding="utf-8"))["started"] if claim.is_file() else None
-
-
-def _pictures(question: Any) -> list[torch.Tensor]:
-    """[F, 3, H, W] per image or video of a question."""
-    return [image[None] for image in question.visuals] if question.form == "plain" else list(question.visuals)
 
 
 def _describe(item: ItemRecord) -> dict[str, Any]:

@@ -35,9 +35,9 @@ _ROWS = {
 
 def build(results: dict[str, Any], samples: dict[str, list[dict]], options: argparse.Namespace) -> dict[str, Any]:
     """Everything about a run that can be said without git. ``samples`` are those of all ranks."""
-    from lmms_eval_accelerate.models.base import LlavaAccelerated
+    from lmms_eval_accelerate.models.engine import Accelerated
 
-    settings = LlavaAccelerated.last_settings
+    settings = Accelerated.last_settings
     by_task = {task: _costs(entries) for task, entries in samples.items()}
     costs = {
         "overall": _overall(by_task, results),
@@ -57,7 +57,7 @@ def build(results: dict[str, Any], samples: dict[str, list[dict]], options: argp
         "limit": results.get("config", {}).get("limit"),
         "date": results.get("date"),
         "task_info": _task_info(results),
-        "checkpoint": {**LlavaAccelerated.last_checkpoint, **checkpoint_facts(settings.get("pretrained", ""))},
+        "checkpoint": {**Accelerated.last_checkpoint, **checkpoint_facts(settings.get("pretrained", ""))},
         "warnings": _warnings(samples, results.get("configs", {})),
         "versions": versions(),
         "code": code_hash(),

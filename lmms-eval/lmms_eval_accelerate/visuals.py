@@ -29,19 +29,43 @@ def document_visuals(doc_to_visual: Callable, documents: Any, doc_id: Any, where
     Raises:
         VisualError: reading failed in the task's own code (several tasks call ``sys.exit`` for a missing file).
     """
-    document: Mapping[str, Any] = {}
-    try:
-        document = documents[doc_id]
-        visuals = doc_to_visual(document) or []
-    except (Exception, SystemExit) as error:
-        raise VisualError(f"{where}: cannot load its image or video{_files(document)}: {_reason(error)}") from error
+    visuals = from_document(doc_to_visual, documents, doc_id, where) or []
     visuals = [v for v in (visuals if isinstance(visuals, (list, tuple)) else [visuals]) if v is not None]
     for visual in visuals:
         if isinstance(visual, Image.Image):
-            _decode(visual, where)
+            decoded(visual, where)
         elif not isinstance(visual, (str, os.PathLike)):
             raise TypeError(f"{where}: a visual is a {type(visual).__name__}; expected PIL images or file paths.")
     return [v if isinstance(v, Image.Image) else os.fspath(v) for v in visuals]
+
+
+def from_document(make: Callable, documents: Any, doc_id: Any, where: str) -> Any:
+    """What ``make`` (a task's own code) makes of one document.
+
+    Raises:
+        VisualError: it failed.
+    """
+    document: Mapping[str, Any] = {}
+    try:
+        document = documents[doc_id]
+        return make(document)
+    except (Exception, SystemExit) as error:
+        raise VisualError(f"{where}: cannot load its image or video{_files(document)}: {_reason(error)}") from error
+
+
+def read_image(image: Any, where: str) -> Image.Image:
+    """A picture as RGB; ``image`` is one, or the path of one. What is transparent becomes white."""
+    if not isinstance(image, Image.Image):
+        try:
+            image = Image.open(os.fspath(image))
+        except (OSError, TypeError) as error:
+            raise VisualError(f"{where}: cannot read image {image}: {_reason(error)}") from error
+    image = decoded(image, where)
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    white.paste(image, mask=image.getchannel("A"))
+    return white
 
 
 def read_video(path: str, where: str, **how: Any) -> Video:
@@ -74,9 +98,11 @@ def read_frames(paths: list[str], num_frames: int, where: str) -> tuple[np.ndarr
     return np.stack(frames), indices
 
 
-def _decode(image: Image.Image, where: str) -> None:
+def decoded(image: Image.Image, where: str) -> Image.Image:
+    """``image``, read completely."""
     try:
         image.load()  # PIL opens lazily: a damaged file shows itself here, not in the middle of preprocessing
+        return image
     except Exception as error:
         name = getattr(image, "filename", "") or "an embedded image"
         raise VisualError(f"{where}: cannot read image {name}: {_reason(error)}") from error
@@ -86,7 +112,8 @@ def _files(document: Mapping[str, Any]) -> str:
     """Media file names that a document mentions."""
     known = _IMAGE_SUFFIXES | _VIDEO_SUFFIXES
     try:
-        texts = [v for v in document.values() if isinstance(v, str)]
+        values = [v if isinstance(v, (list, tuple)) else [v] for v in document.values()]
+        texts = [text for value in values for text in value if isinstance(text, str)]
     except Exception:  # a dataset row may decode media when its values are read, and fail again
         return ""
     names = [t for t in texts if Path(t).suffix.lower() in known]

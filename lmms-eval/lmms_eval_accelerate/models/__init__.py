@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from accelerate_methods.errors import UnknownNameError
-from lmms_eval_accelerate.manifest import model_ids
+from lmms_eval_accelerate.manifest import FAMILIES, model_ids
 
 
 def model_class(model_id: str) -> type:
@@ -13,15 +13,18 @@ def model_class(model_id: str) -> type:
     known = model_ids()
     if model_id not in known:
         raise UnknownNameError("model", model_id, known)
-    from lmms_eval_accelerate.models import families
-
     family, method = known[model_id]
-    base = families.FAMILY_CLASSES[family]
+    if family == "hf":
+        from lmms_eval_accelerate.models.native import HfAccelerated as base
+    else:
+        from lmms_eval_accelerate.models import families
+
+        base = families.FAMILY_CLASSES[family]
     return type(model_id, (base,), {"model_id": model_id, "default_method": method, "__module__": __name__})
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("llava") and name in model_ids():
+    if name.startswith(tuple(FAMILIES)) and name in model_ids():
         globals()[name] = model_class(name)  # one class object per id, so that isinstance and pickle work
         return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

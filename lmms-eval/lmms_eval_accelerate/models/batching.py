@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from lmms_eval.api.instance import Instance
 
@@ -11,10 +12,15 @@ def grouped(requests: list[Instance], indices: list[int]) -> list[list[int]]:
     """Indices of requests that may share a batch: same task and generation arguments. Long contexts first."""
     groups: dict[tuple[str, str], list[int]] = {}
     for index in indices:
-        _, gen_kwargs, _, _, task, split = requests[index].args
-        key = (f"{task}/{split}", json.dumps(gen_kwargs, sort_keys=True, default=str))
+        *_, task, split = requests[index].args
+        key = (f"{task}/{split}", json.dumps(generation_arguments(requests[index]), sort_keys=True, default=str))
         groups.setdefault(key, []).append(index)
     return [sorted(group, key=lambda i: -len(requests[i].args[0])) for group in groups.values()]
+
+
+def generation_arguments(request: Instance) -> dict[str, Any]:
+    """A request's generation arguments; simple and chat requests hold them in different places."""
+    return next(argument for argument in request.args if isinstance(argument, dict))
 
 
 def is_padding(request: Instance) -> bool:

@@ -31,6 +31,11 @@ class Question:
     sizes: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     document: tuple[str, Any] | None = None
 
+    @property
+    def pictures(self) -> list[Any]:
+        """[F, 3, H, W] per image or video, in the order of the prompt, normalised as the model's input."""
+        return [image[None] for image in self.visuals] if self.form == "plain" else list(self.visuals)
+
 
 class Likelihood(GenerationResult):
     """(loss, is_greedy) of a continuation, with its costs.

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# VisionZip on Qwen2.5-VL of transformers. See lib/run_eval.sh for every setting.
+#
+#   PRETRAINED=Qwen/Qwen2.5-VL-7B-Instruct TASKS=videomme NUM_PROCESSES=8 bash scripts/eval/visionzip_qwen2_5_vl.sh
+#       dense against VisionZip on 8 GPUs; other models of transformers: PRETRAINED, and MODEL_ARGS if their limits differ
+CONFIG=visionzip/qwen2_5_vl
+NEEDS=Qwen/Qwen2.5-VL-7B-Instruct
+source "$(dirname "${BASH_SOURCE[0]}")/../lib/run_eval.sh"
