@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .errors import MethodError
-from .items import Compressed, VisualItem, VisualSequence, assemble, pick_signal
+from .items import Compressed, VisualItem, VisualSequence, assemble, pick_signal, uncompressed
+
+if TYPE_CHECKING:
+    from .base import CompressMethod
 
 
 @dataclasses.dataclass
@@ -70,6 +74,25 @@ class CompressedViews:
     owner: Tensor
     newlines: str = "none"
     info: dict[str, object] = dataclasses.field(default_factory=dict)
+
+
+def compressed_sequence(
+    item: VisualItem, method: CompressMethod | None, project: Callable[[Tensor], Tensor]
+) -> VisualSequence:
+    """What goes to the language model of one item, under a compress method or none.
+
+    Args:
+        method: one that does not act on this kind of item leaves it as it is.
+        project: projector, [K, M] -> [K, D], for a method that acts before it.
+    """
+    if method is None or item.modality not in method.modalities:
+        return uncompressed(item)
+    if item.views is None:
+        return assemble(item, method.compress(item))
+    compressed = method.compress_views(item.views)
+    if compressed is None:
+        return uncompressed(item.views.uncompressed())
+    return assemble_views(item, item.views, compressed, project)
 
 
 def assemble_views(

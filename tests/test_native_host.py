@@ -156,7 +156,7 @@ def test_two_threads_with_a_model_each():
             with torch.no_grad(), accelerate(models[method], configured(method)), record() as requests:
                 meet.wait(60)
                 got[method] = [answer(models[method], asked) for _ in range(5)], requests
-        except BaseException as error:  # noqa: BLE001 (told to the test's own thread)
+        except BaseException as error:  # told to the thread of the test
             errors.append(error)
 
     threads = [threading.Thread(target=work, args=(method,)) for method in models]

@@ -21,10 +21,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from accelerate_methods import recording
 from accelerate_methods.decoder import DecoderOutput, needs_loop, run_decoder
 from accelerate_methods.devices import computes_on, moved, own_weights
-from accelerate_methods.items import VisualItem, VisualSequence, assemble, uncompressed
+from accelerate_methods.items import VisualItem, VisualSequence
 from accelerate_methods.pipeline import Pipeline
 from accelerate_methods.steps import PromptLayout
-from accelerate_methods.views import Views, assemble_views
+from accelerate_methods.views import Views, compressed_sequence
 from llava.model.checkpoint import KEY_MAPPING, check_loaded, has_tower_weights, load_config
 from llava.model.layout import flat_item, image_item, pool_2d, tile_grid, video_item
 from llava.model.multimodal_encoder.builder import build_vision_tower
@@ -248,18 +248,6 @@ class LlavaMetaForCausalLM:
             if value not in ("image", "video", "text"):
                 raise ValueError(f"modality {value!r} is not known; allowed: image, video, text.")
 
-    def _sequence(self, item: VisualItem) -> VisualSequence:
-        """Compress one item, if a method is attached that acts on it."""
-        method = self.acceleration.pipeline.compress if self.acceleration is not None else None
-        if method is None or item.modality not in method.modalities:
-            return uncompressed(item)
-        if item.views is None:
-            return assemble(item, method.compress(item))
-        compressed = method.compress_views(item.views)
-        if compressed is None:
-            return uncompressed(item.views.uncompressed())
-        return assemble_views(item, item.views, compressed, self.project)
-
     def prepare_multimodal(
         self,
         input_ids: Tensor,
@@ -276,7 +264,8 @@ class LlavaMetaForCausalLM:
         device = computes_on(self.get_model().embed_tokens)
         items = self.visual_items(images, modalities, image_sizes, request)
         with recording.stage(request, "compress", self._visual_device()):
-            sequences = [self._sequence(item) for item in items]
+            method = self.acceleration.pipeline.compress if self.acceleration is not None else None
+            sequences = [compressed_sequence(item, method, self.project) for item in items]
         spliced = splice(
             input_ids.to(device),
             None if attention_mask is None else attention_mask.to(device),

@@ -20,9 +20,9 @@ from ...base import ViewCompressMethod
 from ...decoder import DecoderOutput, needs_loop, run_decoder
 from ...devices import moved
 from ...errors import MethodError
-from ...items import VisualSequence, assemble, uncompressed
+from ...items import VisualSequence
 from ...pipeline import Pipeline
-from ...views import assemble_views
+from ...views import compressed_sequence
 from ..base import Host, given_for
 from .family import Call, Family, Seen
 from .prompt import CutPrompt, PromptItem, cut_prompt
@@ -337,7 +337,8 @@ class NativeAcceleration:
             request.layer_tokens = [cut.layout.lengths] * len(self.family.language.layers)
         cache = output.past_key_values
         if cache is not None:
-            setattr(cache, _STATE, cut if needs_loop(self.pipeline) else None)
+            # the embeddings are not needed any more, and the cache lives on
+            setattr(cache, _STATE, cut.without_embeds() if needs_loop(self.pipeline) else None)
             setattr(cache, _REQUEST, request)
         return output
 
@@ -360,17 +361,9 @@ class NativeAcceleration:
         return BaseModelOutputWithPast(output.last_hidden_state, output.past_key_values)
 
     def _sequence(self, placed: PromptItem) -> VisualSequence:
-        """Compress one item, if a method is attached that acts on it."""
-        item, method = placed.item, self.pipeline.compress
+        item = placed.item
         item.signals = moved(item.signals, item.features.device)
-        if method is None or item.modality not in method.modalities:
-            return uncompressed(item)
-        if item.views is None:
-            return assemble(item, method.compress(item))
-        compressed = method.compress_views(item.views)
-        if compressed is None:
-            return uncompressed(item.views.uncompressed())
-        return assemble_views(item, item.views, compressed, self.family.project)
+        return compressed_sequence(item, self.pipeline.compress, self.family.project)
 
 
 def _mask_behind(cut: CutPrompt, kwargs: dict[str, Any]) -> Tensor | None:

@@ -60,6 +60,9 @@ class CutPrompt:
     full: int
     dense: list[int]
 
+    def without_embeds(self) -> CutPrompt:
+        return dataclasses.replace(self, embeds=self.embeds.new_empty(0))
+
     def taken(self, rows: Tensor) -> Tensor:
         """[B, L, D] rows of the uncompressed prompt -> [B, K, D] those that stand for what is left."""
         samples = torch.arange(len(rows), device=rows.device)[:, None]
