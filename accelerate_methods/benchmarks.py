@@ -156,6 +156,13 @@ def score(
     return sum(metrics[key] for key in keys) * (benchmark.scale if scale is None else scale)
 
 
+def score_unit(benchmark: Benchmark, metric: str) -> str:
+    """Unit of a score: "points" (MME), "of 5" (a judge's marks) or "%"."""
+    if benchmark.name == "mme":
+        return "points"
+    return "of 5" if benchmark.needs_judge and metric.startswith("gpt_eval_score") else "%"
+
+
 def require_judge(benchmark: Benchmark, environ: Mapping[str, str]) -> None:
     """Nothing if the benchmark can be scored in this environment.
 
@@ -217,20 +224,25 @@ def offline_environment(data: Path, cache: Path | None = None) -> tuple[Path, di
     link = data / "home" / BENCHMARKS["mvbench"].media
     if link.is_symlink():
         raise MethodError(f"{link} is a link, which lmms-eval replaces by one into a fresh download; make it a folder.")
-    hub = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
+    hub = _absolute(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     writable = _cache_folder(data, cache)
     environment = {
         "HF_HOME": str(data / "home"),
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
         # weights stay where they were before HF_HOME moved
-        "HF_HUB_CACHE": os.environ.get("HF_HUB_CACHE") or str(hub / "hub"),
-        "HF_MODULES_CACHE": os.environ.get("HF_MODULES_CACHE") or str(hub / "modules"),
+        "HF_HUB_CACHE": _absolute(os.environ.get("HF_HUB_CACHE") or hub / "hub"),
+        "HF_MODULES_CACHE": _absolute(os.environ.get("HF_MODULES_CACHE") or hub / "modules"),
         "HF_DATASETS_CACHE": str(writable),
         # lmms-eval's own name for the same; it wins there
         "LMMS_EVAL_DATASETS_CACHE": str(writable),
     }
-    return data, environment
+    return data, {name: str(value) for name, value in environment.items()}
+
+
+def _absolute(path: str | Path) -> Path:
+    """The run has another working directory than this process."""
+    return Path(os.path.abspath(Path(path).expanduser()))
 
 
 def _cache_folder(data: Path, cache: Path | None) -> Path:

@@ -226,11 +226,90 @@ def test_the_embedded_model_takes_the_place_of_its_family(table, tmp_path):
         ({"model_args": {"gpus_per_model": 2}}, "Use --gpus-per-model"),
         ({"model_args": {"method": "fastv"}}, "not an argument that all rows"),
         ({"model_args": {"conv_template": "a,b"}}, "cannot read a comma"),
+        ({"model_args": {"until": "["}}, "left open"),
+        ({"extra": ("-x",)}, "-x gives no scores"),
+        ({"extra": ("--predict_only",)}, "gives no scores"),
+        ({"extra": ("--offset", "5")}, "other documents than the table's"),
+        ({"extra": ("-b4",)}, "use --batch-size"),
+        ({"extra": ("-cfoo",)}, "response cache"),
+        ({"extra": ("-wx",)}, "gives no scores"),
     ],
 )
 def test_arguments_that_would_spoil_the_table_are_refused(table, tmp_path, choices, message):
     with pytest.raises(MethodError, match=message):
         units_of(table, tmp_path, **choices)
+
+
+def test_values_are_split_as_lmms_eval_splits_them():
+    utils = pytest.importorskip("lmms_eval.utils")
+    for text in ("a=/x/b=c,d=1", 'a={"b": [1, 2]},c="x,y"', "a=[1,2],b=none", "a=1"):
+        assert plan.split_arguments(text) == utils._smart_comma_split(text)
+    read = cli._pairs("model_name=/x/b=c,max_frames_num=8,force_sample=True,until=[,x=1e-3")
+    assert read == {"model_name": "/x/b=c", "max_frames_num": 8, "force_sample": True, "until": "[,x=1e-3"}
+    assert cli._pairs("a=1e-3,b=none") == {"a": 0.001, "b": "none"}
+    assert plan._text("model_base", "/x/b=c") == "/x/b=c"
+
+
+def checkpoint_folder(path: Path, **config) -> str:
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+def test_a_checkpoint_for_several_models_needs_a_part(tmp_path):
+    rows = {"rows": ("FastVID 10 %",)}
+    with pytest.raises(MethodError, match=r"--part: 'log-llava-onevision-7b', 'log-llava-video-7b'"):
+        select(load("fastvid"), Choices("fastvid", pretrained="/data/mine", **rows))
+    (one,) = select(load("fastvid"), Choices("fastvid", pretrained="mine", part="log-llava-video-7b", **rows))
+    assert one.part.name == "log-llava-video-7b"
+    # the two parts that are left have the same model
+    choices = Choices("fastvid", pretrained="mine", rows=("FastVID 25 %", "FastV 10 %"))
+    assert [s.part.name for s in select(load("fastvid"), choices)] == ["llava-onevision-7b"]
+    assert select(load("visionzip"), Choices("visionzip", pretrained="mine", part="llava-1.5-7b"))
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("llava-v1.5-7b", {}, "is a llava model by its name; part seven is llava_onevision"),
+        ("LLaVA-Video-7B-Qwen2", {}, "is a llava_video model by its name"),
+        ("mine", {"model_type": "qwen2_5_vl"}, "is a qwen2_5_vl model; part seven"),
+        ("llava-onevision-qwen2-7b-ov", {"hidden_size": 896}, "has the name of .* hidden_size 896, not 3584"),
+        ("llava-onevision-qwen2-0.5b-ov", {"hidden_size": 896, "num_hidden_layers": 24}, None),
+        ("my-overfit-model", {"model_type": "llava", "hidden_size": 64}, None),
+    ],
+)
+def test_checkpoints_of_other_families_and_shapes_are_refused(tmp_path, name, config, message):
+    table = load(write_table(tmp_path / "t"))
+    given = Choices("made_up", pretrained=checkpoint_folder(tmp_path / "w" / name, **config))
+    if message is None:
+        assert select(table, given)
+        return
+    with pytest.raises(MethodError, match=message):
+        select(table, given)
+
+
+def test_rows_that_need_more_layers_are_left_out():
+    (selection,) = select(load("prunevid"), Choices("prunevid", part="llava-onevision-7b", pretrained="embedded"))
+    reasons = {row.name: row.not_run for row in selection.rows}
+    assert "too shallow: prunevid: selected_layer=10" in reasons["PruneVid 17 %"] and not reasons["FastV 30 %"]
+    chosen = {"part": "llava-onevision-7b", "pretrained": "embedded"}
+    with pytest.raises(MethodError, match="no row but the dense one .* k=10 is outside"):
+        select(load("fastvid"), Choices("fastvid", rows=("FastVID+FastV 9.7 / 3.6 %",), **chosen))
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("/c/models--lmms-lab--LLaVA-OneVision/snapshots/0123", "llava-onevision"),
+        ("/data/LLaVA-OneVision/", "llava-onevision"),
+        ("lmms-lab/llava-onevision", "llava-onevision"),
+    ],
+)
+def test_names_of_checkpoints(given, name):
+    from accelerate_methods.reproduce.selection import model_name
+
+    assert model_name(given) == name
 
 
 # -- folders -----------------------------------------------------------------------------------------------------------
@@ -312,6 +391,20 @@ def test_one_command_per_output_folder(tmp_path):
         process.wait()
     with folders.locked(tmp_path):  # a killed command holds nothing
         pass
+
+
+def test_a_file_system_without_locks_is_no_other_command(tmp_path, monkeypatch):
+    import errno
+    import fcntl
+
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    said = []
+    with folders.locked(tmp_path, say=said.append):
+        assert len(said) == 1 and "No locks available" in said[0]
+    assert "process" in (tmp_path / "lock").read_text()
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -437,6 +530,65 @@ def test_errors_come_before_any_run(command, capsys, arguments, message):
     assert message in capsys.readouterr().err and command.started == []
 
 
+def test_missing_data_is_named_before_any_run(tmp_path, capsys, monkeypatch):
+    path = write_table(tmp_path / "t", columns={"VideoMME": "{benchmark: videomme}"})
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(cli, "execute", lambda *args: pytest.fail("a run was started"))
+    words = [str(path), "--output", str(tmp_path / "out"), "--data", str(tmp_path / "data")]
+    assert cli.main(words) == 2
+    assert "data is missing: videomme" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert cli.main([*words, "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("# warning: data is missing: videomme")
+
+
+def test_a_failure_after_the_runs_is_no_failure_to_start(command, capsys, monkeypatch):
+    def fail(*args):
+        raise MethodError("no metric exact_match")
+
+    monkeypatch.setattr(cli.outcome, "evaluate", fail)
+    assert command("--output", "out") == 1
+    text = capsys.readouterr().out
+    assert "no metric exact_match" in text and "The runs are done and kept in" in text
+
+
+def test_relative_paths_hold_in_another_working_directory(command, tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "my" / "tasks").mkdir(parents=True)
+    given = ["--model-args", "model_base=base,conv_template=v1", "--dry-run"]
+    assert command(*given, "--", "--include_path", "my/tasks", "--include_path=my", "--seed", "1") == 0
+    unit = command.units[0]
+    assert unit.identity["model_args"]["model_base"] == str(tmp_path / "base")
+    assert unit.identity["model_args"]["conv_template"] == "v1"
+    wanted = ["--include_path", str(tmp_path / "my" / "tasks"), f"--include_path={tmp_path / 'my'}", "--seed", "1"]
+    assert unit.identity["extra"] == wanted
+
+
+def test_relative_caches_hold_in_another_working_directory(tmp_path, monkeypatch):
+    from accelerate_methods.benchmarks import offline_environment
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    monkeypatch.setenv("HF_HOME", "hf")
+    for name in ("HF_HUB_CACHE", "HF_MODULES_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    assert offline_environment(Path("data"))[1]["HF_HUB_CACHE"] == str(tmp_path / "hf" / "hub")
+    monkeypatch.setenv("HF_HUB_CACHE", "weights")
+    assert offline_environment(Path("data"))[1]["HF_HUB_CACHE"] == str(tmp_path / "weights")
+
+
+def test_the_tiny_model_gets_one_process(monkeypatch):
+    """Its table names it by an absolute path."""
+    monkeypatch.setattr(cli, "default_processes", lambda gpus: 8)
+
+    def processes(**choices):
+        chosen = Choices(**choices)
+        args = cli._parser().parse_args(["x"])
+        return cli._machines(args, chosen, select(load(chosen.table), chosen)).processes
+
+    assert processes(table="embedded") == processes(table="fastvid", pretrained="embedded") == 1
+    assert processes(table="fastvid") == 8
+
+
 def test_bad_numbers_and_tables(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         cli.main(["fastvid", "--limit", "0"])
@@ -472,6 +624,11 @@ def test_script_prints_its_commands():
     done = subprocess.run(words, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--nproc_per_node 2" in done.stdout and "method=fastv" in done.stdout and "--limit 4" in done.stdout
+    # an option before the table, and arguments for lmms-eval behind it
+    words = [*words[:2], "--part", "tiny-llava-onevision", "embedded", "--rows", "fastv", "--dry-run", "--", "--seed", "1"]
+    done = subprocess.run(words, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--nproc_per_node 2" in done.stdout and "--seed 1" in done.stdout
 
 
 # -- real runs ---------------------------------------------------------------------------------------------------------

@@ -400,11 +400,8 @@ def test_templates_of_llava_1_5_fit():
 
 
 def test_broken_answers_adaptations_and_idle_methods_are_named():
-    about = benchmark("shapes_video")
-    costs = {"by_task": {"shapes_video": {"skipped": 2}}}
-    assert guards.answers("x", about, {"warnings": ["NaN in 3 answers"], "costs": costs}) == ["x: NaN in 3 answers"]
-    assert "2 documents could not be read" in guards.answers("x", about, {"costs": costs})[0]
-    assert guards.answers("x", about, {"warnings": [], "costs": {"by_task": {"shapes_video": {"skipped": 0}}}}) == []
+    assert guards.answers("x", {"warnings": ["half are empty"]}) == ["x: half are empty"]
+    assert guards.answers("x", {"warnings": []}) == []
     told = guards.adaptations("VisionZip", {"settings": {"adaptations": {"cls_attention": "received_attention"}}})
     assert told == ["VisionZip is an adaptation, not the authors' work: received_attention in place of cls_attention."]
     assert guards.adaptations("x", {"settings": {"adaptations": {}}}) == []
@@ -427,7 +424,86 @@ def test_a_mean_over_published_columns_is_marked(tmp_path):
     published = {"dense": {"Video": 75.0, "VideoMME": 75.0}, "fastv": {"Video": 60.0}, "lost": {}}
     part = evaluated(tmp_path, table={"published": published})["parts"][0]
     assert render._mean(part["rows"][1]) == "66.7\n80.0 †" and render._mean(part["rows"][2]) == "33.3\n-"
-    assert any("both means are over the columns" in note for note in render.notes(part))
+    assert any("the measured mean is over the columns" in note for note in render.notes(part))
+
+
+# -- units, copies of the paper's checkpoint, and the mean as the table makes it --------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "unit"),
+    [
+        ("activitynetqa", "gpt_eval_score", "of 5"),
+        ("activitynetqa", "gpt_eval_accuracy", "%"),
+        ("videochatgpt", None, "of 5"),
+        ("videochatgpt", "gpt_eval_score_temporal", "of 5"),
+        ("mmbench_en_dev_static", None, "%"),  # its metric has the name of a judge's marks
+        ("mme", "mme_perception_score", "points"),
+    ],
+)
+def test_units_are_those_of_the_column(name, metric, unit):
+    assert dataclasses.replace(column(name), metric=metric or benchmark(name).metric).unit == unit
+
+
+def test_drift_of_marks_is_told_in_marks():
+    marks = dataclasses.replace(column("activitynetqa", "Score"), metric="gpt_eval_score", scale=1)
+    assert guards.dense_baseline("p", [guards.Baseline(marks, 2.3, 2.86, 8000, 0.02)])
+    assert not guards.dense_baseline("p", [guards.Baseline(marks, 2.84, 2.86, 8000, 0.02)])
+
+
+def test_a_copy_of_the_papers_checkpoint_is_the_papers_model(tmp_path):
+    copy = tmp_path / "weights" / "LLaVA-OneVision-Qwen2-7B-ov"
+    copy.mkdir(parents=True)
+    made = evaluated(tmp_path, choices={"pretrained": str(copy)})
+    assert made["other_model"] is None and made["parts"][0]["rows"][1]["cells"]["Video"]["difference"] == 5.0
+    wrong = evaluated(tmp_path / "2", choices={"pretrained": str(copy)}, checkpoint={"hidden_size": 896})
+    assert any("hidden_size 896, the paper's has 3584" in warning for warning in wrong["warnings"])
+
+
+def test_columns_that_say_the_same_again_are_not_in_the_mean():
+    aspects = {c.title: c for c in load("prunevid").part("llava-onevision-7b-videochatgpt").columns}
+    assert outcome.derived(list(aspects.values())) == {"Avg"}
+    assert outcome.derived([aspects["Avg"]]) == outcome.derived([aspects["Avg"], aspects["TU"]]) == set()
+    assert outcome.derived(load("dycoke").parts[0].columns) == {"ActivityNet-QA score"}
+    assert outcome.derived(load("fastv").parts[0].columns) == set()  # perception and cognition are two things
+
+
+def test_the_mean_is_made_as_the_table_says(tmp_path):
+    path = write_table(tmp_path / "tables")
+    text = path.read_text().replace("VideoMME: 40.0}}", "VideoMME: 40.0, relative %: 91.0}}")
+    text = text.replace("    rows:\n", "    unmeasured: {relative %: the average over the dense row's}\n    rows:\n")
+    text = text.replace("{Video: 45.0, VideoMME: 40.0}", "{Video: 45.0, VideoMME: 40.0, relative %: 91.0}")
+    means = {}
+    for how in ("mean_of_ratios", "ratio_of_means"):
+        path.write_text(text.replace("source: tests", f"source: tests\nrelative: {how}"))
+        table, choices = load(path), Choices("made_up")
+        (selection,) = select(table, choices)
+        dense, fastv = selection.rows[:2]
+        values = {"dense": (80.0, 20.0), "FastV 50 %": (40.0, 20.0)}
+        cells = {}
+        for row in selection.rows:
+            for number, c in enumerate(selection.columns):
+                made = outcome.cell(row, dense, c, None, None, False)
+                if row.name in values:
+                    measured, whole = values[row.name][number], values["dense"][number]
+                    made |= {"measured": measured, "relative": 100 * measured / whole}
+                cells[row.name, c.title] = made
+        found = outcome._row(fastv, selection, cells)
+        means[how] = found["mean_relative"]
+        assert found["mean_relative_published"] == 91.0 and found["mean_relative_printed"]
+        assert outcome._row(dense, selection, cells)["mean_relative"] == 100.0
+        few = dataclasses.replace(selection, columns=selection.columns[:1])
+        assert outcome._row(fastv, few, cells)["mean_relative_published"] == pytest.approx(90.0)  # not the table's 91
+    assert means == {"mean_of_ratios": pytest.approx((50 + 100) / 2), "ratio_of_means": pytest.approx(60.0)}
+
+
+def test_fastvids_printed_relative_is_a_ratio_of_means():
+    part = load("fastvid").part("llava-onevision-7b")
+    assert part.relative == "ratio_of_means" and load("fastervlm").parts[0].relative == "mean_of_ratios"
+    dense = part.dense.published
+    for row in part.rows:
+        made = outcome.relative([({"it": row.published[t]}, {"it": dense[t]}) for t in dense], "it", part.relative)
+        assert made == pytest.approx(row.unmeasured["relative %"], abs=0.2), row.name
 
 
 def test_guards_are_asked(tmp_path):

@@ -79,6 +79,7 @@ def _set(target, **values):
         (lambda t, p, r: _set(p["columns"]["VideoMME"], scale=0), "scale must be a number above 0"),
         (lambda t, p, r: _set(p["unmeasured"], VideoMME="why"), "column VideoMME is there twice"),
         (lambda t, p, r: _set(p["unmeasured"], MVBench=None), "unmeasured: MVBench needs a reason"),
+        (lambda t, p, r: _set(p, relative="mean"), "unknown value of relative: 'mean'"),
         (lambda t, p, r: r.pop(0), "the first row is 'FastVID'; it must be 'dense'"),
         (lambda t, p, r: r.append(dict(r[0])), "row dense is there twice"),
         (lambda t, p, r: r.append({**r[1], "name": "FastVID %"}), "row FastVID is there twice"),

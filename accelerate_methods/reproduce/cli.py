@@ -21,12 +21,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..benchmarks import Benchmark, offline_environment, require_judge
+from ..data.check import require
 from ..errors import MethodError
-from ..fingerprint import code_hash, short_hash, versions
+from ..fingerprint import ROOT, code_hash, short_hash, versions
 from ..launch import PLAN, LaunchError, Machines, default_processes, execute
 from . import folders, guards, leaderboard, outcome, render
-from .plan import EMBEDDED_MODEL, Unit, plan
-from .selection import EMBEDDED, Choices, Selection, select
+from .plan import Unit, plan, split_arguments
+from .selection import EMBEDDED, EMBEDDED_MODEL, Choices, Selection, select
 from .tables import available, load
 
 OUTPUTS = Path("outputs") / "reproduce"
@@ -38,7 +39,7 @@ EMBEDDED_TABLE = "embedded"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code: 1 a run failed, 2 it could not start."""
+    """The command; returns the exit code: 1 a run or its evaluation failed, 2 it could not start."""
     argv = list(sys.argv[1:] if argv is None else argv)
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
@@ -77,7 +78,7 @@ def _reproduce(argv: list[str], console: Console) -> int:
         model_args=_pairs(args.model_args),
         batch_size=args.batch_size,
         data=args.data.expanduser().resolve() if args.data else None,
-        extra=tuple(extra),
+        extra=tuple(_absolute(word) for word in extra),
     )
     selections = select(table, choices)
     columns = _columns(selections)
@@ -86,21 +87,55 @@ def _reproduce(argv: list[str], console: Console) -> int:
     output = (args.output or _default_output(choices, machines)).expanduser().resolve()
     units = plan(selections, choices, machines, output)
     if args.dry_run:
+        if choices.data is not None and (missing := _missing(columns, choices.data)):
+            print(f"# warning: {missing}")
         _print_plan(units, machines, output, choices)
         return 0
+    if choices.data is not None and (missing := _missing(columns, choices.data)):
+        raise MethodError(missing)
     for warning in dict.fromkeys(w for b in columns.values() for w in guards.limit(b, choices.limit)):
-        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
-    with folders.locked(output, machines.machine_rank):
+        _warn(warning, console)
+    with folders.locked(output, machines.machine_rank, lambda text: _warn(text, console)):
         _run(units, machines, output, choices, console)
         if machines.machine_rank != 0:
             console.print(f"done; the machine of rank 0 evaluates the results in {output}", soft_wrap=True)
             return 0
-        made = outcome.evaluate(table, selections, choices, _about(argv, machines, units))
+        try:
+            made = outcome.evaluate(table, selections, choices, _about(argv, machines, units))
+        except MethodError as error:
+            console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+            console.print(f"The runs are done and kept in {output}; they could not be evaluated.", soft_wrap=True)
+            return 1
         folders.write_json(output / OUTCOME, made)
         (output / MARKDOWN).write_text(render.markdown(made), encoding="utf-8")
     render.show(made, console)
     console.print(f"everything is in {output} ({OUTCOME}, {MARKDOWN}, runs/)", highlight=False, soft_wrap=True)
     return 0
+
+
+def _warn(text: str, console: Console) -> None:
+    console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False)
+
+
+def _missing(columns: Mapping[str, Benchmark], data: Path) -> str:
+    """What the data folder lacks for these columns; empty if nothing."""
+    try:
+        require(dict.fromkeys(columns.values()), data)
+    except MethodError as error:
+        return str(error)
+    return ""
+
+
+def _absolute(text: str) -> str:
+    """``text``, or what follows its "=", as an absolute path if it is an existing relative one that looks like one.
+
+    With a data folder the runs have another working directory.
+    """
+    flag, equals, value = text.rpartition("=")
+    path = Path(value).expanduser()
+    if not value or value.startswith("-") or not ("/" in value or path.is_dir()) or not path.exists():
+        return text
+    return f"{flag}{equals}{path.resolve()}"
 
 
 def _run(units: list[Unit], machines: Machines, output: Path, choices: Choices, console: Console) -> None:
@@ -190,7 +225,7 @@ def _about(argv: list[str], machines: Machines, units: list[Unit]) -> dict[str, 
 
 def _machines(args: argparse.Namespace, choices: Choices, selections: Sequence[Selection]) -> Machines:
     own = choices.pretrained or next(s.part.model["pretrained"] for s in selections if not s.part.not_run)
-    tiny = own in (EMBEDDED, EMBEDDED_MODEL)
+    tiny = own == EMBEDDED or Path(own).expanduser().resolve() == (ROOT / EMBEDDED_MODEL).resolve()
     return Machines(
         processes=args.nproc or (1 if tiny else default_processes(args.gpus_per_model)),
         machines=args.num_machines,
@@ -209,16 +244,22 @@ def _default_output(choices: Choices, machines: Machines) -> Path:
 
 def _pairs(text: str) -> dict[str, Any]:
     """``k=v,k=v`` as a mapping; values stay text but for numbers and true/false, as in lmms-eval."""
-    import yaml
-
     found: dict[str, Any] = {}
-    for pair in filter(None, text.split(",")):
+    for pair in filter(None, split_arguments(text)):
         key, equals, value = pair.partition("=")
         if not equals:
             raise MethodError(f"--model-args: {pair!r} is not of the form name=value.")
-        parsed = yaml.safe_load(value)
-        found[key.strip()] = parsed if isinstance(parsed, (bool, int, float)) else value
+        found[key.strip()] = _value(_absolute(value) if "/" in value or key.strip() == "model_base" else value)
     return found
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _list(name: str | None, console: Console) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import shlex
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +134,11 @@ def note(unit: Unit) -> None:
 
 
 @contextlib.contextmanager
-def locked(output: Path, rank: int = 0) -> Iterator[None]:
+def locked(output: Path, rank: int = 0, say: Callable[[str], None] = print) -> Iterator[None]:
     """Hold the output folder: a second command of the same machine rank is refused until this one has ended.
 
-    The system gives the lock back when the process ends, however it ends.
+    The system gives the lock back when the process ends, however it ends. On a file system without locks it goes on
+    without one and says so.
 
     Raises:
         FolderError: another command holds it.
@@ -149,12 +150,14 @@ def locked(output: Path, rank: int = 0) -> Iterator[None]:
     with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             raise FolderError(
                 f"another reproduce command is at work in {output} ({file.read().strip() or 'unknown'}); "
                 "wait for it or choose another --output."
             ) from None
+        except OSError as error:
+            say(f"no lock on {output} ({error.strerror or error}): see to it that no second command works there.")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,6 @@ from .schema import Column
 MARGIN = 1.0
 #: slowest to fastest encoding of the same input above which times say more about the machine than about methods
 UNEVEN = 1.5
-_NO_PER_CENT = ("mme", "videochatgpt")
 CAUSES = (
     "another split or version of the data",
     "the prompt of another model name (prompt_model)",
@@ -29,10 +29,10 @@ CAUSES = (
     "newer versions of the harness, transformers or the video decoder",
 )
 _DRIFT = "Known case: a stock LLaVA-OneVision-7B scores 63.9 on VideoMME today, 58.2 was published."
-#: part of a checkpoint's name -> family; the first that fits counts
+#: pattern of a checkpoint's name -> family; the first that fits counts
 _FAMILY_NAMES = (
-    *(("onevision", "llava_onevision"), ("-ov", "llava_onevision"), ("llava-video", "llava_video")),
-    *(("llava-next-video", "llava_video"), ("llava-v1.5", "llava"), ("llava-v1.6", "llava"), ("llava-1.5", "llava")),
+    *(("onevision", "llava_onevision"), (r"-ov\b", "llava_onevision"), ("llava-video", "llava_video")),
+    *(("llava-next-video", "llava_video"), (r"llava-(v1\.[56]|1\.5)", "llava")),
 )
 #: part of a checkpoint's name -> beginnings of conversation templates that fit its language model
 _TEMPLATE_NAMES = (
@@ -56,11 +56,12 @@ class Baseline:
 
     @property
     def percent(self) -> bool:
-        return self.column.benchmark.name not in _NO_PER_CENT
+        return self.column.unit == "%"
 
     @property
     def explained(self) -> float:
-        """What chance (two standard errors) and rounding (one point; MME: 1 % of the published score) explain.
+        """What chance (two standard errors) and rounding (one point; where the unit is no
+        per cent: 1 % of the published score) explain.
 
         Without a standard error it is that of a share of right answers.
         """
@@ -118,6 +119,12 @@ def data(row: str, column: str, benchmark: Benchmark, summary: Mapping[str, Any]
     return found
 
 
+def family_of(name: str) -> str | None:
+    """The family that a checkpoint's name clearly says; None: it says none."""
+    plain = name.lower().replace("_", "-")
+    return next((family for pattern, family in _FAMILY_NAMES if re.search(pattern, plain)), None)
+
+
 def model(part: str, family: str | None, checkpoint: Mapping[str, int], summary: Mapping[str, Any]) -> list[str]:
     """Another model than the part's: its size, or a name that belongs to another family or language model.
 
@@ -130,7 +137,7 @@ def model(part: str, family: str | None, checkpoint: Mapping[str, int], summary:
         if facts.get(key) not in (None, wanted):
             found.append(f"{part}: wrong model: the checkpoint has {key} {facts[key]}, the paper's has {wanted}.")
     name = str(settings.get("pretrained") or "").lower().replace("_", "-")
-    belongs = next((f for word, f in _FAMILY_NAMES if word in name), None)
+    belongs = family_of(name)
     if belongs is not None and family is not None and belongs != family:
         found.append(
             f"{part}: {settings['pretrained']} looks like a {belongs} model but was run as {family}: frames, pooling "
@@ -153,14 +160,9 @@ def model(part: str, family: str | None, checkpoint: Mapping[str, int], summary:
     return found
 
 
-def answers(where: str, benchmark: Benchmark, summary: Mapping[str, Any]) -> list[str]:
-    """What the run itself found in its answers (NaN, one token repeated, many empty ones), and unreadable documents."""
-    found = [f"{where}: {warning}" for warning in summary.get("warnings") or []]
-    by_task = (summary.get("costs") or {}).get("by_task") or {}
-    skipped = sum(int((by_task.get(task) or {}).get("skipped") or 0) for task in benchmark.tasks)
-    if skipped and "warnings" not in summary:
-        found.append(f"{where}: {skipped} documents could not be read and count as wrong (on_error=skip).")
-    return found
+def answers(where: str, summary: Mapping[str, Any]) -> list[str]:
+    """What the run itself found in its answers: one token repeated, many empty ones, documents it could not read."""
+    return [f"{where}: {warning}" for warning in summary.get("warnings") or []]
 
 
 def adaptations(row: str, summary: Mapping[str, Any]) -> list[str]:

@@ -115,12 +115,13 @@ def _entry(
     cell = row["cells"][column["title"]]
     if cell["measured"] is None:
         return None
+    digits = 2 if column["unit"] == "of 5" else 1
     tokens, share = cell["costs"].get("visual_tokens_per_layer"), cell["visual_tokens_share"]
     cells = (
         _name(row["methods"]),
-        f"{cell['measured']:.1f}",
-        "" if cell["change"] is None else f"{cell['change']:+.1f}",
-        "" if cell["low"] is None else f"{cell['low']:+.1f} to {cell['high']:+.1f}",
+        f"{cell['measured']:.{digits}f}",
+        "" if cell["change"] is None else f"{cell['change']:+.{digits}f}",
+        "" if cell["low"] is None else f"{cell['low']:+.{digits}f} to {cell['high']:+.{digits}f}",
         "" if cell["agreement"] is None else f"{100 * cell['agreement']:.0f}%",
         "" if tokens is None or share is None else f"{tokens:.0f} ({100 * share:.0f}%)",
         "" if cell["flops_share"] is None else f"{100 * cell['flops_share']:.1f}%",

@@ -21,12 +21,10 @@ from . import guards
 from .breakdown import Breakdown, break_down, interval, read_lines, standard_error
 from .folders import read_summary
 from .plan import Unit
-from .schema import Column, Row, Table
+from .schema import PRINTED_RELATIVE, Column, Row, Table
 from .selection import Choices, Selection
 
 KIND, SCHEMA = "reproduction", 1
-#: unit of the scores of a benchmark; all others are in per cent
-UNITS = {"mme": "points", "videochatgpt": "of 5"}
 _COSTS = (
     *("visual_tokens_before", "visual_tokens_after", "visual_tokens_per_layer", "prompt_tokens_dense", "prompt_tokens"),
     *("llm_tflops_dense", "llm_tflops", "vision_ms", "compress_ms", "prefill_ms", "decode_ms", "generated_tokens"),
@@ -70,7 +68,7 @@ def evaluate(
         "note": table.note,
         **about,
         "limit": choices.limit,
-        "other_model": choices.pretrained if choices.other_model else None,
+        "other_model": choices.pretrained if any(choices.other_model(s.part) for s in selections) else None,
         "choices": choices.to_dict(),
         "parts": parts,
         "warnings": list(dict.fromkeys(warnings)),
@@ -78,7 +76,7 @@ def evaluate(
 
 
 def _part(selection: Selection, choices: Choices, warnings: list[str]) -> dict[str, Any]:
-    part = selection.part
+    part, other_model = selection.part, choices.other_model(selection.part)
     cells: dict[tuple[str, str], dict[str, Any]] = {}
     baselines = []
     for column in selection.columns:
@@ -90,7 +88,7 @@ def _part(selection: Selection, choices: Choices, warnings: list[str]) -> dict[s
         dense = results.get(part.dense.name)
         if dense is None:  # the whole part cannot be run: what was published is all there is
             for row in selection.rows:
-                cells[row.name, column.title] = cell(row, part.dense, column, None, None, choices.other_model)
+                cells[row.name, column.title] = cell(row, part.dense, column, None, None, other_model)
             continue
         published = part.dense.published.get(column.title)
         if published is not None:
@@ -102,10 +100,10 @@ def _part(selection: Selection, choices: Choices, warnings: list[str]) -> dict[s
         warnings += guards.times(f"{part.name}, {column.title}", alike)
         for row in selection.rows:
             result = results.get(row.name)
-            cells[row.name, column.title] = cell(row, part.dense, column, result, dense, choices.other_model)
+            cells[row.name, column.title] = cell(row, part.dense, column, result, dense, other_model)
             if result is not None:
                 warnings += _guarded(selection, row, column, result, choices)
-    if choices.limit is None and not choices.other_model:
+    if choices.limit is None and not other_model:
         warnings += guards.dense_baseline(part.name, baselines)
     rows = [_row(row, selection, cells) for row in selection.rows]
     arguments = next((unit.identity["model_args"] for unit in selection.units.values() if unit.dense), {})
@@ -115,11 +113,12 @@ def _part(selection: Selection, choices: Choices, warnings: list[str]) -> dict[s
         "model": {k: portable(v) if isinstance(v, str) else v for k, v in part.model.items()},
         "pretrained": portable(str(arguments.get("pretrained") or part.model.get("pretrained"))),
         "model_args": {k: v for k, v in arguments.items() if k != "pretrained"},
-        "other_model": choices.other_model,
+        "other_model": other_model,
         "note": part.note,
         "not_run": part.not_run,
         "unmeasured": part.unmeasured,
-        "columns": [_column(column) for column in selection.columns],
+        "relative": part.relative,
+        "columns": [{**_column(c), "in_mean": c.title not in derived(selection.columns)} for c in selection.columns],
         "rows": rows,
     }
 
@@ -137,10 +136,10 @@ def _guarded(selection: Selection, row: Row, column: Column, result: Result, cho
     where = f"{row.name} on {column.title}"
     return [
         *guards.data(row.name, column.title, benchmark, summary, choices.limit),
-        *guards.answers(row.name, benchmark, summary),  # they name the task themselves
+        *guards.answers(row.name, summary),  # they name the task themselves
         *guards.adaptations(row.name, summary),
         *guards.inert(where, row.dense, result.costs),
-        *guards.model(part.name, part.family, {} if choices.other_model else part.checkpoint, summary),
+        *guards.model(part.name, part.family, {} if choices.other_model(part) else part.checkpoint, summary),
     ]
 
 
@@ -154,15 +153,26 @@ def _column(column: Column) -> dict[str, Any]:
         "split": measured.split,
         "metric": column.metric,
         "scale": column.scale,
-        "unit": UNITS.get(measured.name, "%"),
+        "unit": column.unit,
         "note": column.note,
     }
 
 
 def _row(row: Row, selection: Selection, cells: Mapping[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
     own = {column.title: cells[row.name, column.title] for column in selection.columns}
-    both = [c for c in own.values() if c["relative"] is not None and c["relative_published"] is not None]
-    relative = [c["relative"] for c in own.values() if c["relative"] is not None]
+    left_out = derived(selection.columns)
+    pairs = [
+        (cell, cells[selection.part.dense.name, title])
+        for title, cell in own.items()
+        if title not in left_out
+    ]
+    measured = [(c, d) for c, d in pairs if c["relative"] is not None]
+    published = [(c, d) for c, d in pairs if c["relative_published"] is not None]
+    both = [pair for pair in measured if pair[0]["relative_published"] is not None]
+    how = selection.part.relative
+    # the table's own number is over all of its columns
+    whole = len(selection.columns) == len(selection.part.columns)
+    printed = next((row.unmeasured[t] for t in PRINTED_RELATIVE if whole and t in row.unmeasured), None)
     return {
         "name": row.name,
         "dense": row.dense,
@@ -174,14 +184,36 @@ def _row(row: Row, selection: Selection, cells: Mapping[tuple[str, str], dict[st
         "secondary": row.secondary,
         "published_tflops": row.tflops,
         "published_elsewhere": row.unmeasured,
-        # as the papers' last column; the published mean is over the columns that are measured, too
-        "mean_relative": statistics.fmean(relative) if relative else None,
-        "mean_relative_published": _mean([c["relative_published"] for c in own.values()]),
-        "mean_relative_of_published": _mean([c["relative"] for c in both]),
-        "columns_in_mean": len(relative),
-        "columns_in_mean_published": sum(c["relative_published"] is not None for c in own.values()),
+        # as the papers' last column; where it prints some of the columns, the measured mean over those is there, too
+        "mean_relative": relative(measured, "measured", how),
+        "mean_relative_published": relative(published, "published", how) if printed is None else printed,
+        "mean_relative_printed": printed is not None,
+        "mean_relative_of_published": relative(both, "measured", how),
+        "columns_in_mean": len(measured),
+        "columns_in_mean_published": len(published),
         "cells": own,
     }
+
+
+def derived(columns: Sequence[Column]) -> set[str]:
+    """Titles of columns that say again what others say: a sum or mean next to all of its parts, a second unit."""
+    titles, units = set(), {}
+    for column in columns:
+        others = [c for c in columns if c.benchmark == column.benchmark and c is not column]
+        parts = column.metric.split("+")
+        second = units.setdefault(column.benchmark.name, column.unit) != column.unit
+        if second or (len(parts) > 1 and set(parts) <= {c.metric for c in others}):
+            titles.add(column.title)
+    return titles
+
+
+def relative(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], key: str, how: str) -> float | None:
+    """Scores ``key`` of a row's cells in per cent of the dense row's: ``pairs`` of (cell, dense cell), see RELATIVE."""
+    if not pairs:
+        return None
+    if how == "ratio_of_means":
+        return _share(sum(cell[key] for cell, _ in pairs), sum(dense[key] for _, dense in pairs))
+    return statistics.fmean(_share(cell[key], dense[key]) for cell, dense in pairs)
 
 
 def cell(
@@ -294,8 +326,3 @@ def _share(value: float | None, whole: float | None) -> float | None:
 
 def _ratio(costs: Mapping[str, float], part: str, whole: str) -> float | None:
     return costs[part] / costs[whole] if costs.get(whole) and part in costs else None
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    there = [value for value in values if value is not None]
-    return statistics.fmean(there) if there else None

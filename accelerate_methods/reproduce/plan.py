@@ -20,10 +20,9 @@ from ..fingerprint import ROOT, checkpoint_facts, code_hash, short_hash, version
 from ..launch import Machines, Run, gpus
 from ..pipeline import resolve
 from .schema import Column, Part, Row
-from .selection import EMBEDDED, Choices, Selection, check_extra
+from .selection import EMBEDDED, EMBEDDED_MODEL, Choices, Selection, check_extra
 from .tables import MODEL_KEYS
 
-EMBEDDED_MODEL = "assets/tiny-llava-onevision"
 #: model arguments that no table decides, and those that have an option of this command
 _OF_THE_RUN = ("device", "device_map", "on_error", "save_provenance")
 _OPTIONS = {"pretrained": "--pretrained", "batch_size": "--batch-size", "gpus_per_model": "--gpus-per-model"}
@@ -214,6 +213,24 @@ def _text(key: str, value: Any) -> str:
     if isinstance(value, (list, tuple, dict)):
         return json.dumps(value)
     text = str(value)
-    if "," in text or "=" in text:
-        raise MethodError(f"model argument {key}={text!r}: lmms-eval cannot read a comma or an equals sign in a value.")
+    if split_arguments(f"{text},next") != [text, "next"]:
+        raise MethodError(
+            f"model argument {key}={text!r}: lmms-eval cannot read a comma outside brackets and quotes, nor one of these "
+            "that is left open, in a value."
+        )
     return text
+
+
+def split_arguments(text: str) -> list[str]:
+    """``text`` at its commas, as lmms-eval 0.7.3 splits --model_args: not inside quotes, braces and brackets."""
+    pieces, depth, quote = [""], 0, None
+    for before, char in zip(" " + text, text, strict=False):
+        if char in "\"'" and before != "\\":
+            quote = char if quote is None else None if quote == char else quote
+        elif quote is None:
+            depth += (char in "{[") - (char in "}]")
+            if char == "," and depth == 0:
+                pieces.append("")
+                continue
+        pieces[-1] += char
+    return pieces

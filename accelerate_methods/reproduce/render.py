@@ -163,13 +163,16 @@ def _score(cell: Mapping[str, Any], column: Mapping[str, Any]) -> str:
 def _mean(row: Mapping[str, Any]) -> str:
     """Mean relative score, published below; both over the columns that the paper prints, if it prints any."""
     published = row["mean_relative_published"]
-    measured = row["mean_relative"] if published is None else row["mean_relative_of_published"]
-    return f"{_number(measured)}\n{_number(published)}{' †' if _fewer(row) else ''}"
+    # a table may print its mean without the scores that it is made of
+    some = published is not None and row["columns_in_mean_published"] > 0
+    measured = row["mean_relative_of_published"] if some else row["mean_relative"]
+    marks = ("†" if _fewer(row) else "") + ("‡" if row["mean_relative_printed"] else "")
+    return f"{_number(measured)}\n{_number(published)}{f' {marks}' if marks else ''}"
 
 
 def _fewer(row: Mapping[str, Any]) -> bool:
     """Whether the mean leaves out columns that were measured but not published."""
-    return row["mean_relative_published"] is not None and row["columns_in_mean_published"] < row["columns_in_mean"]
+    return 0 < row["columns_in_mean_published"] < row["columns_in_mean"]
 
 
 def _number(value: float | None, digits: int = 1) -> str:
@@ -183,7 +186,7 @@ def _percent(value: float | None, digits: int = 0) -> str:
 def _interval(row: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
     if cell["low"] is None:
         return "" if row["dense"] else "none"
-    return f"{cell['low']:+.1f} to {cell['high']:+.1f}"
+    return f"{cell['low']:+.{cell['digits']}f} to {cell['high']:+.{cell['digits']}f}"
 
 
 def _tokens(row: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
@@ -208,10 +211,10 @@ def _optional(key: str, form: str) -> Callable[[Mapping[str, Any], Mapping[str, 
 
 Cells = Sequence[tuple[str, Callable[[Mapping[str, Any], Mapping[str, Any]], str]]]
 _RELATIVE: Cells = (
-    ("score", _optional("measured", ".1f")),
+    ("score", lambda row, cell: _number(cell["measured"], cell["digits"])),
     ("% of\ndense", _optional("relative", ".1f")),
     ("pub-\nlished", _optional("relative_published", ".1f")),
-    ("vs\ndense", _optional("change", "+.1f")),
+    ("vs\ndense", lambda row, cell: "" if cell["change"] is None else f"{cell['change']:+.{cell['digits']}f}"),
     ("95 %\ninterval", _interval),
     ("same\nanswers", lambda row, cell: _percent(cell["agreement"])),
     ("KL first\ntoken", _optional("kl", ".3f")),
@@ -232,7 +235,10 @@ def _details(part: Mapping[str, Any], title: str, cells: Cells) -> Grid:
     """A line per column and measured row. Columns of cells that are empty everywhere are left out."""
     every = [(column, row) for column in part["columns"] for row in part["rows"]]
     lines = [(column, row) for column, row in every if row["cells"][column["title"]]["measured"] is not None]
-    texts = {header: [of(row, row["cells"][c["title"]]) for c, row in lines] for header, of in cells}
+    # marks of a judge go from 0 to 5: one digit would hide every difference
+    of_five = {c["title"]: 2 if c["unit"] == "of 5" else 1 for c in part["columns"]}
+    given = [(row, {**row["cells"][c["title"]], "digits": of_five[c["title"]]}) for c, row in lines]
+    texts = {header: [of(row, cell) for row, cell in given] for header, of in cells}
     headers = [header for header, column in texts.items() if any(column)]
     grid = Grid(title, ["benchmark, row", *headers])
     before = None
@@ -259,7 +265,11 @@ def notes(part: Mapping[str, Any]) -> list[str]:
     if any(row["secondary"] for row in rows):
         made.append("°: published by others than the method's authors.")
     if any(map(_fewer, rows)):
-        made.append("†: both means are over the columns that the paper prints.")
+        made.append("†: the measured mean is over the columns that the paper prints.")
+    if any(row["mean_relative_printed"] for row in rows):
+        made.append("‡: as the table prints it, over its own columns (see what is not measured here).")
+    if part["columns"]:
+        made.append(_mean_explained(part))
     units = sorted({f"{c['title']} in {c['unit']}" for c in part["columns"] if c["unit"] != "%"})
     made.append("Scores in per cent" + (f", {', '.join(units)}." if units else "."))
     if any(map(_measured, rows)):
@@ -269,6 +279,12 @@ def notes(part: Mapping[str, Any]) -> list[str]:
     if part["unmeasured"]:
         made.append("Not measured here: " + "; ".join(f"{name} ({why})" for name, why in part["unmeasured"].items()))
     return made + [f"{row['name']}: {row['note']}" for row in rows if row["note"]]
+
+
+def _mean_explained(part: Mapping[str, Any]) -> str:
+    how = "ratio of the mean scores" if part["relative"] == "ratio_of_means" else "mean of the columns' ratios"
+    without = [column["title"] for column in part["columns"] if not column["in_mean"]]
+    return f"mean, % of dense: {how}" + (f", without {', '.join(without)} (said by other columns)." if without else ".")
 
 
 def _explained(part: Mapping[str, Any]) -> str:

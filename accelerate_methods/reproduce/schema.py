@@ -6,11 +6,14 @@ import dataclasses
 import re
 from typing import Any
 
-from accelerate_methods.benchmarks import Benchmark
+from accelerate_methods.benchmarks import Benchmark, score_unit
 from accelerate_methods.errors import MethodError, UnknownNameError
 from accelerate_methods.pipeline import Pipeline, read_config
 
 DENSE = "dense"
+#: how a table makes its column of scores relative to the dense row, and what that column is called
+RELATIVE = ("mean_of_ratios", "ratio_of_means")
+PRINTED_RELATIVE = ("relative %", "average %")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +25,11 @@ class Column:
     metric: str
     scale: float
     note: str = ""
+
+    @property
+    def unit(self) -> str:
+        """Of the scores: "%", "points" or "of 5"."""
+        return score_unit(self.benchmark, self.metric)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +63,6 @@ class Row:
     @property
     def dense(self) -> bool:
         return self.name == DENSE
-
-    @property
-    def label(self) -> str:
-        """Name in tables."""
-        return self.name
 
     @property
     def folder(self) -> str:
@@ -98,6 +101,7 @@ class Part:
         checkpoint: fields of the right checkpoint's config.
         unmeasured: column title -> why it is not measured here.
         not_run: why none of the rows can be run; empty if they can.
+        relative: how the table makes "% of dense" out of the columns, one of :data:`RELATIVE`.
     """
 
     name: str
@@ -108,6 +112,7 @@ class Part:
     rows: tuple[Row, ...]
     note: str
     not_run: str
+    relative: str = RELATIVE[0]
 
     @property
     def family(self) -> str | None:

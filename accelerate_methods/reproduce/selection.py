@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MethodError, UnknownNameError
+from ..fingerprint import ROOT
+from . import guards
 from .schema import DENSE, Column, Part, Row, Table
 
 if TYPE_CHECKING:
     from .plan import Unit
 
 EMBEDDED = "embedded"
+EMBEDDED_MODEL = "assets/tiny-llava-onevision"
 EMBEDDED_FAMILIES = ("llava_onevision", "llava_video")
 #: arguments of lmms-eval's command line that this command sets itself, and what to use instead
 _OURS = {
     **{"--model": "the table", "--model_args": "--model-args", "--tasks": "--columns", "--limit": "--limit"},
     **{"--batch_size": "--batch-size", "-b": "--batch-size", "--output_path": "--output", "--config": "--model-args"},
+}
+_NO_TABLE = {
+    **dict.fromkeys(("--predict_only", "-x"), "gives no scores"),
+    "--offset": "measures other documents than the table's",
 }
 _CACHES = ("--use_cache", "-c", "--allow_cache", "--cache_requests")
 
@@ -39,10 +47,13 @@ class Choices:
     data: Path | None = None
     extra: tuple[str, ...] = ()  # further arguments of lmms-eval
 
-    @property
-    def other_model(self) -> bool:
-        """Whether another checkpoint than the paper's is run, so that the published numbers are not its numbers."""
-        return self.pretrained is not None
+    def other_model(self, part: Part) -> bool:
+        """Whether another checkpoint than the paper's is run, so that the published numbers are not its numbers.
+
+        A folder or hub name that ends as the part's own is a copy of it; the guards look at its shape.
+        """
+        own = str(part.model.get("pretrained") or "")
+        return self.pretrained is not None and model_name(self.pretrained) != model_name(own)
 
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
@@ -64,7 +75,8 @@ def select(table: Table, choices: Choices) -> list[Selection]:
 
     Raises:
         UnknownNameError: a part, row or column that the table lacks.
-        MethodError: nothing is left, or the given checkpoint is of another family than every chosen part.
+        MethodError: nothing is left; or the given checkpoint is of another family than a chosen part, has the name of
+            its checkpoint and another shape, or could stand for the models of several parts.
     """
     parts = [_named(table.parts, choices.part, "part", lambda p: p.name)] if choices.part else list(table.parts)
     if choices.pretrained == EMBEDDED:
@@ -82,7 +94,75 @@ def select(table: Table, choices: Choices) -> list[Selection]:
             chosen.append(Selection(part, here, there))
     if not any(selection.columns for selection in chosen if not selection.part.not_run):
         raise MethodError(f"no part of table {table.name} that can be run has both the chosen rows and columns.")
+    if choices.pretrained is not None:
+        _check_given(choices, [selection.part for selection in chosen if not selection.part.not_run])
+        chosen = [_fitting(selection, choices) for selection in chosen]
     return chosen
+
+
+def model_name(pretrained: str) -> str:
+    """Last part of a folder or hub name, in small letters; of a snapshot in the hub's cache the repository's."""
+    parts = Path(pretrained).parts
+    cached = [part.rpartition("--")[2] for part in parts if part.startswith("models--")]
+    return (cached or [Path(pretrained).name])[-1].lower()
+
+
+def given_config(pretrained: str) -> dict[str, Any]:
+    """``config.json`` of a given checkpoint folder; empty for a hub name."""
+    path = (ROOT / EMBEDDED_MODEL if pretrained == EMBEDDED else Path(pretrained).expanduser()) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise MethodError(f"cannot read {path}: {error}") from error
+    return {**(config.get("text_config") or {}), **config}
+
+
+def _check_given(choices: Choices, parts: list[Part]) -> None:
+    """Refuse a checkpoint that cannot stand in the place of the parts' own."""
+    given, config = choices.pretrained, given_config(choices.pretrained)
+    models = dict.fromkeys(str(part.model["pretrained"]) for part in parts)
+    if given != EMBEDDED and len(models) > 1:
+        raise MethodError(
+            f"--pretrained {given} would take the place of {' and '.join(models)}; say of which with --part: "
+            f"{', '.join(repr(part.name) for part in parts)}."
+        )
+    kind = [config.get("model_type"), *(config.get("architectures") or ())]
+    for part in parts:
+        own, here = part.model["pretrained"], f"{part.name} is {part.family}"
+        family = None if given == EMBEDDED else guards.family_of(model_name(given))
+        if family not in (None, part.family):
+            raise MethodError(f"--pretrained {given} is a {family} model by its name; part {here}.")
+        if any(kind) and not any("llava" in str(word).lower() for word in kind):
+            raise MethodError(f"--pretrained {given} is a {kind[0] or kind[1]} model; part {here}.")
+        wrong = {k: config[k] for k, v in part.checkpoint.items() if config.get(k) not in (None, v)}
+        if wrong and not choices.other_model(part):
+            found = ", ".join(f"{k} {v}, not {part.checkpoint[k]}" for k, v in wrong.items())
+            raise MethodError(
+                f"--pretrained {given} has the name of the paper's checkpoint ({own}), but another shape: {found}."
+            )
+
+
+def _fitting(selection: Selection, choices: Choices) -> Selection:
+    """Rows whose methods name layers that the given checkpoint lacks are not run, with the reason."""
+    layers = given_config(choices.pretrained).get("num_hidden_layers")
+    if not isinstance(layers, int):
+        return selection
+    rows = []
+    for row in selection.rows:
+        try:
+            if row.pipeline is not None and row.pipeline.prefill is not None:
+                row.pipeline.prefill.prefill_layers(layers)
+            if row.pipeline is not None and row.pipeline.decode is not None:
+                row.pipeline.decode.decode_layer(layers)
+        except MethodError as error:
+            reason = f"the given checkpoint is too shallow: {str(error).rstrip('.')}"
+            row = dataclasses.replace(row, pipeline=None, not_run=reason)
+        rows.append(row)
+    left = [row for row in rows if row.pipeline is not None]
+    if len(left) == 1 and any(r.pipeline is not None for r in selection.rows[1:]):
+        reasons = "; ".join(f"{r.name}: {r.not_run}" for r in rows if r.pipeline is None)
+        raise MethodError(f"part {selection.part.name}: no row but the dense one can be run ({reasons}).")
+    return dataclasses.replace(selection, rows=rows)
 
 
 def _fit_for_embedded(parts: list[Part], table: Table) -> list[Part]:
@@ -116,12 +196,17 @@ def check_extra(extra: Sequence[str]) -> None:
     """Arguments for lmms-eval that would contradict the table or take answers out of a cache."""
     for word in extra:
         flag = word.partition("=")[0]
+        if short := re.match("-w*([bcx])", word):  # -b4, -cfolder, and behind -w, which takes no value
+            flag = f"-{short[1]}"
         if _is_one_of(flag, _CACHES):
             raise MethodError(
                 f"{flag} takes answers or requests from a cache of lmms-eval, such as its response cache: they have no "
                 "times and may be those of another setting. A killed run goes on where it stopped without it: start "
                 "the same command again."
             )
+        for name, why in _NO_TABLE.items():
+            if _is_one_of(flag, (name,)):
+                raise MethodError(f"{flag} {why}.")
         for name in _OURS:
             if _is_one_of(flag, (name,)):
                 raise MethodError(f"{flag} is set by this command; use {_OURS[name]}.")

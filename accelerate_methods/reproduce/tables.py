@@ -1,10 +1,10 @@
 """The published tables, ``configs/reproduce/*.yaml``: models, settings, benchmarks, and the numbers that were printed.
 
-    table, title, paper, source, secondary, note
+    table, title, paper, source, secondary, note, relative (how "% of dense" is made: mean_of_ratios, ratio_of_means)
     parts:
       - name, model (arguments of --model_args with ``family``), checkpoint (what the right weights look like),
         columns {title: {benchmark, metric, scale, note}}, unmeasured {title: why it is not measured here},
-        source, secondary, note, not_run
+        source, secondary, note, not_run, relative
         rows:
           - name ("dense" is the first row), method or config, params, published {title: number}, tflops,
             source, secondary, note, not_run
@@ -28,7 +28,7 @@ from accelerate_methods.benchmarks import benchmark
 from accelerate_methods.errors import MethodError, UnknownNameError
 from accelerate_methods.pipeline import CONFIG_DIR, Pipeline, read_config, resolve
 
-from .schema import DENSE, Column, Part, Row, Table
+from .schema import DENSE, RELATIVE, Column, Part, Row, Table
 
 __all__ = [
     *("DENSE", "FOLDER", "MODEL_KEYS", "OTHER_KEYS", "Column", "Part", "Row", "Table", "TableError"),
@@ -58,10 +58,10 @@ OTHER_KEYS = (
     *("on_error", "save_provenance"),
 )
 _CHECKPOINT_KEYS = ("hidden_size", "num_hidden_layers")
-_TABLE_KEYS = ("table", "title", "paper", "source", "secondary", "note", "parts")
+_TABLE_KEYS = ("table", "title", "paper", "source", "secondary", "note", "relative", "parts")
 _PART_KEYS = (
     *("name", "model", "checkpoint", "columns", "unmeasured", "rows"),
-    *("source", "secondary", "note", "not_run"),
+    *("source", "secondary", "note", "not_run", "relative"),
 )
 _COLUMN_KEYS = ("benchmark", "metric", "scale", "note")
 _ROW_KEYS = (
@@ -144,7 +144,11 @@ def _part(content: Any, table: Mapping[str, Any], where: str) -> Part:
     for title, why in unmeasured.items():
         if not isinstance(why, str) or not why:
             raise TableError(f"{where}: unmeasured: {title} needs a reason.")
-    part = Part(content["name"], model, checkpoint, columns, unmeasured, (), _text(content, "note", where), not_run)
+    relative = content.get("relative", table.get("relative", RELATIVE[0]))
+    if relative not in RELATIVE:
+        raise TableError(f"{where}: {UnknownNameError('value of relative:', relative, RELATIVE)}")
+    note = _text(content, "note", where)
+    part = Part(content["name"], model, checkpoint, columns, unmeasured, (), note, not_run, relative)
     inherited = {key: content.get(key, table.get(key)) for key in ("source", "secondary")}
     rows = tuple(_row(row, part, inherited, where) for row in _list(content["rows"], f"{where}: rows"))
     _unique([row.folder for row in rows], f"{where}: row")
