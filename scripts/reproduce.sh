@@ -24,4 +24,5 @@ add --main-process-port "${MAIN_PROCESS_PORT:-}"
 # the subcommand that makes the leaderboard knows none of these
 [[ "${1:-}" != leaderboard ]] || arguments=()
 [[ -z "${PYTHON:-}" ]] || export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
-exec "$PY" -m accelerate_methods.reproduce "${@:1:1}" "${arguments[@]}" "${@:2}"
+# in front: behind them may stand `-- ARGS` for lmms-eval, and what is given on the command line counts
+exec "$PY" -m accelerate_methods.reproduce "${arguments[@]}" "$@"

@@ -19,7 +19,7 @@ import pytest
 
 from accelerate_methods.errors import MethodError, UnknownNameError
 from accelerate_methods.launch import LaunchError, Machines
-from accelerate_methods.reproduce import cli, folders, plan
+from accelerate_methods.reproduce import arguments, cli, folders, plan
 from accelerate_methods.reproduce.folders import FolderError
 from accelerate_methods.reproduce.selection import Choices, select
 from accelerate_methods.reproduce.tables import available, load
@@ -243,10 +243,10 @@ def test_arguments_that_would_spoil_the_table_are_refused(table, tmp_path, choic
 def test_values_are_split_as_lmms_eval_splits_them():
     utils = pytest.importorskip("lmms_eval.utils")
     for text in ("a=/x/b=c,d=1", 'a={"b": [1, 2]},c="x,y"', "a=[1,2],b=none", "a=1"):
-        assert plan.split_arguments(text) == utils._smart_comma_split(text)
-    read = cli._pairs("model_name=/x/b=c,max_frames_num=8,force_sample=True,until=[,x=1e-3")
+        assert arguments.split_arguments(text) == utils._smart_comma_split(text)
+    read = arguments.pairs("model_name=/x/b=c,max_frames_num=8,force_sample=True,until=[,x=1e-3")
     assert read == {"model_name": "/x/b=c", "max_frames_num": 8, "force_sample": True, "until": "[,x=1e-3"}
-    assert cli._pairs("a=1e-3,b=none") == {"a": 0.001, "b": "none"}
+    assert arguments.pairs("a=1e-3,b=none") == {"a": 0.001, "b": "none"}
     assert plan._text("model_base", "/x/b=c") == "/x/b=c"
 
 
@@ -266,6 +266,20 @@ def test_a_checkpoint_for_several_models_needs_a_part(tmp_path):
     choices = Choices("fastvid", pretrained="mine", rows=("FastVID 25 %", "FastV 10 %"))
     assert [s.part.name for s in select(load("fastvid"), choices)] == ["llava-onevision-7b"]
     assert select(load("visionzip"), Choices("visionzip", pretrained="mine", part="llava-1.5-7b"))
+
+
+def test_commits_of_the_hubs_cache_are_written_down(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    table = write_table(tmp_path / "t")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    before = hashes(table, tmp_path)
+    assert plan.hub_commits(units_of(table, tmp_path)) == {}
+    refs = tmp_path / "models--org--llava-onevision-qwen2-7b-ov" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text("0123abcd\n")
+    assert plan.hub_commits(units_of(table, tmp_path)) == {"org/llava-onevision-qwen2-7b-ov": "0123abcd"}
+    assert hashes(table, tmp_path) == before  # or a killed first command would not find its own units again
 
 
 @pytest.mark.parametrize(
@@ -294,7 +308,7 @@ def test_rows_that_need_more_layers_are_left_out():
     reasons = {row.name: row.not_run for row in selection.rows}
     assert "too shallow: prunevid: selected_layer=10" in reasons["PruneVid 17 %"] and not reasons["FastV 30 %"]
     chosen = {"part": "llava-onevision-7b", "pretrained": "embedded"}
-    with pytest.raises(MethodError, match="no row but the dense one .* k=10 is outside"):
+    with pytest.raises(MethodError, match=r"no row but the dense one .* k=10 is outside"):
         select(load("fastvid"), Choices("fastvid", rows=("FastVID+FastV 9.7 / 3.6 %",), **chosen))
 
 
@@ -555,12 +569,12 @@ def test_relative_paths_hold_in_another_working_directory(command, tmp_path):
     (tmp_path / "base").mkdir()
     (tmp_path / "my" / "tasks").mkdir(parents=True)
     given = ["--model-args", "model_base=base,conv_template=v1", "--dry-run"]
-    assert command(*given, "--", "--include_path", "my/tasks", "--include_path=my", "--seed", "1") == 0
+    assert command(*given, "--", "--include_path", "my/tasks", "--include_path=my", "--gen_kwargs", "a=my") == 0
     unit = command.units[0]
     assert unit.identity["model_args"]["model_base"] == str(tmp_path / "base")
     assert unit.identity["model_args"]["conv_template"] == "v1"
-    wanted = ["--include_path", str(tmp_path / "my" / "tasks"), f"--include_path={tmp_path / 'my'}", "--seed", "1"]
-    assert unit.identity["extra"] == wanted
+    wanted = ["--include_path", str(tmp_path / "my" / "tasks"), f"--include_path={tmp_path / 'my'}"]
+    assert unit.identity["extra"] == [*wanted, "--gen_kwargs", "a=my"]
 
 
 def test_relative_caches_hold_in_another_working_directory(tmp_path, monkeypatch):
@@ -625,7 +639,8 @@ def test_script_prints_its_commands():
     assert done.returncode == 0, done.stderr
     assert "--nproc_per_node 2" in done.stdout and "method=fastv" in done.stdout and "--limit 4" in done.stdout
     # an option before the table, and arguments for lmms-eval behind it
-    words = [*words[:2], "--part", "tiny-llava-onevision", "embedded", "--rows", "fastv", "--dry-run", "--", "--seed", "1"]
+    words = [*words[:2], "--part", "tiny-llava-onevision", "embedded", "--rows", "fastv", "--dry-run"]
+    words += ["--", "--seed", "1"]
     done = subprocess.run(words, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--nproc_per_node 2" in done.stdout and "--seed 1" in done.stdout

@@ -17,7 +17,7 @@ from rich.console import Console
 from accelerate_methods.benchmarks import benchmark
 from accelerate_methods.errors import MethodError
 from accelerate_methods.launch import Machines
-from accelerate_methods.reproduce import guards, leaderboard, outcome, render
+from accelerate_methods.reproduce import guards, leaderboard, means, outcome, render
 from accelerate_methods.reproduce.breakdown import Breakdown, break_down, interval, standard_error
 from accelerate_methods.reproduce.plan import plan
 from accelerate_methods.reproduce.schema import Column
@@ -462,10 +462,10 @@ def test_a_copy_of_the_papers_checkpoint_is_the_papers_model(tmp_path):
 
 def test_columns_that_say_the_same_again_are_not_in_the_mean():
     aspects = {c.title: c for c in load("prunevid").part("llava-onevision-7b-videochatgpt").columns}
-    assert outcome.derived(list(aspects.values())) == {"Avg"}
-    assert outcome.derived([aspects["Avg"]]) == outcome.derived([aspects["Avg"], aspects["TU"]]) == set()
-    assert outcome.derived(load("dycoke").parts[0].columns) == {"ActivityNet-QA score"}
-    assert outcome.derived(load("fastv").parts[0].columns) == set()  # perception and cognition are two things
+    assert means.derived(list(aspects.values())) == {"Avg"}
+    assert means.derived([aspects["Avg"]]) == means.derived([aspects["Avg"], aspects["TU"]]) == set()
+    assert means.derived(load("dycoke").parts[0].columns) == {"ActivityNet-QA score"}
+    assert means.derived(load("fastv").parts[0].columns) == set()  # perception and cognition are two things
 
 
 def test_the_mean_is_made_as_the_table_says(tmp_path):
@@ -473,7 +473,7 @@ def test_the_mean_is_made_as_the_table_says(tmp_path):
     text = path.read_text().replace("VideoMME: 40.0}}", "VideoMME: 40.0, relative %: 91.0}}")
     text = text.replace("    rows:\n", "    unmeasured: {relative %: the average over the dense row's}\n    rows:\n")
     text = text.replace("{Video: 45.0, VideoMME: 40.0}", "{Video: 45.0, VideoMME: 40.0, relative %: 91.0}")
-    means = {}
+    found_means = {}
     for how in ("mean_of_ratios", "ratio_of_means"):
         path.write_text(text.replace("source: tests", f"source: tests\nrelative: {how}"))
         table, choices = load(path), Choices("made_up")
@@ -489,12 +489,12 @@ def test_the_mean_is_made_as_the_table_says(tmp_path):
                     made |= {"measured": measured, "relative": 100 * measured / whole}
                 cells[row.name, c.title] = made
         found = outcome._row(fastv, selection, cells)
-        means[how] = found["mean_relative"]
+        found_means[how] = found["mean_relative"]
         assert found["mean_relative_published"] == 91.0 and found["mean_relative_printed"]
         assert outcome._row(dense, selection, cells)["mean_relative"] == 100.0
         few = dataclasses.replace(selection, columns=selection.columns[:1])
         assert outcome._row(fastv, few, cells)["mean_relative_published"] == pytest.approx(90.0)  # not the table's 91
-    assert means == {"mean_of_ratios": pytest.approx((50 + 100) / 2), "ratio_of_means": pytest.approx(60.0)}
+    assert found_means == {"mean_of_ratios": pytest.approx((50 + 100) / 2), "ratio_of_means": pytest.approx(60.0)}
 
 
 def test_fastvids_printed_relative_is_a_ratio_of_means():
@@ -502,7 +502,7 @@ def test_fastvids_printed_relative_is_a_ratio_of_means():
     assert part.relative == "ratio_of_means" and load("fastervlm").parts[0].relative == "mean_of_ratios"
     dense = part.dense.published
     for row in part.rows:
-        made = outcome.relative([({"it": row.published[t]}, {"it": dense[t]}) for t in dense], "it", part.relative)
+        made = means.relative([({"it": row.published[t]}, {"it": dense[t]}) for t in dense], "it", part.relative)
         assert made == pytest.approx(row.unmeasured["relative %"], abs=0.2), row.name
 
 

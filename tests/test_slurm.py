@@ -127,6 +127,19 @@ def test_commands_of_a_table(submit) -> None:
     assert "gpu07" in done.stdout
 
 
+def test_examples_of_a_table_can_be_run(monkeypatch, capsys, tmp_path) -> None:
+    """The commands in the batch file's own words, without a judge's key."""
+    from accelerate_methods.reproduce import cli
+
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.chdir(tmp_path)
+    text = (SLURM / "reproduce.sbatch").read_text()
+    examples = re.findall(r"^#   sbatch .*reproduce\.sbatch (.*)$", text, re.MULTILINE)
+    assert len(examples) == 2
+    for example in examples:
+        assert cli.main([*example.split(), "--dry-run"]) == 0, capsys.readouterr().err
+
+
 def test_batch_files_ask_for_what_they_say() -> None:
     for file in SLURM.glob("*.sbatch"):
         asked = re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", file.read_text(), re.MULTILINE)

@@ -26,7 +26,8 @@ from ..errors import MethodError
 from ..fingerprint import ROOT, code_hash, short_hash, versions
 from ..launch import PLAN, LaunchError, Machines, default_processes, execute
 from . import folders, guards, leaderboard, outcome, render
-from .plan import Unit, plan, split_arguments
+from .arguments import absolute, pairs
+from .plan import Unit, hub_commits, plan
 from .selection import EMBEDDED, EMBEDDED_MODEL, Choices, Selection, select
 from .tables import available, load
 
@@ -75,10 +76,10 @@ def _reproduce(argv: list[str], console: Console) -> int:
         columns=tuple(args.columns or ()),
         limit=args.limit,
         pretrained=args.pretrained if table.name != EMBEDDED_TABLE or args.pretrained != EMBEDDED else None,
-        model_args=_pairs(args.model_args),
+        model_args=pairs(args.model_args),
         batch_size=args.batch_size,
         data=args.data.expanduser().resolve() if args.data else None,
-        extra=tuple(_absolute(word) for word in extra),
+        extra=tuple(absolute(word) for word in extra),
     )
     selections = select(table, choices)
     columns = _columns(selections)
@@ -124,18 +125,6 @@ def _missing(columns: Mapping[str, Benchmark], data: Path) -> str:
     except MethodError as error:
         return str(error)
     return ""
-
-
-def _absolute(text: str) -> str:
-    """``text``, or what follows its "=", as an absolute path if it is an existing relative one that looks like one.
-
-    With a data folder the runs have another working directory.
-    """
-    flag, equals, value = text.rpartition("=")
-    path = Path(value).expanduser()
-    if not value or value.startswith("-") or not ("/" in value or path.is_dir()) or not path.exists():
-        return text
-    return f"{flag}{equals}{path.resolve()}"
 
 
 def _run(units: list[Unit], machines: Machines, output: Path, choices: Choices, console: Console) -> None:
@@ -211,6 +200,7 @@ def _about(argv: list[str], machines: Machines, units: list[Unit]) -> dict[str, 
         "gpus_per_model": machines.gpus_per_model,
         "versions": versions(),
         "code": code_hash(),
+        "hub": hub_commits(units),
         "runs": [
             {
                 "name": u.name,
@@ -240,26 +230,6 @@ def _default_output(choices: Choices, machines: Machines) -> Path:
     """The same for the same command, so that it goes on by itself; the same on every machine."""
     counts = [machines.processes, machines.machines, machines.gpus_per_model]
     return OUTPUTS / f"{choices.table}_{short_hash([choices.to_dict(), counts])}"
-
-
-def _pairs(text: str) -> dict[str, Any]:
-    """``k=v,k=v`` as a mapping; values stay text but for numbers and true/false, as in lmms-eval."""
-    found: dict[str, Any] = {}
-    for pair in filter(None, split_arguments(text)):
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise MethodError(f"--model-args: {pair!r} is not of the form name=value.")
-        found[key.strip()] = _value(_absolute(value) if "/" in value or key.strip() == "model_base" else value)
-    return found
-
-
-def _value(text: str) -> Any:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
 
 
 def _list(name: str | None, console: Console) -> None:

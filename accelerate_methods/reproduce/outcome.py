@@ -8,7 +8,6 @@ Video-ChatGPT.
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from ..report.results import Run, Sample
 from . import guards
 from .breakdown import Breakdown, break_down, interval, read_lines, standard_error
 from .folders import read_summary
+from .means import derived, relative, share
 from .plan import Unit
 from .schema import PRINTED_RELATIVE, Column, Row, Table
 from .selection import Choices, Selection
@@ -161,11 +161,7 @@ def _column(column: Column) -> dict[str, Any]:
 def _row(row: Row, selection: Selection, cells: Mapping[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
     own = {column.title: cells[row.name, column.title] for column in selection.columns}
     left_out = derived(selection.columns)
-    pairs = [
-        (cell, cells[selection.part.dense.name, title])
-        for title, cell in own.items()
-        if title not in left_out
-    ]
+    pairs = [(cell, cells[selection.part.dense.name, title]) for title, cell in own.items() if title not in left_out]
     measured = [(c, d) for c, d in pairs if c["relative"] is not None]
     published = [(c, d) for c, d in pairs if c["relative_published"] is not None]
     both = [pair for pair in measured if pair[0]["relative_published"] is not None]
@@ -195,27 +191,6 @@ def _row(row: Row, selection: Selection, cells: Mapping[tuple[str, str], dict[st
     }
 
 
-def derived(columns: Sequence[Column]) -> set[str]:
-    """Titles of columns that say again what others say: a sum or mean next to all of its parts, a second unit."""
-    titles, units = set(), {}
-    for column in columns:
-        others = [c for c in columns if c.benchmark == column.benchmark and c is not column]
-        parts = column.metric.split("+")
-        second = units.setdefault(column.benchmark.name, column.unit) != column.unit
-        if second or (len(parts) > 1 and set(parts) <= {c.metric for c in others}):
-            titles.add(column.title)
-    return titles
-
-
-def relative(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], key: str, how: str) -> float | None:
-    """Scores ``key`` of a row's cells in per cent of the dense row's: ``pairs`` of (cell, dense cell), see RELATIVE."""
-    if not pairs:
-        return None
-    if how == "ratio_of_means":
-        return _share(sum(cell[key] for cell, _ in pairs), sum(dense[key] for _, dense in pairs))
-    return statistics.fmean(_share(cell[key], dense[key]) for cell, dense in pairs)
-
-
 def cell(
     row: Row, dense_row: Row, column: Column, result: Result | None, dense: Result | None, other_model: bool
 ) -> dict[str, Any]:
@@ -227,7 +202,7 @@ def cell(
     published, published_dense = row.published.get(column.title), dense_row.published.get(column.title)
     made: dict[str, Any] = {
         "published": published,
-        "relative_published": _share(published, published_dense),
+        "relative_published": share(published, published_dense),
         **dict.fromkeys(("measured", "difference", "relative", "change", "low", "high", "members", "documents")),
         **dict.fromkeys(("interval", "agreement", "agreement_documents", "kl", "kl_documents", "speedup")),
         **dict.fromkeys(("visual_tokens_share", "flops_share")),
@@ -240,7 +215,7 @@ def cell(
     made |= {
         "measured": result.score,
         "difference": None if published is None or other_model else result.score - published,
-        "relative": _share(result.score, dense.score),
+        "relative": share(result.score, dense.score),
         "documents": result.documents,
         "costs": result.costs,
         "visual_tokens_share": _ratio(result.costs, "visual_tokens_per_layer", "visual_tokens_before"),
@@ -318,10 +293,6 @@ def _speedup(costs: Mapping[str, float], dense: Mapping[str, float]) -> float | 
     """(compression + prefill) of the dense run / of this one."""
     own, base = (entry.get("compress_ms", 0.0) + entry.get("prefill_ms", 0.0) for entry in (costs, dense))
     return base / own if own and base else None
-
-
-def _share(value: float | None, whole: float | None) -> float | None:
-    return None if value is None or not whole else 100 * value / whole
 
 
 def _ratio(costs: Mapping[str, float], part: str, whole: str) -> float | None:

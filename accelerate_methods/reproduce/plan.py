@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..errors import MethodError, UnknownNameError
 from ..fingerprint import ROOT, checkpoint_facts, code_hash, short_hash, versions
 from ..launch import Machines, Run, gpus
 from ..pipeline import resolve
+from .arguments import split_arguments
 from .schema import Column, Part, Row
 from .selection import EMBEDDED, EMBEDDED_MODEL, Choices, Selection, check_extra
 from .tables import MODEL_KEYS
@@ -190,6 +191,22 @@ def data_facts(data: Path | None, measured: Benchmark) -> Any:
     return {"folder": str(data), "files": len(files), "hash": short_hash(files)}
 
 
+def hub_commits(units: Sequence[Unit]) -> dict[str, str]:
+    """Commits of the checkpoints that came from the hub, as its local cache has them now.
+
+    Not part of the identity: before the first download there is none, so that a killed first command would not find its
+    own units again, and machines with caches of their own would not agree on the list.
+    """
+    from huggingface_hub import constants
+
+    found = {}
+    for name in dict.fromkeys(unit.identity["model_args"]["pretrained"] for unit in units):
+        main = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "refs" / "main"
+        if not Path(name).is_absolute() and main.is_file():
+            found[name] = main.read_text(encoding="utf-8").strip()
+    return found
+
+
 def judge_facts() -> dict[str, str | None]:
     """Which judge scores (its key does not matter, and must not be written down)."""
     return {name: os.environ.get(name) for name in JUDGE}
@@ -215,22 +232,7 @@ def _text(key: str, value: Any) -> str:
     text = str(value)
     if split_arguments(f"{text},next") != [text, "next"]:
         raise MethodError(
-            f"model argument {key}={text!r}: lmms-eval cannot read a comma outside brackets and quotes, nor one of these "
-            "that is left open, in a value."
+            f"model argument {key}={text!r}: lmms-eval cannot read a comma outside brackets and quotes in a value, nor "
+            "one of these that is left open."
         )
     return text
-
-
-def split_arguments(text: str) -> list[str]:
-    """``text`` at its commas, as lmms-eval 0.7.3 splits --model_args: not inside quotes, braces and brackets."""
-    pieces, depth, quote = [""], 0, None
-    for before, char in zip(" " + text, text, strict=False):
-        if char in "\"'" and before != "\\":
-            quote = char if quote is None else None if quote == char else quote
-        elif quote is None:
-            depth += (char in "{[") - (char in "}]")
-            if char == "," and depth == 0:
-                pieces.append("")
-                continue
-        pieces[-1] += char
-    return pieces
