@@ -1,4 +1,4 @@
-"""The tiny LLaVA checkpoints in transformers' own classes: same weights, keys mapped as specs/base.md section 14 says."""
+"""The tiny LLaVA checkpoints in transformers' own classes: same weights, keys mapped (specs/base.md section 14)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from transformers import (
+    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
-    LlamaConfig,
     Qwen2Config,
 )
 
@@ -53,8 +53,8 @@ def native_model(name: str, image_token: int = 7) -> Any:
     if name != "tiny-llava-1.5":  # (height, width) here, (width, height) there
         more["image_grid_pinpoints"] = [point[::-1] for point in tree.config.image_grid_pinpoints]
     if name == "tiny-llava-onevision":
-        more |= {"video_token_index": image_token + 1, "vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
-        more |= {"vision_aspect_ratio": tree.config.image_aspect_ratio}
+        more |= {"video_token_index": image_token + 1, "vision_feature_layer": -1}
+        more |= {"vision_feature_select_strategy": "full", "vision_aspect_ratio": tree.config.image_aspect_ratio}
     config = config_class(vision_config=vision, text_config=text_class(**text), **more)
     model = model_class(config).eval()
     weights = {}
@@ -66,7 +66,8 @@ def native_model(name: str, image_token: int = 7) -> Any:
             new = "model.language_model." + new.removeprefix("model.")
         weights[new] = value
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert not unexpected and all("vision_tower.head" in k or "post_layernorm" in k for k in missing), (missing, unexpected)
+    assert not unexpected, unexpected
+    assert all("vision_tower.head" in k or "post_layernorm" in k for k in missing), missing
     return model
 
 
