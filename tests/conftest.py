@@ -33,6 +33,22 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def no_grad():
+    import torch
+
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def siglip_tower(monkeypatch):
+    """The pooling head that native OneVision models take from outside their checkpoint is the tiny tower's."""
+    from accelerate_methods.hosts.native.llava_onevision import TOWER_VARIABLE
+
+    monkeypatch.setenv(TOWER_VARIABLE, str(CHECKPOINTS / "tiny-llava-onevision" / "vision_tower"))
+
+
 @pytest.fixture(scope="session")
 def loaded():
     """load(name): (tokenizer, model, image_processor, context_len) of a tiny checkpoint, float32, loaded once."""

@@ -21,19 +21,8 @@ from .native_questions import GREEDY, MAIN, QUESTIONS, answer, native
 from .test_every_method import OV, TEXT, V15, V16
 from .test_native_llava import PAIRS, assert_same, built
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_grad", "siglip_tower")
 EXAMPLES = [("fastv", V15), ("visionzip", V15), ("visionzip+fastv", V16), ("fastvid", OV), ("dycoke", OV)]
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _tower(monkeypatch):
-    monkeypatch.setenv(TOWER_VARIABLE, str(CHECKPOINTS / OV / "vision_tower"))
 
 
 @pytest.fixture

@@ -14,18 +14,16 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from accelerate_methods import MethodError, accelerate, available, detach, record, resolve
 from accelerate_methods.hosts.native.family import Seen
 from accelerate_methods.hosts.native.host import family_class
-from accelerate_methods.hosts.native.llava_onevision import TOWER_VARIABLE
 from accelerate_methods.registry import method_class
 
 from . import native_questions as asking
 from . import test_every_method as tree_side
 from .configured import configured, variants
-from .conftest import CHECKPOINTS
 from .native_models import tree_model
 from .native_questions import BATCH, MAIN, QUESTIONS, answer, native
 from .test_every_method import FAMILY, IMAGE, OV, TEXT, TILE, V15, V16, Question, why_not
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_grad", "siglip_tower")
 NAMES = (V15, V16, OV)
 RATIO = 0.3
 
@@ -45,17 +43,6 @@ COMBINED = [
     *(("visionzip+fastv", name) for name in NAMES),
     *(("fastvid+fastv", OV), ("dycoke+fastv", OV), ("fastervlm+fastv", V16), ("uniform+fastv", V15)),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _tower(monkeypatch):
-    monkeypatch.setenv(TOWER_VARIABLE, str(CHECKPOINTS / OV / "vision_tower"))
 
 
 @pytest.fixture

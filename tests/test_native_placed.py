@@ -12,31 +12,18 @@ import torch
 from accelerate import dispatch_model
 
 from accelerate_methods import accelerate, detach, record
-from accelerate_methods.hosts.native.llava_onevision import TOWER_VARIABLE
 from accelerate_methods.recording import RequestRecord
 
 from . import native_questions as asking
-from .conftest import CHECKPOINTS
 from .native_questions import GREEDY, MAIN, QUESTIONS, answer, native
 from .several_devices import SeveralDevices, place_of
 from .test_every_method import OV, V15, V16
 from .test_native_llava import built
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_grad", "siglip_tower")
 METHODS = [(None, OV), ("fastv", OV), ("visionzip", OV), ("fastvid", OV), ("dycoke", OV), ("prunevid", OV),
            ("visionzip+fastv", V16), ("fastervlm", V15), ("random_prefill", V15), ("pool", V15)]  # fmt: skip
 QUICK = [("fastv", OV), ("visionzip", OV), ("fastvid", OV), ("visionzip", V16)]
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _tower(monkeypatch):
-    monkeypatch.setenv(TOWER_VARIABLE, str(CHECKPOINTS / OV / "vision_tower"))
 
 
 def plain(tensor):

@@ -332,12 +332,12 @@ def test_windows_matter():
 
 def test_large_grids_are_scored_piece_by_piece(model, monkeypatch):
     """The same numbers when only one head's map is formed at a time."""
-    from accelerate_methods.hosts.native import qwen_vl
+    from accelerate_methods.hosts import encoder_attention
 
     asked = inputs(model, QUESTIONS["video"])
     given = []
-    for limit in (qwen_vl.CHUNK_BYTES, 1):
-        monkeypatch.setattr(qwen_vl, "CHUNK_BYTES", limit)
+    for limit in (encoder_attention.CHUNK_BYTES, 1):
+        monkeypatch.setattr(encoder_attention, "CHUNK_BYTES", limit)
         probe = Probe()
         with torch.no_grad(), accelerate(model, probe):
             model(**asked)

@@ -82,13 +82,25 @@ def _cls_probabilities(attention: Any, states: Tensor, keys: Tensor) -> Tensor:
 
 
 def _received(attention: Any, states: Tensor, keys: Tensor) -> Tensor:
-    """[V, S]; a few (view, head) maps at a time."""
+    """[V, S]."""
     queries = _heads(attention, attention.q_proj(states) * attention.scale).flatten(0, 1)
-    views, heads, length, _ = keys.shape
-    columns = keys.flatten(0, 1).transpose(-1, -2)
-    received = torch.empty(views * heads, length, dtype=torch.float32, device=states.device)
-    step = max(1, CHUNK_BYTES // (length * length * (4 + states.element_size())))  # probabilities and logits
-    for start in range(0, views * heads, step):
+    received = received_per_map(queries, keys.flatten(0, 1).transpose(-1, -2))
+    return received.view(*keys.shape[:2], -1).mean(1)
+
+
+def received_per_map(queries: Tensor, columns: Tensor) -> Tensor:
+    """Attention that each key receives in each map, averaged over the query rows; float32.
+
+    Args:
+        queries: [N, S, d] scaled; columns: [N, d, S] keys. N counts heads of views; a few maps are formed at a time.
+
+    Returns:
+        [N, S].
+    """
+    maps, length, _ = queries.shape
+    received = torch.empty(maps, length, dtype=torch.float32, device=queries.device)
+    step = max(1, CHUNK_BYTES // (length * length * (4 + queries.element_size())))  # probabilities and logits
+    for start in range(0, maps, step):
         part = slice(start, start + step)
         received[part] = (queries[part] @ columns[part]).softmax(-1, dtype=torch.float32).mean(1)
-    return received.view(views, heads, length).mean(1)
+    return received

@@ -20,11 +20,11 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from ..benchmarks import Benchmark, offline_environment, require_judge
+from ..benchmarks import Benchmark, require_judge
 from ..data.check import require
 from ..errors import MethodError
 from ..fingerprint import ROOT, code_hash, short_hash, versions
-from ..launch import PLAN, LaunchError, Machines, default_processes, execute
+from ..launch import PLAN, LaunchError, Machines, default_processes, execute, shell_prefix
 from . import folders, guards, leaderboard, outcome, render
 from .arguments import absolute, pairs
 from .plan import Unit, hub_commits, plan
@@ -144,7 +144,7 @@ def _run(units: list[Unit], machines: Machines, output: Path, choices: Choices, 
 
 def _print_plan(units: list[Unit], machines: Machines, output: Path, choices: Choices) -> None:
     """What would be run: a command per unit that does it alone, and the one command that does them all."""
-    prefix = _environment_prefix(choices.data, machines)
+    prefix = shell_prefix(machines, choices.data)
     done = [unit for unit in units if folders.is_done(unit)]
     print(f"# {len(units)} runs, {len(done)} of them there already; output {output}")
     for number, unit in enumerate(units, 1):
@@ -155,17 +155,6 @@ def _print_plan(units: list[Unit], machines: Machines, output: Path, choices: Ch
     command = machines.command(["--runs", str(output / LAUNCH / PLAN)])
     print(f"\n# what is started for all of them, with one loading of the weights ({LAUNCH}/{PLAN} is written then):")
     print(prefix + shlex.join(command))
-
-
-def _environment_prefix(data: Path | None, machines: Machines) -> str:
-    """What stands before a command in a shell: working directory and environment."""
-    environment, folder = {}, None
-    if data is not None:
-        folder, environment = offline_environment(data)
-    if machines.gpus_per_model > 1:
-        environment["GPUS_PER_MODEL"] = str(machines.gpus_per_model)
-    changes = "".join(f"{name}={shlex.quote(value)} " for name, value in environment.items())
-    return (f"cd {shlex.quote(str(folder))} && " if folder else "") + changes
 
 
 def _columns(selections: Sequence[Selection]) -> dict[str, Benchmark]:

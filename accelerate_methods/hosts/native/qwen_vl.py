@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ...errors import MethodError
 from ...items import VisualItem
+from ..encoder_attention import received_per_map
 from .family import Call, Family, Seen, placed
 from .prompt import PromptItem
 
-CHUNK_BYTES = 256 * 2**20  # what the attention maps alive at a time may take
 _FROM_BLOCK = frozenset({"pooling_attention", "received_attention", "key_states"})
 
 
@@ -171,14 +171,9 @@ def received_attention(query: Tensor, key: Tensor, unit: int) -> Tensor:
     Returns:
         [T, P // unit] float32. A few (frame, head) maps are formed at a time.
     """
-    frames, patches, heads, dim = query.shape
+    frames, _, heads, dim = query.shape
     queries = query.transpose(1, 2).flatten(0, 1) * dim**-0.5
-    columns = key.permute(0, 2, 3, 1).flatten(0, 1)
-    received = torch.empty(frames * heads, patches, dtype=torch.float32, device=query.device)
-    step = max(1, CHUNK_BYTES // (patches * patches * (4 + query.element_size())))
-    for start in range(0, frames * heads, step):
-        part = slice(start, start + step)
-        received[part] = (queries[part] @ columns[part]).softmax(-1, dtype=torch.float32).mean(1)
+    received = received_per_map(queries, key.permute(0, 2, 3, 1).flatten(0, 1))
     return received.view(frames, heads, -1, unit).mean((1, 3))
 
 
