@@ -27,9 +27,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["llava", "llava.*", "accelerate_methods", "accelerate_methods.*"]),
     package_data={
-        "accelerate_methods": ["benchmarks.yaml"],
-        "llava": ["model/multimodal_encoder/known_towers/*/*.json"],
-        "accelerate_methods.report": ["page.css", "page.js"],
+        "accelerate_methods": ["hosts/known_towers/*/*.json"],
     },
     install_requires=[
         "torch>=2.11",

@@ -21,23 +21,24 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "accelerate": "attach",
-    "detach": "attach",
-    "Method": "base",
-    "SampleMethod": "base",
-    "CompressMethod": "base",
-    "PrefillMethod": "base",
-    "DecodeMethod": "base",
-    "VisualItem": "items",
-    "Compressed": "items",
-    "Pipeline": "pipeline",
-    "resolve": "pipeline",
-    "record": "recording",
+    "accelerate": "hosts.attach",
+    "detach": "hosts.attach",
+    "Method": "stages.method",
+    "SampleMethod": "stages.sample",
+    "EncodeMethod": "stages.encode",
+    "CompressMethod": "stages.compress",
+    "PrefillMethod": "stages.prefill",
+    "DecodeMethod": "stages.decode",
+    "VisualItem": "stages.compress",
+    "Compressed": "stages.compress",
+    "Pipeline": "registry.pipeline",
+    "resolve": "registry.pipeline",
+    "record": "engine.recording",
     "available": "registry",
     "get": "registry",
     "register": "registry",
-    "MethodError": "errors",
-    "UnknownNameError": "errors",
+    "MethodError": "stages.errors",
+    "UnknownNameError": "stages.errors",
 }
 
 __all__ = ["__version__", *_EXPORTS]
@@ -55,10 +56,14 @@ def __dir__() -> list[str]:
 
 # ruff: noqa: F401 - for type checkers and editors only
 if TYPE_CHECKING:
-    from .attach import accelerate, detach
-    from .base import CompressMethod, DecodeMethod, Method, PrefillMethod, SampleMethod
-    from .errors import MethodError, UnknownNameError
-    from .items import Compressed, VisualItem
-    from .pipeline import Pipeline, resolve
-    from .recording import record
-    from .registry import available, get, register
+    from accelerate_methods.engine.recording import record
+    from accelerate_methods.hosts.attach import accelerate, detach
+    from accelerate_methods.registry import available, get, register
+    from accelerate_methods.registry.pipeline import Pipeline, resolve
+    from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem
+    from accelerate_methods.stages.decode import DecodeMethod
+    from accelerate_methods.stages.encode import EncodeMethod
+    from accelerate_methods.stages.errors import MethodError, UnknownNameError
+    from accelerate_methods.stages.method import Method
+    from accelerate_methods.stages.prefill import PrefillMethod
+    from accelerate_methods.stages.sample import SampleMethod

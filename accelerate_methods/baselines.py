@@ -8,12 +8,13 @@ from typing import ClassVar
 
 import torch
 
-from .base import CompressMethod, PrefillMethod, SampleMethod
-from .budget import BudgetedMethod, floor_share
-from .errors import MethodError
-from .items import Compressed, VisualItem, selection
-from .registry import register
-from .steps import PrefillStep, Selection
+from accelerate_methods.ops.select import random_indices
+from accelerate_methods.registry import register
+from accelerate_methods.stages.budget import BudgetedMethod, floor_share
+from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem, selection
+from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection
+from accelerate_methods.stages.sample import SampleMethod
 
 
 @register("random")
@@ -161,9 +162,6 @@ class RandomPrefill(PrefillMethod):
         return Selection.from_mask(keep)
 
 
-def random_indices(total: int, count: int, seed: int) -> torch.Tensor:
-    """``count`` of ``total`` indices, ascending; a function of its arguments alone."""
-    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].sort().values
 
 
 def pooled_grid(rows: int, columns: int, budget: int) -> tuple[int, int]:

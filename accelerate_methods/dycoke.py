@@ -22,13 +22,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import CompressMethod, DecodeMethod
-from .budget import floor_share
-from .errors import MethodError
-from .items import Compressed, VisualItem, selection
-from .ops.select import top_mask
-from .registry import register
-from .steps import DecodeStep
+from accelerate_methods.ops.select import top_mask
+from accelerate_methods.registry import register
+from accelerate_methods.stages.budget import floor_share
+from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem, selection
+from accelerate_methods.stages.decode import DecodeMethod, DecodeStep
+from accelerate_methods.stages.errors import MethodError
 
 WINDOW = 4  # frames compared with each other, a constant of the paper's code
 

@@ -18,12 +18,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import ViewCompressMethod
-from .errors import MethodError
-from .items import Compressed, VisualItem, selection
-from .ops.select import top_indices
-from .registry import register
-from .views import CompressedViews, Views
+from accelerate_methods.ops.select import top_indices
+from accelerate_methods.registry import register
+from accelerate_methods.stages.compress import Compressed, VisualItem, selection
+from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.views import CompressedViews, ViewCompressMethod, Views
 
 
 @register("fastervlm")

@@ -20,12 +20,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import PrefillMethod
-from .baselines import random_indices
-from .errors import MethodError
-from .ops.select import right_aligned_indices, top_mask
-from .registry import register
-from .steps import PrefillStep, Selection
+from accelerate_methods.ops.select import random_indices, right_aligned_indices, top_mask
+from accelerate_methods.registry import register
+from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection
 
 
 @register("fastv")

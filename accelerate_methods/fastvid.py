@@ -21,15 +21,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import CompressMethod
-from .budget import floor_share
-from .errors import MethodError
-from .items import Compressed, VisualItem, selection
-from .ops.density import density_peak_scores
-from .ops.merge import merge_to_anchors
-from .ops.segment import consecutive_similarity, dynamic_segments
-from .ops.select import mask_to_indices, top_mask
-from .registry import register
+from accelerate_methods.ops.density import density_peak_scores
+from accelerate_methods.ops.merge import merge_to_anchors
+from accelerate_methods.ops.segment import consecutive_similarity, dynamic_segments
+from accelerate_methods.ops.select import mask_to_indices, top_mask
+from accelerate_methods.registry import register
+from accelerate_methods.stages.budget import floor_share
+from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem, selection
+from accelerate_methods.stages.errors import MethodError
 
 VARIANTS = ("onevision", "llava_video", "qwen2_5_vl")
 NEIGHBOURS = 4  # k of the density estimate, a constant of the paper's code

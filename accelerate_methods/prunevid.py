@@ -21,14 +21,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import CompressMethod, PrefillMethod
-from .errors import MethodError
-from .items import Compressed, VisualItem
-from .ops.density import dpc_knn
-from .ops.segment import refine_runs, run_lengths
-from .ops.select import mask_to_indices
-from .registry import register
-from .steps import PrefillStep, Selection, VisualSpan
+from accelerate_methods.ops.density import dpc_knn
+from accelerate_methods.ops.segment import refine_runs, run_lengths
+from accelerate_methods.ops.select import mask_to_indices
+from accelerate_methods.registry import register
+from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem
+from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection, VisualSpan
 
 _ROW_LIMIT = 2**26  # attention probabilities looked at in one go
 

@@ -10,7 +10,7 @@ VipLLaVA projects the outputs of five layers of a CLIP tower at once. So methods
 from typing import Any
 
 from accelerate_methods.hosts.native import Call, ClipTower, Family, PromptItem, expected, placed, register_family
-from accelerate_methods.items import VisualItem
+from accelerate_methods.stages.compress import VisualItem
 
 
 @register_family("transformers.models.vipllava.modeling_vipllava")

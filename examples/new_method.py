@@ -7,11 +7,10 @@
 import dataclasses
 from typing import ClassVar
 
-from accelerate_methods.base import CompressMethod
-from accelerate_methods.budget import BudgetedMethod
-from accelerate_methods.items import Compressed, VisualItem, selection
 from accelerate_methods.ops.select import mask_to_indices, top_mask
 from accelerate_methods.registry import register
+from accelerate_methods.stages.budget import BudgetedMethod
+from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem, selection
 
 
 @register("outliers")

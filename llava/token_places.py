@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from accelerate_methods.errors import MethodError
-from accelerate_methods.recording import ItemRecord
+from accelerate_methods.engine.recording import ItemRecord
+from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.visualize import Cells, Panel, cells_of
 from llava.image_processing import SigLipImageProcessor
 from llava.mm_utils import (

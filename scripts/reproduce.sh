@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A paper's table with our numbers beside it: sets up the environment and runs `python -m accelerate_methods.reproduce`.
+# A paper's table with our numbers beside it: sets up the environment and runs `python -m lmms_eval_accelerate.reproduce`.
 # All arguments go to it; docs/reproduce.md explains them.
 #
 #   bash scripts/reproduce.sh --list                                        the tables; `TABLE --list` shows its rows
@@ -25,4 +25,4 @@ add --main-process-port "${MAIN_PROCESS_PORT:-}"
 [[ "${1:-}" != leaderboard ]] || arguments=()
 [[ -z "${PYTHON:-}" ]] || export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 # in front: behind them may stand `-- ARGS` for lmms-eval, and what is given on the command line counts
-exec "$PY" -m accelerate_methods.reproduce "${arguments[@]}" "$@"
+exec "$PY" -m lmms_eval_accelerate.reproduce "${arguments[@]}" "$@"

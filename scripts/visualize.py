@@ -104,7 +104,7 @@ class Choice:
 
 def choices(words: list[str], family: str, embedded: bool) -> list[Choice]:
     """Dense, then what ``--method`` says: the syntax of comparisons, or the name of a config."""
-    from accelerate_methods.settings import settings_of
+    from accelerate_methods.registry.settings import settings_of
 
     out = [Choice("dense")]
     for word in words:
@@ -120,7 +120,7 @@ def choices(words: list[str], family: str, embedded: bool) -> list[Choice]:
 
 def _with_config(method: str, embedded: bool) -> str:
     """The config for the embedded model where there is one: defaults of a few methods need a deeper decoder."""
-    from accelerate_methods.pipeline import CONFIG_DIR
+    from accelerate_methods.registry.configs import CONFIG_DIR
 
     return f"{method}/embedded" if embedded and (CONFIG_DIR / method / "embedded.yaml").is_file() else method
 
@@ -142,7 +142,7 @@ class Looker:
 
     @property
     def family(self) -> str:
-        """Key of the model family in ``accelerate_methods.compatibility``."""
+        """Key of the model family in ``accelerate_methods.registry.compatibility``."""
         kind = self.model.get_vision_tower().hub_config.model_type
         if kind != "siglip_vision_model":
             return "llava"
@@ -186,7 +186,7 @@ class Looker:
         import torch
 
         import accelerate_methods
-        from accelerate_methods.errors import MethodError
+        from accelerate_methods.stages.errors import MethodError
         from accelerate_methods.visualize import Overlay, numbered_on
         from llava.token_places import token_cells
 
@@ -237,7 +237,7 @@ class Looker:
         from llava.mm_utils import tokenizer_image_token
 
         if self.template not in conv_templates:
-            from accelerate_methods.errors import UnknownNameError
+            from accelerate_methods.stages.errors import UnknownNameError
 
             raise UnknownNameError("conversation template", self.template, conv_templates)
         if DEFAULT_IMAGE_TOKEN not in question:
@@ -348,7 +348,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments.error("give at least one --method, e.g. --method fastvid@0.1")
     from transformers.utils import logging
 
-    from accelerate_methods.errors import MethodError
+    from accelerate_methods.stages.errors import MethodError
     from llava.model.checkpoint import CheckpointError
 
     logging.disable_progress_bar()

@@ -2,16 +2,16 @@
 
 import os
 
+from tests.support.paths import GOLDEN
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from pathlib import Path
 
 import PIL
 import pytest
 
-GOLDEN = Path(__file__).resolve().parent / "golden"
 CHECKPOINTS = GOLDEN / "checkpoints"
 
 

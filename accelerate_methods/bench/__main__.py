@@ -1,3 +1,3 @@
-from .cli import main
+from accelerate_methods.bench.cli import main
 
 raise SystemExit(main())

@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..errors import MethodError
+from accelerate_methods.stages.errors import MethodError
 
 DEFAULT_METHODS = "dense fastvid@0.25 fastvid@0.1 fastv dycoke prunevid visionzip@0.1"
 IMAGE_METHODS = "dense fastv visionzip@0.25 visionzip@0.1 fastervlm@0.1"
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
             _show(args, console)
             return 0
         if args.list_models:
-            from .shapes import SHAPES
+            from accelerate_methods.bench.shapes import SHAPES
 
             for name, shape in SHAPES.items():
                 console.print(f"{name:22} {shape.family}, {shape.frames or 1} {'frames' if shape.frames else 'image'}")
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _show(args: argparse.Namespace, console: Console) -> None:
-    from . import results
+    from accelerate_methods.bench import results
 
     for path in args.show:
         content = results.read(path)
@@ -127,9 +127,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Measure and write; 1 if a setting failed for another reason than memory, 0 otherwise."""
     import torch
 
-    from ..settings import DENSE
-    from . import plots, results
-    from .measure import Bench, Row
+    from accelerate_methods.bench import plots, results
+    from accelerate_methods.bench.measure import Bench, Row
+    from accelerate_methods.registry.settings import DENSE
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -169,8 +169,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def chosen(words: str, retention: float, family: str, modality: str) -> list[Any]:
     """The settings of ``words``, dense first. "all" leaves out methods that do nothing with this kind of input."""
-    from ..pipeline import resolve
-    from ..settings import Setting, settings_of
+    from accelerate_methods.registry.pipeline import resolve
+    from accelerate_methods.registry.settings import Setting, settings_of
 
     settings = [Setting(), *settings_of(words, retention, {}, family)]
     named = settings_of(re.sub(r"(?<![^\s,])all(@\S+)?(?![^\s,])", "", words), retention, {}, family)
@@ -195,8 +195,8 @@ def _family(model: Any) -> str:
 def _model_and_inputs(args: argparse.Namespace, device: Any, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
     import torch
 
-    from .inputs import make_inputs, read_clip
-    from .shapes import build, shape_of
+    from accelerate_methods.bench.inputs import make_inputs, read_clip
+    from accelerate_methods.bench.shapes import build, shape_of
 
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     image_processor = None
@@ -246,7 +246,7 @@ def _model_and_inputs(args: argparse.Namespace, device: Any, folder: Path) -> tu
 
 def measure(bench: Any, rows: list[Any], args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """All settings in turn, round after round, so that a slow minute of the machine hits them alike."""
-    from . import native, sync
+    from accelerate_methods.bench import native, sync
 
     extra: dict[str, Any] = {}
     columns = (

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..profiling.inputs import video_like_patches
+from accelerate_methods.bench.features import video_like_patches
 
 _BEFORE = 14  # text tokens in front of the visual ones: the system prompt of Qwen2
 

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from ..compatibility import FAMILIES, why_not
-from ..errors import MethodError
-from ..hosts import host_for
-from ..pipeline import Pipeline, resolve
-from ..profiling import flops
-from ..recording import RequestRecord, record
-from ..settings import Setting
-from .inputs import Inputs, fed
+from accelerate_methods.bench.inputs import Inputs, fed
+from accelerate_methods.engine import flops
+from accelerate_methods.engine.recording import RequestRecord, record
+from accelerate_methods.hosts import host_for
+from accelerate_methods.registry.compatibility import FAMILIES, why_not
+from accelerate_methods.registry.pipeline import Pipeline, resolve
+from accelerate_methods.registry.settings import Setting
+from accelerate_methods.stages.errors import MethodError
 
 SAMPLES = ("vision_ms", "compress_ms", "prefill_ms", "first_token_ms", "decode_tokens_per_s")
 TERA = 1e12

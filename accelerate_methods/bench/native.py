@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ..errors import MethodError
-from .inputs import Inputs
-from .measure import is_out_of_memory, now
+from accelerate_methods.bench.inputs import Inputs
+from accelerate_methods.bench.measure import is_out_of_memory, now
+from accelerate_methods.stages.errors import MethodError
 
 
 def native_of(model: Any, inputs: Inputs) -> Any:

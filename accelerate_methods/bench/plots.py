@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import MethodError
-from ..settings import DENSE
-from .results import dense_row, flops_share, kept_share, middle, speed_up, title, work_ms
+from accelerate_methods.bench.results import dense_row, flops_share, kept_share, middle, speed_up, title, work_ms
+from accelerate_methods.registry.settings import DENSE
+from accelerate_methods.stages.errors import MethodError
 
 
 def draw(content: Mapping[str, Any], path: Path) -> list[Path]:

@@ -18,8 +18,8 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from ..errors import MethodError
-from ..settings import DENSE
+from accelerate_methods.registry.settings import DENSE
+from accelerate_methods.stages.errors import MethodError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONVENTION = "multiply-accumulates (a fused multiply-add counts once), decoder layers only, attention as full square"

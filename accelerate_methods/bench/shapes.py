@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UnknownNameError
+from accelerate_methods.stages.errors import UnknownNameError
 
 _VICUNA_7B = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
 _VICUNA_13B = dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40)
@@ -154,8 +154,8 @@ def write_tower(tower: str | dict[str, Any], folder: Path, seed: int = 0) -> dic
     """A ``vision_tower`` folder: the config and, for SigLIP, a random pooling head (on disk as in the hub's files)."""
     from safetensors.torch import save_file
 
-    from llava.model.multimodal_encoder.pooling_head import SiglipPoolingHead
-    from llava.model.multimodal_encoder.source import tower_config
+    from accelerate_methods.hosts.pooling_head import SiglipPoolingHead
+    from accelerate_methods.hosts.tower_files import tower_config
 
     config = tower_config(tower, None).to_dict() if isinstance(tower, str) else tower
     target = folder / "vision_tower"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .measure import Bench, Row
+from accelerate_methods.bench.measure import Bench, Row
 
 
 @torch.inference_mode()

@@ -5,17 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-from ..base import Method
-from ..errors import MethodError
-from ..pipeline import Pipeline
-
-
-def given_for(method: Method, name: str, available: frozenset[str]) -> str | None:
-    """The signal that ``method`` gets where it asks for ``name``: itself, its substitute, or None."""
-    if name in available:
-        return name
-    substitute = method.substitutes.get(name)
-    return substitute if substitute in available else None
+from accelerate_methods.registry.pipeline import Pipeline
+from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.signals import resolve_signal
 
 
 class Host(ABC):
@@ -52,7 +44,7 @@ class Host(ABC):
                         f"{method.name} acts at the {stage} stage, which {self.family} models do not offer "
                         f"(offered: {', '.join(sorted(self.stages))})."
                     )
-            missing = sorted(name for name in method.signals if given_for(method, name, available) is None)
+            missing = sorted(name for name in method.signals if resolve_signal(method, name, available) is None)
             if missing:
                 raise MethodError(
                     f"{method.name} needs {', '.join(missing)}, which {where} cannot give "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .select import mask_to_indices
+from accelerate_methods.ops.select import mask_to_indices
 
 
 def contextual_merge(

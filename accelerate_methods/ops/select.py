@@ -78,3 +78,8 @@ def right_aligned_indices(mask: Tensor, counts: Sequence[int]) -> tuple[Tensor, 
 def on_device(values: Sequence[int], device: torch.device) -> Tensor:
     """Numbers known to the host as a tensor; unlike ``torch.tensor(values, device=...)`` a GPU is not waited for."""
     return torch.tensor(values).to(device, non_blocking=True)
+
+
+def random_indices(total: int, count: int, seed: int) -> torch.Tensor:
+    """``count`` of ``total`` indices, ascending; a function of its arguments alone."""
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].sort().values

@@ -4,11 +4,23 @@
 knows a model: ``llava.token_places`` tells where the tokens of a LLaVA model come from.
 """
 
-from .cells import DROPPED, KEPT, LEFT, MERGED, NOWHERE, Cells, Overlay, Panel, cells_of, numbered_on, token_states
-from .clip import write_clip
-from .page import write_page
-from .painting import paint
-from .sheet import draw_kept_tokens, draw_sheet
+from accelerate_methods.visualize.cells import (
+    DROPPED,
+    KEPT,
+    LEFT,
+    MERGED,
+    NOWHERE,
+    Cells,
+    Overlay,
+    Panel,
+    cells_of,
+    numbered_on,
+    token_states,
+)
+from accelerate_methods.visualize.clip import write_clip
+from accelerate_methods.visualize.page import write_page
+from accelerate_methods.visualize.painting import paint
+from accelerate_methods.visualize.sheet import draw_kept_tokens, draw_sheet
 
 __all__ = [
     "DROPPED", "KEPT", "LEFT", "MERGED", "NOWHERE", "Cells", "Overlay", "Panel", "cells_of", "draw_kept_tokens",

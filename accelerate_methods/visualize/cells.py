@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import MethodError
+from accelerate_methods.stages.errors import MethodError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..recording import ItemRecord
+    from accelerate_methods.engine.recording import ItemRecord
 
 #: states of a cell: no token, dropped before the LLM, merged into another token, kept, dropped between decoder layers
 NOWHERE, DROPPED, MERGED, KEPT, LEFT = -1, 0, 1, 2, 3

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..errors import MethodError
-from .cells import Overlay, Panel
-from .painting import GREY, INK, PAPER, draw_legend, fitted, font, overlay_paint, wrapped
-from .sheet import share
+from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.visualize.cells import Overlay, Panel
+from accelerate_methods.visualize.painting import GREY, INK, PAPER, draw_legend, fitted, font, overlay_paint, wrapped
+from accelerate_methods.visualize.sheet import share
 
 RATE = 10  # pictures per second of the file; a frame stays for as many as it needs
 MARGIN, GAP = 20, 14

@@ -12,8 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from .cells import DROPPED, KEPT, LEFT, MERGED, NOWHERE, Overlay, Panel
-from .painting import FRAME, OUTSIDE, SHADE, TINT, UNDER_TINT, layer_colour, legend
+from accelerate_methods.visualize.cells import DROPPED, KEPT, LEFT, MERGED, NOWHERE, Overlay, Panel
+from accelerate_methods.visualize.painting import FRAME, OUTSIDE, SHADE, TINT, UNDER_TINT, layer_colour, legend
 
 LONG_EDGE = 960  # pixels of a stored picture; many frames are stored smaller
 BUDGET = 12e6  # pixels of all stored pictures

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .cells import DROPPED, KEPT, LEFT, MERGED, NOWHERE, Cells, Overlay
+from accelerate_methods.visualize.cells import DROPPED, KEPT, LEFT, MERGED, NOWHERE, Cells, Overlay
 
 if TYPE_CHECKING:
-    from .cells import Panel
+    from accelerate_methods.visualize.cells import Panel
 
 #: how much of the picture's brightness is left
 SHADE = {DROPPED: 0.18, MERGED: 0.45, KEPT: 1.0}

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..errors import MethodError
-from .cells import KEPT, NOWHERE, Overlay, Panel, even_cells
-from .painting import GREY, INK, PAPER, draw_legend, fitted, font, overlay_paint, wrapped
+from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.visualize.cells import KEPT, NOWHERE, Overlay, Panel, even_cells
+from accelerate_methods.visualize.painting import GREY, INK, PAPER, draw_legend, fitted, font, overlay_paint, wrapped
 
 if TYPE_CHECKING:
-    from ..recording import ItemRecord
+    from accelerate_methods.engine.recording import ItemRecord
 
 WIDTH, MARGIN, GAP = 2000, 36, 10
 BETWEEN = 44  # blocks

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from accelerate_methods.devices import computes_on, is_offloaded
-from accelerate_methods.errors import MethodError, UnknownNameError
+from accelerate_methods.engine.devices import computes_on, is_offloaded
+from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model.checkpoint import CheckpointError, find_file, load_config, read_config
 from llava.tokenization import load_tokenizer

@@ -18,15 +18,18 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from accelerate_methods import recording
-from accelerate_methods.decoder import DecoderOutput, needs_loop, run_decoder
-from accelerate_methods.devices import computes_on, moved, own_weights
-from accelerate_methods.items import VisualItem, VisualSequence
-from accelerate_methods.pipeline import Pipeline
-from accelerate_methods.steps import PromptLayout
-from accelerate_methods.views import Views, compressed_sequence
+from accelerate_methods.engine import recording
+from accelerate_methods.engine.devices import computes_on, moved, own_weights
+from accelerate_methods.engine.loop import DecoderOutput, needs_loop, run_decoder
+from accelerate_methods.engine.prompt import PromptLayout
+from accelerate_methods.engine.sequences import VisualSequence, compressed_sequence
+from accelerate_methods.hosts import register_host
+from accelerate_methods.hosts.layouts import flat_item, image_item, pool_2d, tile_grid, video_item
+from accelerate_methods.registry.pipeline import Pipeline
+from accelerate_methods.stages.compress import VisualItem
+from accelerate_methods.stages.views import Views
+from llava.model.acceleration import LlavaHost
 from llava.model.checkpoint import KEY_MAPPING, check_loaded, has_tower_weights, load_config
-from llava.model.layout import flat_item, image_item, pool_2d, tile_grid, video_item
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.tower import Encoded
 from llava.model.multimodal_projector.builder import build_vision_projector
@@ -522,3 +525,6 @@ def _describe(
                 )
             )
         request.samples.append(sample)
+
+
+register_host(LlavaHost(LlavaMetaForCausalLM))

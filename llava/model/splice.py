@@ -9,8 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from accelerate_methods.items import VisualSequence
-from accelerate_methods.steps import PromptLayout, VisualSpan
+from accelerate_methods.engine.prompt import PromptLayout
+from accelerate_methods.engine.sequences import VisualSequence
+from accelerate_methods.stages.prefill import VisualSpan
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 

@@ -22,12 +22,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from accelerate_methods import outside
-from accelerate_methods.benchmarks import require_judges
-from accelerate_methods.errors import MethodError
-from accelerate_methods.fingerprint import code_hash
+from accelerate_methods.registry import plugins
+from accelerate_methods.stages.errors import MethodError
 from lmms_eval_accelerate import TASKS
-from lmms_eval_accelerate.runs import RunError, RunFolder, run_name
+from lmms_eval_accelerate.benchmarks.catalog import require_judges
+from lmms_eval_accelerate.runs.fingerprint import code_hash
+from lmms_eval_accelerate.runs.folder import RunError, RunFolder, run_name
 from lmms_eval_accelerate.session import Session, session
 
 _SUBCOMMANDS = ("tasks", "models", "ui", "serve", "power", "version", "tui", "mcp")
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     _prepare_environment()
     code_hash()  # of the code that is imported now: what is edited while runs go on is not what makes them
     if argv[0] == "--runs":
-        from lmms_eval_accelerate.many import main as many
+        from lmms_eval_accelerate.runs.many import main as many
 
         many(argv[1:])
     else:
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 def one(argv: list[str], shared: Session) -> None:
     """Do one run. A failure ends the process with its reason and exit code 1 (2: it could not start)."""
     try:
-        outside.import_named()  # lmms-eval would warn, and not know the model
+        plugins.import_named()  # lmms-eval would warn, and not know the model
         own, passed = own_options(argv)
     except (RunError, MethodError) as error:
         complain(error)

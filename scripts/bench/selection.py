@@ -29,11 +29,11 @@ from rich.progress import track
 from rich.table import Table
 
 import accelerate_methods
-from accelerate_methods.decoder import _gather, _gather_keys
-from accelerate_methods.items import VisualItem
-from accelerate_methods.profiling.inputs import video_like_features
-from accelerate_methods.steps import VisualSpan
-from accelerate_methods.views import Views
+from accelerate_methods.bench.features import video_like_features
+from accelerate_methods.engine.loop import _gather, _gather_keys
+from accelerate_methods.stages.compress import VisualItem
+from accelerate_methods.stages.prefill import VisualSpan
+from accelerate_methods.stages.views import Views
 
 Work = tuple[Callable[[], object], int]  # what is timed, and bytes of its main input
 

@@ -10,4 +10,4 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/common.sh"
 if [[ -n "${PYTHON:-}" ]]; then PY="$PYTHON"; else ensure_env; fi
 # without changing the directory: DIR may be relative
-PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" exec "$PY" -m accelerate_methods.benchmarks prepare "$@"
+PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" exec "$PY" -m lmms_eval_accelerate.benchmarks prepare "$@"

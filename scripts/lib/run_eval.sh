@@ -46,4 +46,4 @@ add --data "${DATA:-}"
 add --output "${OUTPUT:-}"
 [[ -z "${DRY_RUN:-}" ]] || arguments+=(--dry-run)
 [[ -z "${FULL:-}" ]] || arguments+=(--full)
-exec "$PY" -m lmms_eval_accelerate.compare "${arguments[@]}" "$@"
+exec "$PY" -m lmms_eval_accelerate.compare.cli "${arguments[@]}" "$@"

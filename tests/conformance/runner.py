@@ -16,13 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.support.paths import GOLDEN as OWN_GOLDEN
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import torch
 from safetensors import safe_open
-
-OWN_GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 
 
 @dataclasses.dataclass
@@ -155,7 +155,7 @@ def run_text(path: Path, checks: dict, root: Path) -> Iterator[Result]:
 
 def run(root: Path, method: str | None = None, stage: str | None = None) -> Iterator[Result]:
     """All results below ``root``, filtered by method folder and stage."""
-    from .adapters import ADAPTERS, TEXT_CHECKS
+    from tests.conformance.adapters import ADAPTERS, TEXT_CHECKS
 
     if not root.is_dir():
         raise SystemExit(f"{root} is not a folder")

@@ -7,9 +7,9 @@ chat templates stay those of transformers. A family (one module here) says where
 are; :func:`register_family` adds one from outside (docs/adding_a_host.md).
 """
 
-from .family import Call, Family, Seen, expected, placed
-from .host import HOST, register_family
-from .prompt import PromptItem
-from .tower import ClipTower
+from accelerate_methods.hosts.native.family import Call, Family, Seen, expected, placed
+from accelerate_methods.hosts.native.host import HOST, register_family
+from accelerate_methods.hosts.native.prompt import PromptItem
+from accelerate_methods.hosts.native.tower import ClipTower
 
 __all__ = ["Call", "ClipTower", "Family", "HOST", "PromptItem", "Seen", "expected", "placed", "register_family"]

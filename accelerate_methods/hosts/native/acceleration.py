@@ -12,17 +12,16 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
-from ... import recording
-from ...base import ViewCompressMethod
-from ...decoder import DecoderOutput, needs_loop, run_decoder
-from ...devices import moved
-from ...errors import MethodError
-from ...items import VisualSequence
-from ...pipeline import Pipeline
-from ...views import compressed_sequence
-from ..base import given_for
-from .family import Call, Family, Seen
-from .prompt import CutPrompt, PromptItem, cut_prompt
+from accelerate_methods.engine import recording
+from accelerate_methods.engine.devices import moved
+from accelerate_methods.engine.loop import DecoderOutput, needs_loop, run_decoder
+from accelerate_methods.engine.sequences import VisualSequence, compressed_sequence
+from accelerate_methods.hosts.native.family import Call, Family, Seen
+from accelerate_methods.hosts.native.prompt import CutPrompt, PromptItem, cut_prompt
+from accelerate_methods.registry.pipeline import Pipeline
+from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.signals import resolve_signal
+from accelerate_methods.stages.views import ViewCompressMethod
 
 _STATE = "accelerate_prompt"  # attribute of a cache: what its prompt was
 _REQUEST = "accelerate_request"  # attribute of a cache: the record of its request
@@ -58,7 +57,7 @@ class NativeAcceleration:
 
     def __init__(self, model: nn.Module, family: Family, pipeline: Pipeline):
         self.model, self.family, self.pipeline = model, family, pipeline
-        given = {name: given_for(m, name, family.signals) for m in pipeline.methods for name in m.signals}
+        given = {name: resolve_signal(m, name, family.signals) for m in pipeline.methods for name in m.signals}
         self.adaptations = {name: real for name, real in given.items() if name != real}
         self._wanted = frozenset(given.values())
         family.prepare(self._wanted)

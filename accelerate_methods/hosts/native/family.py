@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...errors import MethodError
-from ...views import Views
-from .prompt import PromptItem
+from accelerate_methods.hosts.native.prompt import PromptItem
+from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.views import Views
 
 
 @dataclasses.dataclass

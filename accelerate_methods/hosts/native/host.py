@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ...errors import MethodError
-from ...pipeline import Pipeline
-from ..base import Host
-from .acceleration import NativeAcceleration
-from .family import Family
+from accelerate_methods.hosts.base import Host
+from accelerate_methods.hosts.native.acceleration import NativeAcceleration
+from accelerate_methods.hosts.native.family import Family
+from accelerate_methods.registry.pipeline import Pipeline
+from accelerate_methods.stages.errors import MethodError
 
 #: module of transformers -> module here that knows its models
 _FAMILIES = {

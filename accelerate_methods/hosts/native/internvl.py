@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import MethodError
-from ...items import VisualItem
-from ..encoder_attention import ENCODER_SIGNALS, encoder_signals
-from .family import Call, Family, Seen, placed
-from .prompt import PromptItem
+from accelerate_methods.engine.encoder_attention import ENCODER_SIGNALS, encoder_signals
+from accelerate_methods.hosts.native.family import Call, Family, Seen, placed
+from accelerate_methods.hosts.native.prompt import PromptItem
+from accelerate_methods.stages.compress import VisualItem
+from accelerate_methods.stages.errors import MethodError
 
 
 @dataclasses.dataclass

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava.model.layout import flat_item, image_item, tile_grid
-
-from ...devices import moved
-from ...errors import MethodError
-from ...items import VisualItem
-from .family import Call, Family, Seen, expected, placed, views_of
-from .prompt import PromptItem
-from .tower import ClipTower, Encoded
+from accelerate_methods.engine.devices import moved
+from accelerate_methods.hosts.anyres import get_anyres_image_grid_shape
+from accelerate_methods.hosts.layouts import flat_item, image_item, tile_grid
+from accelerate_methods.hosts.native.family import Call, Family, Seen, expected, placed, views_of
+from accelerate_methods.hosts.native.prompt import PromptItem
+from accelerate_methods.hosts.native.tower import ClipTower, Encoded
+from accelerate_methods.stages.compress import VisualItem
+from accelerate_methods.stages.errors import MethodError
 
 
 class Llava(Family):
@@ -117,8 +117,6 @@ class LlavaNext(Llava):
 
     def _views(self, seen: Seen, sizes: list[tuple[int, int]], config: Any, total: int) -> list[int]:
         """How many views each image has."""
-        from llava.mm_utils import get_anyres_image_grid_shape
-
         counts = []
         for size in sizes:
             columns, rows = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, self.tower.side)
@@ -135,7 +133,7 @@ def filled(layout: VisualItem, rows: Tensor) -> VisualItem:
 
 
 def _unpadded(features: Tensor, size: tuple[int, int]) -> Tensor:
-    """``llava.model.layout.unpad_image`` as transformers rounds: a whole number of cells that float arithmetic puts
+    """``hosts.layouts.unpad_image`` as transformers rounds: a whole number of cells that float arithmetic puts
     just below itself stays whole (352 x 836 pixels in 48 x 24 cells, for example)."""
     width, height = size
     rows, columns = features.shape[1:]

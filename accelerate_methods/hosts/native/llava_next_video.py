@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from llava.model.layout import pool_2d, video_item
-
-from ...errors import MethodError
-from ...items import VisualItem
-from .family import Call, Seen, placed
-from .llava import LlavaNext, filled
-from .prompt import PromptItem
-from .tower import Encoded
+from accelerate_methods.hosts.layouts import pool_2d, video_item
+from accelerate_methods.hosts.native.family import Call, Seen, placed
+from accelerate_methods.hosts.native.llava import LlavaNext, filled
+from accelerate_methods.hosts.native.prompt import PromptItem
+from accelerate_methods.hosts.native.tower import Encoded
+from accelerate_methods.stages.compress import VisualItem
+from accelerate_methods.stages.errors import MethodError
 
 
 class PooledVideos(LlavaNext):

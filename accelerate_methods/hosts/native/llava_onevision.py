@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava.model.layout import pool_2d, video_item
-from llava.model.multimodal_encoder.pooling_head import SiglipPoolingHead
-from llava.model.multimodal_encoder.source import TowerError
-
-from ...devices import computes_on
-from ...errors import MethodError
-from ...items import VisualItem
-from .family import Seen
-from .llava_next_video import PooledVideos
-from .tower import Encoded
+from accelerate_methods.engine.devices import computes_on
+from accelerate_methods.hosts.layouts import pool_2d, video_item
+from accelerate_methods.hosts.native.family import Seen
+from accelerate_methods.hosts.native.llava_next_video import PooledVideos
+from accelerate_methods.hosts.native.tower import Encoded
+from accelerate_methods.hosts.pooling_head import SiglipPoolingHead
+from accelerate_methods.hosts.tower_files import TowerError
+from accelerate_methods.stages.compress import VisualItem
+from accelerate_methods.stages.errors import MethodError
 
 _HEAD_SIGNALS = frozenset({"frame_features", "pooling_attention"})
 #: the tower whose attention-pooling head the checkpoints leave out; methods may ask for it

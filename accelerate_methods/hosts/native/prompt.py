@@ -12,8 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...items import VisualItem, VisualSequence
-from ...steps import PromptLayout, VisualSpan
+from accelerate_methods.engine.prompt import PromptLayout
+from accelerate_methods.engine.sequences import VisualSequence
+from accelerate_methods.stages.compress import VisualItem
+from accelerate_methods.stages.prefill import VisualSpan
 
 
 @dataclasses.dataclass

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...errors import MethodError
-from ..encoder_attention import ENCODER_SIGNALS, encoder_signals
+from accelerate_methods.engine.encoder_attention import ENCODER_SIGNALS, encoder_signals
+from accelerate_methods.stages.errors import MethodError
 
 
 @dataclasses.dataclass
@@ -85,5 +85,5 @@ class ClipTower:
         return self.layer.register_forward_hook(hook, with_kwargs=True)
 
     def read(self, encoded: Encoded, names: frozenset[str]) -> dict[str, Tensor]:
-        """Signals over the patches, see :func:`accelerate_methods.hosts.encoder_attention.encoder_signals`."""
+        """Signals over the patches, see :func:`accelerate_methods.engine.encoder_attention.encoder_signals`."""
         return encoder_signals(self.layer, encoded.before, names, self.special)

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import CLIPVisionConfig
 
-from .source import TowerError, tower_config
-from .tower import CLIPVisionTower, SigLipVisionTower, VisionTower
+from accelerate_methods.hosts.tower_files import TowerError, tower_config
+from llava.model.multimodal_encoder.tower import CLIPVisionTower, SigLipVisionTower, VisionTower
 
 
 def build_vision_tower(vision_tower_cfg: Any, **kwargs: Any) -> VisionTower:

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, SiglipVisionModel
 
-from accelerate_methods.devices import computes_on, own_weights
-from accelerate_methods.hosts.encoder_attention import encoder_signals
-
-from .source import TowerError, VisionConfig, tower_config, tower_file, tower_weights
+from accelerate_methods.engine.devices import computes_on, own_weights
+from accelerate_methods.engine.encoder_attention import encoder_signals
+from accelerate_methods.hosts.tower_files import TowerError, VisionConfig, tower_config, tower_file, tower_weights
 
 
 @dataclasses.dataclass

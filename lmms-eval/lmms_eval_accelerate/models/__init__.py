@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from accelerate_methods.errors import UnknownNameError
+from accelerate_methods.stages.errors import UnknownNameError
 from lmms_eval_accelerate.manifest import FAMILIES, model_ids
 
 

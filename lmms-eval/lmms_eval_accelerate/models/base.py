@@ -12,17 +12,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from accelerate_methods import accelerate, record
-from accelerate_methods.errors import UnknownNameError
+from accelerate_methods.stages.errors import UnknownNameError
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle, conv_templates
 from llava.mm_utils import KeywordsStoppingCriteria, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from lmms_eval_accelerate.failing import failing_loudly
 from lmms_eval_accelerate.models.batching import is_padding
 from lmms_eval_accelerate.models.engine import Accelerated
+from lmms_eval_accelerate.models.failing import failing_loudly
 from lmms_eval_accelerate.models.loading import Loaded
 from lmms_eval_accelerate.models.question import Likelihood, Question
-from lmms_eval_accelerate.visuals import VisualError, document_visuals
+from lmms_eval_accelerate.models.visuals import VisualError, document_visuals
 
 
 class LlavaAccelerated(Accelerated):

@@ -16,7 +16,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
 from llava.video_utils import FrameSample
-from lmms_eval_accelerate.visuals import FRAME_FOLDER_FPS, VisualError, frame_files, read_frames, read_video
+from lmms_eval_accelerate.models.visuals import FRAME_FOLDER_FPS, VisualError, frame_files, read_frames, read_video
 
 
 @dataclasses.dataclass(frozen=True)

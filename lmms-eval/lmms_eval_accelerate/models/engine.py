@@ -19,21 +19,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from accelerate_methods import record
-from accelerate_methods.errors import MethodError
-from accelerate_methods.recording import RequestRecord
-from lmms_eval_accelerate import prompts, session
-from lmms_eval_accelerate.arguments import COMMON, Arguments, parse_arguments
-from lmms_eval_accelerate.costs import Costs, sample_costs, skipped_costs, summarise
-from lmms_eval_accelerate.failing import failing_loudly
-from lmms_eval_accelerate.first_token import FirstToken
-from lmms_eval_accelerate.journal import Journal
+from accelerate_methods.engine.recording import RequestRecord
+from accelerate_methods.stages.errors import MethodError
+from lmms_eval_accelerate import session
 from lmms_eval_accelerate.manifest import FAMILIES
-from lmms_eval_accelerate.models import loading
+from lmms_eval_accelerate.models import loading, prompts
+from lmms_eval_accelerate.models.arguments import COMMON, Arguments, parse_arguments
 from lmms_eval_accelerate.models.batching import cut, generation_arguments, grouped, is_padding, until_end
+from lmms_eval_accelerate.models.failing import failing_loudly
+from lmms_eval_accelerate.models.first_token import FirstToken
+from lmms_eval_accelerate.models.placement import Placement, place_process
 from lmms_eval_accelerate.models.question import Question
-from lmms_eval_accelerate.placement import Placement, place_process
-from lmms_eval_accelerate.provenance import Provenance
-from lmms_eval_accelerate.visuals import VisualError
+from lmms_eval_accelerate.models.visuals import VisualError
+from lmms_eval_accelerate.runs.costs import Costs, sample_costs, skipped_costs, summarise
+from lmms_eval_accelerate.runs.journal import Journal
+from lmms_eval_accelerate.runs.provenance import Provenance
 
 _SHAPE = ("hidden_size", "num_hidden_layers", "vocab_size")
 

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from accelerate_methods.errors import MethodError
+from accelerate_methods.stages.errors import MethodError
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.mm_utils import process_images
 from llava.model.builder import checkpoint_family
 from llava.model.checkpoint import read_config
 from lmms_eval_accelerate.models.base import LlavaAccelerated, Question
-from lmms_eval_accelerate.visuals import FRAME_FOLDER_FPS, frame_files, read_frames, read_video
+from lmms_eval_accelerate.models.visuals import FRAME_FOLDER_FPS, frame_files, read_frames, read_video
 
 
 class Llava(LlavaAccelerated):

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from loguru import logger
 
-from accelerate_methods.errors import MethodError
+from accelerate_methods.stages.errors import MethodError
 from lmms_eval_accelerate import session
-from lmms_eval_accelerate.arguments import Arguments
-from lmms_eval_accelerate.placement import Placement, remeasured
+from lmms_eval_accelerate.models.arguments import Arguments
+from lmms_eval_accelerate.models.placement import Placement, remeasured
 
 #: arguments that decide what is loaded and where it lies
 _LOADING = ("pretrained", "device_map", "dtype", "attn_implementation")

@@ -17,18 +17,19 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from accelerate_methods import accelerate, compatibility, outside
-from accelerate_methods.errors import MethodError
+from accelerate_methods import accelerate
 from accelerate_methods.hosts.native.host import class_names, family_of
-from lmms_eval_accelerate.arguments import HF, Arguments
-from lmms_eval_accelerate.failing import failing_loudly
+from accelerate_methods.registry import compatibility, plugins
+from accelerate_methods.stages.errors import MethodError
+from lmms_eval_accelerate.models.arguments import HF, Arguments
 from lmms_eval_accelerate.models.batching import is_padding
 from lmms_eval_accelerate.models.clips import Clip, fitted_image, read_clip
 from lmms_eval_accelerate.models.engine import Accelerated
+from lmms_eval_accelerate.models.failing import failing_loudly
 from lmms_eval_accelerate.models.loading import Loaded
 from lmms_eval_accelerate.models.question import Question
 from lmms_eval_accelerate.models.stock import QWEN_MAX_PIXELS, QWEN_MIN_PIXELS, sampling_of, stock_of
-from lmms_eval_accelerate.visuals import VisualError, from_document, read_image
+from lmms_eval_accelerate.models.visuals import VisualError, from_document, read_image
 
 
 @dataclasses.dataclass
@@ -84,7 +85,7 @@ class HfAccelerated(Accelerated):
     def _class_of(name: str) -> type:
         config = AutoConfig.from_pretrained(name)
         model_class = AutoModelForImageTextToText._model_mapping.get(type(config), None)
-        outside.import_named()
+        plugins.import_named()
         built = config.architectures or []
         # the LLaVA-NeXT repository's checkpoints have model types of transformers
         fits = model_class is not None and model_class.__name__ in (built or [model_class.__name__])

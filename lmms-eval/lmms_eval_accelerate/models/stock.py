@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from accelerate_methods.errors import MethodError
-from lmms_eval_accelerate.arguments import Arguments
+from accelerate_methods.stages.errors import MethodError
+from lmms_eval_accelerate.models.arguments import Arguments
 from lmms_eval_accelerate.models.clips import Sampling
 
 #: defaults of the stock Qwen classes

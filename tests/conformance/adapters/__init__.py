@@ -1,6 +1,15 @@
 """Adapters from golden contracts to our implementation, one module per method."""
 
-from . import base_models, base_text_image, dycoke, fastervlm, fastv, fastvid, prunevid, visionzip
+from tests.conformance.adapters import (
+    base_models,
+    base_text_image,
+    dycoke,
+    fastervlm,
+    fastv,
+    fastvid,
+    prunevid,
+    visionzip,
+)
 
 _MODULES = (base_text_image, base_models, fastv, fastvid, dycoke, prunevid, fastervlm, visionzip)
 

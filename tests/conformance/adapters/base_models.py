@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accelerate_methods.items import uncompressed
+from accelerate_methods.engine.sequences import uncompressed
+from accelerate_methods.hosts.layouts import image_item, pool_2d, video_item
 from llava.model.builder import check_model_name, load_pretrained_model, name_family, official_dispatch
 from llava.model.checkpoint import CheckpointError
-from llava.model.layout import image_item, pool_2d, video_item
 
 
 @lru_cache(maxsize=4)

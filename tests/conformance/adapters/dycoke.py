@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import accelerate_methods
 from accelerate_methods.dycoke import DyCoke
-from accelerate_methods.items import VisualItem, assemble
+from accelerate_methods.engine.sequences import assemble
+from accelerate_methods.stages.compress import VisualItem
 from llava.model.checkpoint import load_config
 from llava.model.language_model.llava_qwen import LlavaQwenForCausalLM
 

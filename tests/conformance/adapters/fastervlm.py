@@ -10,14 +10,14 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import accelerate_methods
+from accelerate_methods.engine.encoder_attention import cls_attention
+from accelerate_methods.engine.sequences import VisualSequence, assemble_views
 from accelerate_methods.fastervlm import keep_patches
-from accelerate_methods.hosts.encoder_attention import cls_attention
-from accelerate_methods.items import VisualItem, VisualSequence
+from accelerate_methods.hosts.layouts import flat_item, image_item
 from accelerate_methods.ops.select import top_indices
-from accelerate_methods.views import Views, assemble_views
-from llava.model.layout import flat_item, image_item
-
-from .base_models import load_tiny
+from accelerate_methods.stages.compress import VisualItem
+from accelerate_methods.stages.views import Views
+from tests.conformance.adapters.base_models import load_tiny
 
 
 def select(inputs, params, context):

@@ -11,14 +11,14 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import accelerate_methods
-from accelerate_methods.decoder import run_decoder
+from accelerate_methods.engine.loop import run_decoder
+from accelerate_methods.engine.prompt import PromptLayout
+from accelerate_methods.engine.recording import RequestRecord
 from accelerate_methods.fastv import FastV, last_token_scores
-from accelerate_methods.pipeline import Pipeline
-from accelerate_methods.recording import RequestRecord
-from accelerate_methods.steps import PromptLayout, VisualSpan
-
-from ..runner import OWN_GOLDEN
-from .base_models import load_tiny
+from accelerate_methods.registry.pipeline import Pipeline
+from accelerate_methods.stages.prefill import VisualSpan
+from tests.conformance.adapters.base_models import load_tiny
+from tests.conformance.runner import OWN_GOLDEN
 
 _ARCHITECTURES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
 

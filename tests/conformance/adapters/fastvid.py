@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 
 import accelerate_methods
+from accelerate_methods.engine.sequences import assemble
 from accelerate_methods.fastvid import plan_quotas
+from accelerate_methods.hosts.layouts import pool_2d, video_item
 from accelerate_methods.hosts.native.qwen_vl import frame_attention
-from accelerate_methods.items import VisualItem, assemble
+from accelerate_methods.hosts.pooling_head import SiglipPoolingHead
 from accelerate_methods.ops.density import density_peak_scores
 from accelerate_methods.ops.merge import merge_to_anchors
 from accelerate_methods.ops.segment import dynamic_segments
 from accelerate_methods.ops.select import mask_to_indices, top_mask
+from accelerate_methods.stages.compress import VisualItem
 from llava.model.checkpoint import load_config
 from llava.model.language_model.llava_qwen import LlavaQwenForCausalLM
-from llava.model.layout import pool_2d, video_item
-from llava.model.multimodal_encoder.pooling_head import SiglipPoolingHead
 
 _HYPER_PARAMETERS = ("retention_ratio", "c", "tau", "d", "p", "beta", "ignore", "variant")
 

@@ -14,11 +14,10 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import accelerate_methods
-from accelerate_methods.decoder import run_decoder
-from accelerate_methods.items import VisualItem
+from accelerate_methods.engine.loop import run_decoder
+from accelerate_methods.engine.prompt import PromptLayout
 from accelerate_methods.ops.density import dpc_knn
 from accelerate_methods.ops.segment import refine_runs, run_lengths
-from accelerate_methods.pipeline import Pipeline
 from accelerate_methods.prunevid import (
     Group,
     PruneVid,
@@ -28,7 +27,9 @@ from accelerate_methods.prunevid import (
     question_scores,
     static_similarity,
 )
-from accelerate_methods.steps import PromptLayout, VisualSpan
+from accelerate_methods.registry.pipeline import Pipeline
+from accelerate_methods.stages.compress import VisualItem
+from accelerate_methods.stages.prefill import VisualSpan
 from llava.model.checkpoint import load_config
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.llava_qwen import LlavaQwenForCausalLM

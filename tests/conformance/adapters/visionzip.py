@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import accelerate_methods
-from accelerate_methods.hosts.encoder_attention import cls_attention, encoder_signals, mean_keys, received_attention
-from accelerate_methods.items import VisualItem
-from accelerate_methods.items import assemble as lay_out
-from accelerate_methods.views import Views, assemble_views
+from accelerate_methods.engine.encoder_attention import cls_attention, encoder_signals, mean_keys, received_attention
+from accelerate_methods.engine.sequences import assemble as lay_out
+from accelerate_methods.engine.sequences import assemble_views
+from accelerate_methods.hosts.layouts import pool_2d, video_item
+from accelerate_methods.stages.compress import VisualItem
+from accelerate_methods.stages.views import Views
 from accelerate_methods.visionzip import VisionZip, Zipped, by_score, zip_tokens, zipped_views
-from llava.model.layout import pool_2d, video_item
-
-from .base_models import load_tiny
+from tests.conformance.adapters.base_models import load_tiny
 
 
 def _layer(inputs: dict[str, Tensor], heads: int) -> SimpleNamespace:

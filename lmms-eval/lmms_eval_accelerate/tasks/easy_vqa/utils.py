@@ -1,4 +1,4 @@
-"""Task functions of ``easy_vqa``: questions lie beside this file, images in the installed package ``easy-vqa``."""
+"""Task functions of ``easy_vqa``: questions lie in assets/, images in the installed package ``easy-vqa``."""
 
 from __future__ import annotations
 

@@ -1,13 +1,14 @@
-"""Task functions of ``shapes_video``: clips lie beside this file, answers are compared after light normalisation."""
+"""Task functions of ``shapes_video``: clips lie in assets/, answers are compared after light normalisation."""
 
 from __future__ import annotations
 
 import string
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
-CLIPS = Path(__file__).resolve().parent / "clips"
+from lmms_eval_accelerate import ASSETS
+
+CLIPS = ASSETS / "shapes_video" / "clips"
 
 
 def doc_to_visual(doc: dict[str, Any]) -> list[str]:

@@ -1,0 +1,1 @@
+"""What runs a compressed prompt: the decoder loop, sequences, encoder attention, devices, records, FLOPs."""

@@ -1,0 +1,225 @@
+"""What the language model gets of an item: compressed tokens and newlines in the order in which they are read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem
+from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.views import CompressedViews, Views
+
+
+@dataclasses.dataclass
+class VisualSequence:
+    """An item ready to be spliced into the prompt: content tokens and surviving newlines in layout order.
+
+    Attributes:
+        tokens: [R, D].
+        positions: [R] layout rows; ascending unless the method gave another order.
+        is_content: [R] False for newlines.
+        modality: "image" or "video".
+        length: rows of the uncompressed layout.
+        num_content: content tokens, counted without a device read.
+        owner: [F, N] index into ``tokens`` holding each original content token, -1 if dropped. After a method that acts
+            on views: [V, P], over their patches.
+        stands: like ``owner``, True where an output token stands.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    is_content: Tensor
+    modality: str
+    length: int
+    num_content: int
+    owner: Tensor
+    stands: Tensor
+    info: dict[str, object] = dataclasses.field(default_factory=dict)
+
+
+def uncompressed(item: VisualItem) -> VisualSequence:
+    """The item as it is."""
+    tokens = item.dense()
+    positions = torch.arange(item.length, device=tokens.device)
+    content = torch.ones(item.length, dtype=torch.bool, device=tokens.device)
+    if item.newline_positions is not None:
+        content[item.newline_positions] = False
+    return VisualSequence(
+        tokens=tokens,
+        positions=positions,
+        is_content=content,
+        modality=item.modality,
+        length=item.length,
+        num_content=item.num_tokens,
+        owner=item.positions,
+        stands=torch.ones_like(item.positions, dtype=torch.bool),
+    )
+
+
+def assemble(item: VisualItem, compressed: Compressed) -> VisualSequence:
+    """Put newlines back and bring everything into the order in which the LLM reads it.
+
+    Which newlines return is ``Compressed.newlines``; with "closing", one survives if the row (or frame) it closes still
+    holds a kept token, and the single newline after a "one_token" video always does (specs/fastvid.md section 7).
+    """
+    tokens, positions = compressed.tokens, compressed.positions
+    content = tokens.shape[0]
+    is_content = torch.ones(content, dtype=torch.bool, device=positions.device)
+    kept = _surviving_newlines(item, compressed)
+    # what is sorted by: the layout position, or with a given order the stretch that a newline closes
+    key = positions
+    if compressed.order == "given":
+        stretches = item.newline_of is not None and compressed.newlines != "last"
+        # content before stretch s: 2s, its newline: 2s + 1, content that no newline closes: -2
+        key = item.newline_of[positions] * 2 if stretches else torch.zeros_like(positions)
+    if kept is not None:
+        at = item.newline_positions[kept]
+        tokens = torch.cat([tokens, item.newlines[kept].to(tokens.dtype)])
+        positions = torch.cat([positions, at])
+        is_content = torch.cat([is_content, is_content.new_zeros(kept.shape[0])])
+        if compressed.order == "given":
+            at = item.newline_of[at] * 2 + 1 if compressed.newlines != "last" else torch.ones_like(at)
+        key = torch.cat([key, at])
+    order = torch.argsort(key, stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(order.shape[0], device=order.device)
+    owner = torch.where(compressed.owner >= 0, rank[compressed.owner.clamp(min=0)], compressed.owner)
+    return VisualSequence(
+        tokens=tokens[order],
+        positions=positions[order],
+        is_content=is_content[order],
+        modality=item.modality,
+        length=item.length,
+        num_content=content,
+        owner=owner,
+        stands=torch.isin(item.positions, compressed.positions),
+        info=compressed.info,
+    )
+
+
+def _surviving_newlines(item: VisualItem, compressed: Compressed) -> Tensor | None:
+    """Indices into ``item.newlines``, or None if the layout has none."""
+    if item.newlines is None or not item.newlines.shape[0]:
+        return None
+    count, device = item.newlines.shape[0], compressed.positions.device
+    if compressed.newlines == "last":
+        return torch.tensor([count - 1], device=device)
+    if compressed.newlines == "all" or item.keep_all_newlines:
+        return torch.arange(count, device=device)
+    # One spare slot takes the rows that no newline closes (index -1).
+    hit = torch.zeros(count + 1, dtype=torch.bool, device=device)
+    hit[item.newline_of[compressed.positions]] = True
+    return hit[:-1].nonzero().squeeze(1)
+
+
+def compressed_sequence(
+    item: VisualItem, method: CompressMethod | None, project: Callable[[Tensor], Tensor]
+) -> VisualSequence:
+    """What goes to the language model of one item, under a compress method or none.
+
+    Args:
+        method: one that does not act on this kind of item leaves it as it is.
+        project: projector, [K, M] -> [K, D], for a method that acts before it.
+    """
+    if method is None or item.modality not in method.modalities:
+        return uncompressed(item)
+    if item.views is None:
+        return assemble(item, method.compress(item))
+    compressed = method.compress_views(item.views)
+    if compressed is None:
+        return uncompressed(item.views.uncompressed())
+    return assemble_views(item, item.views, compressed, project)
+
+
+def assemble_views(
+    item: VisualItem, views: Views, compressed: CompressedViews, project: Callable[[Tensor], Tensor]
+) -> VisualSequence:
+    """Project and order what is left of an image.
+
+    A single view, and views that are no tiles, keep the given order. With tiles: the base view; the tiles' patches in
+    raster order of the whole image (rows of tiles beside each other interleave); then section after section, view after
+    view. Sources: specs/visionzip.md section 4, specs/fastervlm.md section 2.
+
+    Args:
+        item: the image's layout (``newlines`` in the LLM's width).
+        project: projector, [K, M] -> [K, D].
+    """
+    if compressed.newlines == "checkpoint":
+        return _as_checkpoint(item, views, compressed, project)
+    tokens, device = project(compressed.tokens), compressed.tokens.device
+    count = tokens.shape[0]
+    rank = torch.arange(count, device=device)
+    if views.tiles is not None:
+        order = torch.argsort(_reading_key(views, compressed), stable=True)
+        tokens = tokens[order]
+        rank = torch.empty_like(order).scatter_(0, order, rank)
+    is_content = torch.ones(count, dtype=torch.bool, device=device)
+    if compressed.newlines == "single" and views.num_views == 1 and item.newlines is not None:
+        tokens = torch.cat([tokens, item.newlines[-1:].to(tokens.dtype)])
+        is_content = torch.cat([is_content, is_content.new_zeros(1)])
+    held = torch.where(compressed.owner >= 0, rank[compressed.owner.clamp(min=0)], compressed.owner)
+    return VisualSequence(
+        tokens=tokens,
+        positions=torch.arange(tokens.shape[0], device=device),
+        is_content=is_content,
+        modality=item.modality,
+        length=item.length,
+        num_content=count,
+        owner=held,
+        stands=_standing(views, compressed),
+        info=compressed.info,
+    )
+
+
+def _reading_key(views: Views, compressed: CompressedViews) -> Tensor:
+    """[K] integers whose order is the reading order of an image with tiles."""
+    rows, columns = views.grid
+    across, down = views.tiles
+    tile = compressed.view - 1
+    row = tile // across * rows + compressed.patch // columns
+    column = tile % across * columns + compressed.patch % columns
+    cells = across * columns * down * rows
+    cell = row * (across * columns) + column
+    # base view, then cells, then a stretch of `views` keys per section
+    key = torch.where(compressed.section == 0, cell, cells + (compressed.section - 1) * views.num_views + tile)
+    return torch.where(compressed.view == 0, -1, key)
+
+
+def _standing(views: Views, compressed: CompressedViews) -> Tensor:
+    """[V, P] True where a token stands. A spare column takes the special tokens (patch -1)."""
+    count, patches = views.num_views, views.tokens_per_view
+    stands = torch.zeros(count, patches + 1, dtype=torch.bool, device=compressed.view.device)
+    stands[compressed.view, compressed.patch] = True
+    return stands[:, :patches]
+
+
+def _as_checkpoint(
+    item: VisualItem, views: Views, compressed: CompressedViews, project: Callable[[Tensor], Tensor]
+) -> VisualSequence:
+    """The kept patches inside the checkpoint's own layout; those that stand in padding are lost."""
+    if item.source is None:
+        raise MethodError(
+            "this image was shrunk to the checkpoint's token limit: its tokens are mixtures of patches, and patches "
+            "cannot be kept in the checkpoint's layout; use the method's own one (merge='spatial')."
+        )
+    slot = torch.full((views.num_views * views.tokens_per_view,), -1, dtype=torch.long, device=item.source.device)
+    slot[compressed.view * views.tokens_per_view + compressed.patch] = torch.arange(
+        compressed.tokens.shape[0], device=slot.device
+    )
+    at = slot[item.source]
+    kept = (at >= 0).nonzero().squeeze(1)
+    owner = torch.full_like(at, -1)
+    owner[kept] = torch.arange(kept.shape[0], device=kept.device)
+    return assemble(
+        item,
+        Compressed(
+            tokens=project(compressed.tokens[at[kept]]),
+            positions=item.positions.flatten()[kept],
+            owner=owner[None],
+            info=compressed.info,
+            newlines="all",
+        ),
+    )

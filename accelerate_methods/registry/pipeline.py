@@ -1,0 +1,193 @@
+"""Composition: which methods act at which stage, and the ways a user can say it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate_methods.registry.configs import read_config
+from accelerate_methods.registry.names import available, get, method_class
+from accelerate_methods.stages.errors import MethodError, UnknownNameError
+from accelerate_methods.stages.method import STAGES, Method
+
+if TYPE_CHECKING:
+    from accelerate_methods.stages.compress import CompressMethod
+    from accelerate_methods.stages.decode import DecodeMethod
+    from accelerate_methods.stages.encode import EncodeMethod
+    from accelerate_methods.stages.prefill import PrefillMethod
+    from accelerate_methods.stages.sample import SampleMethod
+
+#: "levels" lists further parameter sets: the other rows of the paper's table. Only comparisons read it.
+_CONFIG_KEYS = {"method", "params", "levels", "model", "description"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """Methods that act together, at most one per stage."""
+
+    methods: tuple[Method, ...] = ()
+
+    def __post_init__(self) -> None:
+        for stage in STAGES:
+            acting = [m.name for m in self.methods if stage in m.stages]
+            if len(acting) > 1:
+                raise MethodError(
+                    f"{' and '.join(acting)} both act at the {stage} stage and cannot be combined; "
+                    "compose methods whose stages differ."
+                )
+
+    def _at(self, stage: str) -> Method | None:
+        return next((m for m in self.methods if stage in m.stages), None)
+
+    @property
+    def sample(self) -> SampleMethod | None:
+        return self._at("sample")
+
+    @property
+    def encode(self) -> EncodeMethod | None:
+        return self._at("encode")
+
+    @property
+    def compress(self) -> CompressMethod | None:
+        return self._at("compress")
+
+    @property
+    def prefill(self) -> PrefillMethod | None:
+        return self._at("prefill")
+
+    @property
+    def decode(self) -> DecodeMethod | None:
+        return self._at("decode")
+
+    @property
+    def signals(self) -> frozenset[str]:
+        return frozenset().union(*(m.signals for m in self.methods))
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return tuple(s for s in STAGES if self._at(s) is not None)
+
+    @property
+    def positions(self) -> str:
+        """Position rule of the spliced sequence; a prefill stage's own gaps are its Selection's matter."""
+        return self.compress.positions if self.compress is not None else "compact"
+
+    @property
+    def name(self) -> str:
+        return "+".join(m.name for m in self.methods) or "dense"
+
+    def describe(self) -> str:
+        return " + ".join(m.describe() for m in self.methods) or "dense"
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        return [m.to_dict() for m in self.methods]
+
+
+def resolve(spec: Any, **params: Any) -> Pipeline:
+    """Turn whatever a caller may give as ``method=`` into a :class:`Pipeline`.
+
+    Args:
+        spec: None or "none"/"dense" (nothing), a name ("fastvid"), names joined by "+" ("fastvid+fastv"), a config
+            (path to a YAML file, or its name below ``configs/`` such as "fastvid/llava_onevision"), a mapping
+            ``{"method": name, **params}``, a :class:`Method`, a :class:`Pipeline`, or a list of these.
+        params: hyper-parameters; they override those of a config. With several methods, prefix them with the
+            method's name: ``resolve("fastvid+fastv", **{"fastv.k": 2})``.
+
+    Raises:
+        UnknownNameError, MethodError: as :func:`accelerate_methods.get`; also when ``params`` fit nothing.
+    """
+    pending = _expand(spec)
+    if not pending:
+        if params:
+            raise MethodError(f"parameters {', '.join(sorted(params))} given, but no method to apply them to.")
+        return Pipeline()
+    names = [p.name if isinstance(p, Method) else p["method"] for p in pending]
+    overrides: list[dict[str, Any]] = [{} for _ in pending]
+    for key, value in params.items():
+        owner, dot, field = key.partition(".")
+        if dot:
+            if owner not in names:
+                raise UnknownNameError("method prefix in parameter", key, [f"{n}.{field}" for n in names])
+            target = names.index(owner)
+        elif len(pending) == 1:
+            target, field = 0, key
+        else:
+            raise MethodError(f"parameter {key!r} is ambiguous for {'+'.join(names)}; write it as <method>.{key}.")
+        overrides[target][field] = value
+    return Pipeline(tuple(_built(p, o) for p, o in zip(pending, overrides, strict=True)))
+
+
+def _built(entry: Method | dict[str, Any], overrides: dict[str, Any]) -> Method:
+    """The method of an entry, with the caller's parameters over those of the entry."""
+    if isinstance(entry, Method):
+        if not overrides:
+            return entry
+        entry = entry.to_dict()
+    # a budget given by the caller replaces the one that was there, whatever its unit
+    replaced = method_class(entry["method"]).without_replaced_budget(overrides)
+    params = {**entry, **replaced, **overrides}
+    return get(params.pop("method"), **params)
+
+
+def _expand(spec: Any) -> list[Method | dict[str, Any]]:
+    if spec is None:
+        return []
+    if isinstance(spec, Pipeline):
+        return list(spec.methods)
+    if isinstance(spec, Method):
+        return [spec]
+    if isinstance(spec, Mapping):
+        return _expand_mapping(spec, "the method mapping")
+    if isinstance(spec, Path):
+        return load_config(spec)
+    if isinstance(spec, str):
+        if spec.lower() in {"", "none", "dense"}:
+            return []
+        if spec.endswith((".yaml", ".yml")) or "/" in spec:
+            return load_config(spec)
+        known = set(available())
+        parts = [part.strip() for part in spec.split("+")]
+        for part in parts:
+            if part not in known:
+                raise UnknownNameError("method", part, known)
+        return [{"method": part} for part in parts]
+    if isinstance(spec, Sequence):
+        return [entry for part in spec for entry in _expand(part)]
+    raise MethodError(
+        f"cannot make a method out of {type(spec).__name__}; give a name, a YAML file of configs/, a mapping with a "
+        "'method' key, or a method object."
+    )
+
+
+
+
+
+
+
+
+
+
+def _expand_mapping(content: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    if "methods" in content:
+        return [entry for part in content["methods"] for entry in _expand(part)]
+    if "method" not in content:
+        found = ", ".join(map(str, content)) or "nothing"
+        raise MethodError(f"{where}: no 'method' (or 'methods') key; found {found}.")
+    method = content["method"]
+    if method is None or str(method).lower() in {"none", "dense"}:
+        return []
+    if "params" in content:
+        params = content["params"] or {}
+        extra = set(content) - _CONFIG_KEYS
+        if extra:
+            raise UnknownNameError(f"key of {where}:", sorted(extra)[0], _CONFIG_KEYS)
+    else:
+        params = {k: v for k, v in content.items() if k not in _CONFIG_KEYS}
+    return [{"method": method, **params}]
+
+
+def load_config(spec: str | Path) -> list[dict[str, Any]]:
+    """Method entries of a config file: one ``method:`` with ``params:``, or a list ``methods:`` of such entries."""
+    return _expand_mapping(read_config(spec), str(spec))

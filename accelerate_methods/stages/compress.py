@@ -1,0 +1,149 @@
+"""One image or video between the vision side and the language model, before and after compression."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from accelerate_methods.stages.method import Method
+from accelerate_methods.stages.signals import pick_signal
+
+if TYPE_CHECKING:
+    from accelerate_methods.stages.views import Views
+
+
+@dataclasses.dataclass
+class VisualItem:
+    """The visual tokens of one image or video as the uncompressed model would feed them to the LLM.
+
+    The uncompressed sequence ("layout") has ``length`` rows: F*N content tokens and S structural ones (newlines).
+
+    Attributes:
+        modality: "image" or "video".
+        features: [F, N, D] content tokens; F frames of a video, 1 for an image (all of its crops in one row).
+        positions: [F, N] row of each content token in the layout.
+        length: rows of the layout.
+        layout: newline arrangement: "flat", "one_token", "grid", "frame", "no_token" or "anyres".
+        grid: (rows, columns) of a frame's token grid with rows*columns == N, or None when there is no single grid.
+        newlines: [S, D] structural tokens.
+        newline_positions: [S] their rows in the layout.
+        newline_of: [length] for each layout row the index (0..S-1) of the newline that closes its row/frame, else -1.
+        keep_all_newlines: whether newlines stay even if nothing in their row/frame does.
+        signals: what the method asked for (see ``base.SIGNALS``).
+        source: [N] flat index (view*P + patch) of each content token of an image; None for videos, and where tokens are
+            mixtures of patches.
+        views: an image's patch features before the projector, for a method that acts there. ``features`` and
+            ``newlines`` are then placeholders of width 1.
+        full_tokens, full_length: content tokens and layout rows at the full input size, where a sample stage made the
+            input smaller; None otherwise.
+    """
+
+    modality: str
+    features: Tensor
+    positions: Tensor
+    length: int
+    layout: str = "flat"
+    grid: tuple[int, int] | None = None
+    newlines: Tensor | None = None
+    newline_positions: Tensor | None = None
+    newline_of: Tensor | None = None
+    keep_all_newlines: bool = False
+    signals: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    source: Tensor | None = None
+    views: Views | None = None
+    full_tokens: int | None = None
+    full_length: int | None = None
+
+    @property
+    def num_frames(self) -> int:
+        return self.features.shape[0]
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return self.features.shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Content tokens F*N (newlines not counted)."""
+        return self.features.shape[0] * self.features.shape[1]
+
+    def signal(self, *names: str) -> Tensor:
+        """A declared signal, or the first of several that is there; having none is the host's fault."""
+        return pick_signal(self.signals, names, self.modality)
+
+    def dense(self) -> Tensor:
+        """[length, D] the uncompressed sequence."""
+        flat = self.features.flatten(0, 1)
+        if self.newlines is None:
+            return flat  # content only: already in layout order
+        out = flat.new_empty(self.length, flat.shape[-1])
+        out[self.positions.flatten()] = flat
+        out[self.newline_positions] = self.newlines.to(out.dtype)
+        return out
+
+
+
+
+@dataclasses.dataclass
+class Compressed:
+    """What a compress stage gives back.
+
+    Attributes:
+        tokens: [K, D] content tokens that go on.
+        positions: [K] layout row at which each stands (the row of the token that it was, or of the anchor that others
+            were merged into).
+        owner: [F, N] for every original content token the index (0..K-1) of the output token that holds it, -1 if none
+            does. This is the provenance that pictures, statistics and tests read.
+        info: what else the method can say (segment sizes, per-frame counts); its prefill stage gets it.
+        order: "layout" sorts the tokens by ``positions``; "given" keeps them as they are here (a newline then closes
+            those of its row or frame, too).
+        newlines: "closing" keeps those whose row or frame still holds a token, "all" keeps every one, "last" only one
+            after everything.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    owner: Tensor
+    info: dict[str, object] = dataclasses.field(default_factory=dict)
+    order: str = "layout"
+    newlines: str = "closing"
+
+
+
+
+
+
+
+
+
+
+def selection(
+    item: VisualItem, kept: Tensor, info: dict[str, object] | None = None, order: str = "layout"
+) -> Compressed:
+    """Compressed form of a pure selection: ``kept`` [K] are flat content indices (frame*N + token), in output order."""
+    owner = torch.full((item.num_tokens,), -1, dtype=torch.long, device=item.features.device)
+    owner[kept] = torch.arange(kept.shape[0], device=kept.device)
+    return Compressed(
+        tokens=item.features.flatten(0, 1)[kept],
+        positions=item.positions.flatten()[kept],
+        owner=owner.view(item.num_frames, item.tokens_per_frame),
+        info=info or {},
+        order=order,
+    )
+
+
+class CompressMethod(Method):
+    """Acts on the visual tokens between vision side and language model.
+
+    ``compress`` gets one image or video as a :class:`VisualItem` (features, layout and the
+    declared signals) and returns the tokens that go on, where they stand, and for every original token which output
+    token holds it.
+    """
+
+    stage = "compress"
+
+    def compress(self, item: VisualItem) -> Compressed:
+        raise NotImplementedError

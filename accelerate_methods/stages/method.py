@@ -1,0 +1,125 @@
+"""What a method is: hyper-parameters plus one pure tensor function per stage where its paper acts.
+
+    sample --> encode --> compress --> prefill --> decode
+
+A method knows no model class. It declares the **signals** it reads (names in :data:`.signals.SIGNALS`); a host computes
+those and only those. Subclass the stage classes beside this file, one per stage that the paper touches, as a frozen
+dataclass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from accelerate_methods.stages.errors import MethodError, UnknownNameError
+
+STAGES = ("sample", "encode", "compress", "prefill", "decode")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of every method. Fields are hyper-parameters under the names of the paper; keyword-only.
+
+    Class attributes:
+        name: registry name, also used in configs, on the command line and in result files.
+        title, paper, licence: for tables and acknowledgements.
+        signals: names out of :data:`.signals.SIGNALS` that the host must provide.
+        substitutes: signal -> signal that serves where an encoder lacks the first; its use is reported as adaptation.
+        budget_fields: parameters that together say how much is kept. A caller who gives one replaces all of them.
+        modalities: kinds of visual item the method changes; others pass through unpruned.
+        positions: "original" keeps the position ids of the uncompressed sequence (with gaps; generated tokens go on
+            from the uncompressed length), "compact" re-numbers the shortened sequence.
+    """
+
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    licence: ClassVar[str] = ""
+    baseline: ClassVar[bool] = False
+    signals: ClassVar[frozenset[str]] = frozenset()
+    substitutes: ClassVar[Mapping[str, str]] = {}
+    budget_fields: ClassVar[tuple[str, ...]] = ("retention_ratio", "tokens_per_image", "tokens_per_frame")
+    modalities: ClassVar[frozenset[str]] = frozenset({"image", "video"})
+    positions: ClassVar[str] = "compact"
+
+    @classmethod
+    def class_stages(cls) -> tuple[str, ...]:
+        """Stages at which the method can act, in pipeline order: those whose stage class it inherits."""
+        own = {base.__dict__.get("stage") for base in cls.__mro__}
+        return tuple(stage for stage in STAGES if stage in own)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Stages at which this object acts: :meth:`class_stages` without those that a parameter has switched off."""
+        off = self.stages_off()
+        return tuple(s for s in self.class_stages() if s not in off)
+
+    def stages_off(self) -> tuple[str, ...]:
+        """Stages that the parameters switch off; a method with such switches overrides this."""
+        return ()
+
+    @classmethod
+    def parameters(cls) -> dict[str, Any]:
+        """Hyper-parameter names with their defaults (``dataclasses.MISSING`` where required)."""
+        return {f.name: f.default for f in dataclasses.fields(cls) if f.init}
+
+    @classmethod
+    def create(cls, **params: Any) -> Method:
+        """Build the method from keyword arguments; unknown names raise :class:`UnknownNameError`."""
+        allowed = cls.parameters()
+        for key in params:
+            if key not in allowed:
+                raise UnknownNameError(f"parameter of method {cls.name!r}:", key, allowed)
+        return cls(**cls.without_replaced_budget(params), **params)
+
+    @classmethod
+    def without_replaced_budget(cls, given: Mapping[str, Any]) -> dict[str, None]:
+        """None for the budget fields that ``given`` replaces: all others, as soon as it holds one."""
+        if all(given.get(name) is None for name in cls.budget_fields):
+            return {}
+        return {name: None for name in cls.budget_fields if name in cls.parameters() and name not in given}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and hyper-parameters, as a config file would hold them."""
+        return {"method": self.name, **{f: getattr(self, f) for f in self.parameters()}}
+
+    def describe(self) -> str:
+        """One line for tables and logs: the name and the parameters that differ from their defaults."""
+        changed = [f"{k}={getattr(self, k)!r}" for k, d in self.parameters().items() if getattr(self, k) != d]
+        return f"{self.name}({', '.join(changed)})"
+
+    # -- validation helpers for __post_init__ ------------------------------------------------------------------------
+
+    def _check_number(
+        self,
+        field: str,
+        *,
+        low: float = -math.inf,
+        high: float = math.inf,
+        open_low: bool = False,
+        integer: bool = False,
+    ) -> None:
+        value = getattr(self, field)
+        if value is None and (field in self.budget_fields or self.parameters()[field] is None):
+            return
+        kind = "an integer" if integer else "a number"
+        if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)) or value != value:
+            raise MethodError(f"{self.name}: {field} must be {kind}, got {value!r}.")
+        if value < low or value > high or (open_low and value == low):
+            left = "(" if open_low or low == -math.inf else "["
+            right = ")" if high == math.inf else "]"
+            allowed = f"{left}{low:g}, {high:g}{right}"
+            raise MethodError(f"{self.name}: {field}={value!r} is outside the allowed range {allowed}.")
+
+    def _check_flag(self, field: str) -> None:
+        value = getattr(self, field)
+        if not isinstance(value, bool):
+            raise MethodError(f"{self.name}: {field} must be True or False, got {value!r}.")
+
+    def _check_choice(self, field: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, field)
+        if value not in allowed:
+            raise UnknownNameError(f"value of {self.name}.{field}:", value, allowed)

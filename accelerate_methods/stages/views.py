@@ -1,0 +1,83 @@
+"""An image as the vision encoder saw it: one or several square views, before the projector.
+
+Methods that act here (:class:`ViewCompressMethod`) choose and merge patches inside every view;
+:mod:`accelerate_methods.engine.sequences` gives the result the order in which the LLM reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from torch import Tensor
+
+from accelerate_methods.stages.compress import CompressMethod, VisualItem
+from accelerate_methods.stages.signals import pick_signal
+
+
+@dataclasses.dataclass
+class Views:
+    """The views of one image.
+
+    Attributes:
+        features: [V, P, M] patch features of the encoder.
+        special: [V, S, M] what the encoder puts before the patches (the CLS token of CLIP), or None.
+        grid: (rows, columns) of a view's patches, rows*columns == P.
+        tiles: (columns, rows) in which views 1.. tile the image, view 0 being the whole image; None if they do not.
+        signals: what the method asked for (see ``base.SIGNALS``), over the P patches.
+        uncompressed: gives the image as the model has it without any method, for a method that leaves it alone.
+    """
+
+    features: Tensor
+    grid: tuple[int, int]
+    special: Tensor | None = None
+    tiles: tuple[int, int] | None = None
+    signals: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    uncompressed: Callable[[], VisualItem] | None = None
+
+    @property
+    def num_views(self) -> int:
+        return self.features.shape[0]
+
+    @property
+    def tokens_per_view(self) -> int:
+        return self.features.shape[1]
+
+    def signal(self, *names: str) -> Tensor:
+        """A declared signal, or the first of several that is there."""
+        return pick_signal(self.signals, names, "image")
+
+
+@dataclasses.dataclass
+class CompressedViews:
+    """What goes on of an image's views.
+
+    Attributes:
+        tokens: [K, M], view after view, in the order in which a single view is read.
+        view: [K] view of each token; patch: [K] the patch at which it stands, -1 for a special token.
+        section: [K] 0 for tokens that return to their place when tiles are stitched together; 1, 2, ... for those that
+            follow after all patches, section by section.
+        owner: [V, P] for every patch the index (0..K-1) of the token that holds it, -1 if none does.
+        newlines: "none"; "single" for one newline after an image of a single view, if the checkpoint puts one there; or
+            "checkpoint": the checkpoint's own unpadding and newlines, all of which stay (section 0 tokens only).
+    """
+
+    tokens: Tensor
+    view: Tensor
+    patch: Tensor
+    section: Tensor
+    owner: Tensor
+    newlines: str = "none"
+    info: dict[str, object] = dataclasses.field(default_factory=dict)
+
+
+class ViewCompressMethod(CompressMethod):
+    """Compresses images view by view, before the projector; videos as every compress method.
+
+    The views of an image are its anyres base and tiles, or the one view that there is. Their unpadding and newlines are
+    a matter of what comes out (``CompressedViews.newlines``).
+    """
+
+    def compress_views(self, views: Views) -> CompressedViews | None:
+        """What goes on of one image; None leaves it as the uncompressed model has it."""
+        raise NotImplementedError

@@ -1,0 +1,132 @@
+"""Host of this project's LLaVA tree: LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, LLaVA-Video."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from accelerate_methods.engine.encoder_attention import ENCODER_SIGNALS
+from accelerate_methods.hosts.base import Host
+from accelerate_methods.hosts.layouts import pool_2d
+from accelerate_methods.hosts.pooling_head import SiglipPoolingHead
+from accelerate_methods.registry.pipeline import Pipeline
+from accelerate_methods.stages.compress import VisualItem
+from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.signals import resolve_signal
+from accelerate_methods.stages.views import ViewCompressMethod
+from llava.model.multimodal_encoder.tower import Encoded
+
+_HEAD_SIGNALS = frozenset({"frame_features", "pooling_attention"})
+
+
+class LlavaAcceleration:
+    """What is attached to one model: the pipeline, and the side modules its signals need (outside the state dict).
+
+    Attributes:
+        encoder_signals: names that the vision tower has to compute.
+        adaptations: signal that a method asks for -> what this tower gives instead.
+    """
+
+    def __init__(self, model: Any, pipeline: Pipeline, available: frozenset[str]):
+        self.pipeline = pipeline
+        self._config = model.config
+        self._tower = model.get_vision_tower()
+        given = {name: resolve_signal(m, name, available) for m in pipeline.methods for name in m.signals}
+        self.adaptations = {name: real for name, real in given.items() if name != real}
+        names = frozenset(given.values())
+        self.encoder_signals = names - _HEAD_SIGNALS
+        self._head: SiglipPoolingHead | None = None
+        if _HEAD_SIGNALS & names:
+            head = SiglipPoolingHead.from_tower(self._tower.vision_tower_name, self._tower.checkpoint)
+            self._head = head.to(device=self._tower.device, dtype=self._tower.dtype)
+
+    def acts_on_views(self, kind: str) -> bool:
+        """Whether an item of this kind is compressed before the projector."""
+        method = self.pipeline.compress
+        return isinstance(method, ViewCompressMethod) and kind != "video" and "image" in method.modalities
+
+    def resize(self, pixels: Tensor) -> Tensor:
+        """[V, 3, S, S] views at the side that the sample stage wants."""
+        method = self.pipeline.sample
+        if method is None:
+            return pixels
+        side = method.input_side(pixels.shape[-1], self._tower.hub_config.patch_size)
+        if side == pixels.shape[-1]:
+            return pixels
+        # antialiased bicubic in float32: half precision has no CPU kernel, and the image is small
+        small = nn.functional.interpolate(pixels.float(), (side, side), mode="bicubic", antialias=True)
+        return small.to(pixels.dtype)
+
+    def view_signals(self, encoded: Encoded) -> dict[str, Tensor]:
+        """The signals that a method acting on views asks for, over the patches of an image's views."""
+        return self._tower.signals(encoded, self.encoder_signals)
+
+    def signals(self, item: VisualItem, encoded: Encoded) -> dict[str, Tensor]:
+        """The signals that the attached methods ask for, over the tokens of one item."""
+        method = self.pipeline.compress
+        if method is None or item.modality not in method.modalities or not method.signals:
+            return {}
+        out = self.view_signals(encoded)
+        if self._head is not None:
+            if self._head.probe.device != encoded.hidden.device:  # the model was moved after attaching
+                self._head.to(encoded.hidden.device)
+            frames, out["pooling_attention"] = self._head(encoded.patches.to(self._head.probe.dtype))
+        tokens = {name: self._to_tokens(value, item) for name, value in out.items()}
+        return tokens if self._head is None else {**tokens, "frame_features": frames}
+
+    def _to_tokens(self, signal: Tensor, item: VisualItem) -> Tensor:
+        """[F, P, ...] over patches -> [F, N, ...] over the tokens that the LLM gets."""
+        if item.modality == "video":  # pooled as the features are
+            mode = getattr(self._config, "mm_spatial_pool_mode", "average")
+            return pool_2d(signal[..., None], mode)[..., 0] if signal.ndim == 2 else pool_2d(signal, mode)
+        return signal if item.source is None else signal.flatten(0, 1)[item.source][None]
+
+
+class LlavaHost(Host):
+    family = "LLaVA"
+    stages = frozenset({"sample", "compress", "prefill", "decode"})
+    signals = _HEAD_SIGNALS | ENCODER_SIGNALS
+
+    def __init__(self, model_class: type):
+        self._model_class = model_class
+
+    def supports(self, model: Any) -> bool:
+        return isinstance(model, self._model_class)
+
+    def attach(self, model: Any, pipeline: Pipeline) -> Any:
+        tower = model.get_vision_tower()
+        if tower is None or not tower.is_loaded:
+            raise MethodError(
+                f"{type(model).__name__} has no loaded vision tower; there are no visual tokens to compress."
+            )
+        if pipeline.methods and (getattr(model, "_tp_size", None) or 1) > 1:  # loaded by from_pretrained itself
+            raise MethodError(
+                f"{pipeline.name} cannot act on a tensor-parallel model: it reads attention over all heads, and this "
+                f"process holds one of {model._tp_size} parts of them. Load it with device_map='auto' instead."
+            )
+        kind = tower.hub_config.model_type
+        available = self.signals - (frozenset({"cls_attention"}) if kind == "siglip_vision_model" else _HEAD_SIGNALS)
+        self.check(pipeline, available, f"a {kind} tower")
+        self._check_layers(model, pipeline)
+        previous = self.attached(model)
+        model.acceleration = LlavaAcceleration(model, pipeline, available) if pipeline.methods else None
+        return previous
+
+    def attached(self, model: Any) -> Any:
+        return model.__dict__.get("acceleration")
+
+    def restore(self, model: Any, previous: Any) -> None:
+        if previous is None:
+            model.__dict__.pop("acceleration", None)
+        else:
+            model.acceleration = previous
+
+    @staticmethod
+    def _check_layers(model: Any, pipeline: Pipeline) -> None:
+        """Ask layer questions now, so that a layer out of range is an error at attach time."""
+        layers = model.config.num_hidden_layers
+        if pipeline.prefill is not None:
+            pipeline.prefill.prefill_layers(layers)
+        if pipeline.decode is not None:
+            pipeline.decode.decode_layer(layers)

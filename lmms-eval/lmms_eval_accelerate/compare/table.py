@@ -1,0 +1,226 @@
+"""Side by side: the summaries of several runs as one table, as JSON and Markdown, and as a curve."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+
+from lmms_eval_accelerate.report.loyalty import kl_text, loyalty
+from lmms_eval_accelerate.report.results import Run
+
+DENSE = "dense"
+
+
+@dataclasses.dataclass
+class Row:
+    """One setting on one task. Costs are means per sample over all ranks, without the warm-up calls.
+
+    ``prefill_ms`` is the language model's prefill, ``compress_ms`` the method's own work before it; ``speedup``
+    compares their sum with the dense run's, so a method has to pay for itself. ``tokens_after`` is the mean over the
+    decoder layers, so that methods that drop tokens inside the language model are counted alike.
+
+    ``same_answers``, ``first_token_kl`` (nats, mean per document) and ``top1_same`` compare with the dense run without
+    a look at references (docs/loyalty.md); None where a run kept no samples or no distributions.
+    """
+
+    setting: str
+    task: str
+    metric: str
+    score: float
+    samples: int
+    tokens_before: float
+    tokens_after: float
+    flops_share: float
+    vision_ms: float
+    compress_ms: float
+    prefill_ms: float
+    change: float | None = None
+    speedup: float | None = None
+    same_answers: float | None = None
+    first_token_kl: float | None = None
+    top1_same: float | None = None
+
+    @property
+    def kept(self) -> float:
+        """Share of the visual tokens that the language model worked on, mean over its layers."""
+        return self.tokens_after / self.tokens_before if self.tokens_before else 1.0
+
+
+def read(folders: Mapping[str, Path]) -> list[Row]:
+    """Rows from the ``summary.json`` and the samples files of every setting, in the order of the settings."""
+    found: list[Row] = []
+    runs: dict[str, Run] = {}
+    for setting, folder in folders.items():
+        report = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        runs[setting] = Run(folder, report)
+        for task, metrics in report["tasks"].items():
+            costs = report["costs"]["by_task"].get(task)
+            if metrics and costs:
+                found.append(_row(setting, task, metrics, costs))
+    dense = {row.task: row for row in found if row.setting == DENSE}
+    for row in found:
+        base = dense.get(row.task)
+        if base is not None:
+            row.change = row.score - base.score
+            row.speedup = (base.compress_ms + base.prefill_ms) / (row.compress_ms + row.prefill_ms)
+    for task, base in dense.items():
+        answers = runs[DENSE].samples(task, base.metric)
+        for row in found:
+            if row.task == task and row is not base:
+                loyal = loyalty(answers, runs[row.setting].samples(task, row.metric))
+                row.same_answers, row.first_token_kl = loyal.agreement, loyal.first_token_kl_mean
+                row.top1_same = loyal.top1_agreement
+    return found
+
+
+def _row(setting: str, task: str, metrics: Mapping[str, float], costs: Mapping[str, Any]) -> Row:
+    metric, score = next(iter(metrics.items()))
+    return Row(
+        setting=setting,
+        task=task,
+        metric=metric,
+        score=score,
+        samples=costs["samples"],
+        tokens_before=costs["visual_tokens_before"],
+        tokens_after=costs["visual_tokens_per_layer"],
+        flops_share=costs["llm_tflops"] / costs["llm_tflops_dense"],
+        vision_ms=costs["vision_ms"],
+        compress_ms=costs["compress_ms"],
+        prefill_ms=costs["prefill_ms"],
+    )
+
+
+_NARROW = {"accuracy": "acc.", "same answers": "same ans."}  # headers that are wider than their numbers
+#: columns that are left out where no run has what they show
+_LOYAL = {
+    "same answers": "same answers: as the dense run's",
+    "KL": "KL: of the first token's distribution from the dense run's (docs/loyalty.md)",
+}
+_NOTE = (
+    "means per sample; visual tokens: mean over the LLM's layers; "
+    "speed up: LLM prefill of the dense run / (compression + prefill)"
+)
+
+
+def _cells(row: Row) -> dict[str, str]:
+    """What a row shows, by column. Fractions are shown in per cent, scores on another scale (MME) as they are."""
+    scale = 100.0 if row.score <= 1.0 else 1.0
+    relative = row.setting != DENSE
+    return {
+        "setting": row.setting,
+        "accuracy": f"{scale * row.score:.1f}",
+        "vs dense": f"{scale * row.change:+.1f}" if relative and row.change is not None else "",
+        "same answers": f"{row.same_answers:.0%}" if relative and row.same_answers is not None else "",
+        "KL": kl_text(row.first_token_kl) if relative else "",
+        "visual tokens": f"{row.tokens_after:.0f} ({row.kept:.0%})",
+        "LLM FLOPs": f"{row.flops_share:.1%}",
+        "compress ms": f"{row.compress_ms:.1f}",
+        "prefill ms": f"{row.prefill_ms:.1f}",
+        "speed up": f"{row.speedup:.2f}x" if relative and row.speedup is not None else "",
+    }
+
+
+def _grid(rows_of_task: list[Row]) -> dict[str, list[str]]:
+    """The columns of one task's table, top to bottom."""
+    cells = [_cells(row) for row in rows_of_task]
+    columns = {name: [here[name] for here in cells] for name in cells[0]}
+    return {name: column for name, column in columns.items() if name not in _LOYAL or any(column)}
+
+
+def _note(found: list[Row]) -> str:
+    shown = {name for here in _by_task(found).values() for name in _grid(here)}
+    return "; ".join([_NOTE, *(text for name, text in _LOYAL.items() if name in shown)])
+
+
+def _by_task(found: list[Row]) -> dict[str, list[Row]]:
+    tasks: dict[str, list[Row]] = {}
+    for row in found:
+        tasks.setdefault(row.task, []).append(row)
+    return tasks
+
+
+def _title(task: str, rows_of_task: list[Row]) -> str:
+    first = rows_of_task[0]
+    return f"{task}: {first.metric}, n={first.samples}, {first.tokens_before:.0f} visual tokens"
+
+
+def tables(found: list[Row]) -> Group:
+    """The comparison for the terminal, a table per task."""
+    views: list[Table | str] = []
+    for task, here in _by_task(found).items():
+        view = Table(title=_title(task, here), title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+        grid = _grid(here)
+        for index, header in enumerate(grid):
+            # two short lines per header keep the table within 80 columns; long method names are folded
+            wrap = {"no_wrap": True} if index else {"overflow": "fold"}
+            header = _NARROW.get(header, header).replace(" ", "\n")
+            view.add_column(header, justify="right" if index else "left", **wrap)
+        for row in zip(*grid.values(), strict=True):
+            view.add_row(*row)
+        views.append(view)
+    return Group(*views, _note(found))
+
+
+def markdown(found: list[Row]) -> str:
+    """The same as Markdown."""
+    lines: list[str] = []
+    for task, here in _by_task(found).items():
+        grid = _grid(here)
+        lines += [f"**{_title(task, here)}**", "", "| " + " | ".join(grid) + " |"]
+        lines += ["|---|" + "---:|" * (len(grid) - 1)]
+        lines += ["| " + " | ".join(row) + " |" for row in zip(*grid.values(), strict=True)]
+        lines.append("")
+    return "\n".join([*lines, f"({_note(found)})", ""])
+
+
+def write(found: list[Row], folder: Path) -> None:
+    """``comparison.json`` and ``comparison.md``."""
+    content = [{**dataclasses.asdict(row), "kept": row.kept} for row in found]
+    (folder / "comparison.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / "comparison.md").write_text(markdown(found), encoding="utf-8")
+
+
+def cut_tasks(found: list[Row]) -> dict[str, list[Row]]:
+    """Tasks on which every setting but the dense one dropped tokens (a video method leaves images alone)."""
+    tasks = {t: [r for r in here if r.setting != DENSE] for t, here in _by_task(found).items()}
+    return {t: _by_task(found)[t] for t, others in tasks.items() if others and all(r.kept < 1 for r in others)}
+
+
+def _method(row: Row) -> str:
+    """The method of ``name``, ``name@ratio`` or ``name(parameters)``."""
+    return re.split(r"[@(]", row.setting)[0]
+
+
+def draw_curve(found: list[Row], path: Path) -> Path:
+    """Accuracy against the share of visual tokens kept; a line per method, a panel per task of :func:`cut_tasks`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = cut_tasks(found)
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.8), squeeze=False)
+    for axis, (task, here) in zip(axes[0], panels.items(), strict=True):
+        for row in here:
+            if row.setting == DENSE:
+                axis.axhline(100 * row.score, color="0.5", linestyle="--", linewidth=1, label=DENSE)
+        methods = dict.fromkeys(_method(row) for row in here if row.setting != DENSE)
+        for method in methods:
+            points = sorted((100 * r.kept, 100 * r.score) for r in here if _method(r) == method)
+            # a line between points of one run each: no more is claimed
+            axis.plot(*zip(*points, strict=True), marker="o", label=method)
+        axis.set(title=task, xlabel="visual tokens kept (%)", ylabel="accuracy (%)")
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path

@@ -1,0 +1,192 @@
+"""Reading ``--model_args``: the model's own arguments, the method and its hyper-parameters, and a config's defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate_methods.registry import compatibility
+from accelerate_methods.registry.configs import read_config
+from accelerate_methods.registry.pipeline import Pipeline, resolve
+from accelerate_methods.stages.errors import MethodError, UnknownNameError
+
+#: Arguments of every family with their defaults. Families add theirs and change defaults.
+COMMON: dict[str, Any] = {
+    "pretrained": None,  # checkpoint folder or hub name; needed
+    "model_base": None,
+    "model_name": None,  # only checked against the checkpoint; None: no check
+    "conv_template": None,
+    "device": "auto",  # cuda:<local rank> if there is CUDA, else cpu
+    "device_map": None,  # default: all on `device`
+    "gpus_per_model": None,  # GPUs over which one copy is spread; None: of the environment GPUS_PER_MODEL, else 1
+    "dtype": "auto",  # float16 on CUDA (as the stock models), float32 on CPU
+    "torch_dtype": None,  # the stock models' name for dtype
+    "attn_implementation": "sdpa",
+    "use_cache": True,
+    "batch_size": 1,
+    "max_batch_size": None,  # lmms-eval hands it over; batches are never searched for
+    "method": None,
+    "config": None,  # YAML of configs/: method, hyper-parameters, defaults of these arguments
+    "on_error": "stop",  # "skip": an unreadable image or video gives an empty answer, counted and marked
+    "prompt_model": None,  # stock model whose task prompts are used; "none": as lmms-eval built them
+    "until": "apply",  # "ignore": do not cut answers at the task's stop strings (the stock models do not)
+    "save_provenance": 0,  # documents per task whose kept tokens are saved for the report
+}
+#: Further arguments of the family ``hf``, named as those of the stock chat classes.
+HF: dict[str, Any] = {
+    "max_num_frames": 32,
+    "fps": None,  # frames per second in place of max_num_frames
+    "min_pixels": None,  # of an image or a frame; None: the stock class's
+    "max_pixels": None,
+    "total_pixels": None,  # of a whole video; None: no limit but that of qwen-vl-utils
+    "system_prompt": "auto",  # "auto": the stock class's; "none"
+    "chat_template": None,  # file with a Jinja template in place of the processor's
+    "video_decode_backend": "auto",
+    "until": "ignore",  # an answer of a chat model may begin with more than one paragraph
+}
+_CHOICES = {
+    "on_error": ("stop", "skip"),
+    "until": ("apply", "ignore"),
+    "video_decode_backend": ("auto", "decord", "pyav"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Checked model arguments: ``values`` (every argument), and the methods that will be attached."""
+
+    model_id: str
+    family: str
+    values: dict[str, Any]
+    pipeline: Pipeline
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["values"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: everything that can change an answer."""
+        return {"family": self.family, "methods": self.pipeline.to_dict(), **self.values}
+
+
+def parse_arguments(
+    model_id: str,
+    family: str,
+    default_method: str | None,
+    defaults: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> Arguments:
+    """Check what came in as ``--model_args``.
+
+    Args:
+        default_method: method of a model id such as ``llava_onevision_fastvid``; None where ``method=`` or ``config=``
+            choose it (dense if neither is given).
+        defaults: the family's arguments.
+        given: keyword arguments; names that are no argument must be hyper-parameters of the method
+            (``<method>.<name>`` if several are combined).
+
+    Raises:
+        UnknownNameError, MethodError: with the allowed names or values.
+    """
+    given = {key: _none(value) for key, value in given.items()}
+    config = given.get("config")
+    section = _model_section(config, family, defaults) if config is not None else {}
+    spec = _method_spec(model_id, default_method, given.get("method"), config)
+    params = {key: value for key, value in given.items() if key not in defaults}
+    pipeline = _resolve(model_id, spec, params, defaults)
+    if default_method is not None and default_method not in [m.name for m in pipeline.methods]:
+        raise MethodError(f"model {model_id!r} runs {default_method}, but config {config!r} is for {pipeline.name}.")
+    compatibility.check(pipeline, family)
+    values = {**defaults, **section, **{key: value for key, value in given.items() if key in defaults}}
+    values["method"], values["config"] = pipeline.name, config
+    _finish(values)
+    return Arguments(model_id, family, values, pipeline)
+
+
+def _none(value: Any) -> Any:
+    # lmms-eval leaves "none" a string and lists and mappings JSON text
+    if isinstance(value, str):
+        if value.lower() in ("none", "null"):
+            return None
+        if value[:1] in "{[" and value[-1:] in "}]":
+            try:
+                return json.loads(value)
+            except json.JSONDecodeError as error:
+                raise MethodError(f"model argument {value!r} looks like JSON but is not: {error}") from error
+    return value
+
+
+def _model_section(config: Any, family: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    section = dict(read_config(config).get("model") or {})
+    wanted = section.pop("family", family)
+    if wanted != family:
+        raise MethodError(f"config {config!r} is for the family {wanted!r}, this model is {family!r}.")
+    for key in section:
+        if key not in defaults:
+            raise UnknownNameError(f"key in the model section of {config!r}:", key, defaults)
+    return section
+
+
+def _method_spec(model_id: str, default: str | None, method: Any, config: Any) -> Any:
+    if method is not None and config is not None:
+        raise MethodError("give method= or config=, not both; hyper-parameters given as arguments override a config's.")
+    if default is not None and method not in (None, default):
+        family = model_id[: -len(default) - 1]
+        raise MethodError(f"model {model_id!r} runs {default}; for method={method} use {family}_accelerated.")
+    return config if config is not None else (method if method is not None else default)
+
+
+def _resolve(model_id: str, spec: Any, params: dict[str, Any], defaults: Mapping[str, Any]) -> Pipeline:
+    """The pipeline; an unknown name is looked up among arguments and hyper-parameters, a typo may be in either."""
+    if params and not _names_a_method(spec):
+        raise UnknownNameError(f"argument of model {model_id!r} without a method:", next(iter(params)), defaults)
+    try:
+        return resolve(spec, **params)
+    except UnknownNameError as error:
+        if error.name not in params:
+            raise
+        allowed = {*defaults, *error.allowed}
+        raise UnknownNameError(f"argument of model {model_id!r}:", error.name, allowed) from None
+
+
+def _names_a_method(spec: Any) -> bool:
+    """Whether ``spec`` names any method (a method may not be built yet: required hyper-parameters come later)."""
+    try:
+        return bool(resolve(spec).methods)
+    except UnknownNameError:
+        raise
+    except MethodError:
+        return True
+
+
+def _finish(values: dict[str, Any]) -> None:
+    if not values["pretrained"]:
+        raise MethodError("model argument pretrained= is needed: a checkpoint folder or hub name.")
+    for key, allowed in _CHOICES.items():
+        if key in values and values[key] not in allowed:
+            raise UnknownNameError(f"value of model argument {key}:", values[key], allowed)
+    other = values.pop("torch_dtype")
+    if other is not None:
+        if values["dtype"] not in ("auto", other):
+            raise MethodError(f"dtype={values['dtype']} and torch_dtype={other} contradict each other; give one.")
+        values["dtype"] = other
+    values.pop("max_batch_size")
+    try:
+        values["batch_size"] = int(values["batch_size"])
+    except ValueError:
+        values["batch_size"] = 0
+    if values["batch_size"] < 1:
+        raise MethodError("batch_size must be a number from 1; automatic batch sizes are not supported.")
+    spread = values["gpus_per_model"]
+    spread = os.environ.get("GPUS_PER_MODEL", "1") if spread is None else str(spread)
+    if not spread.isdecimal() or int(spread) < 1:
+        raise MethodError(f"gpus_per_model must be a number of GPUs from 1, not {spread!r}.")
+    values["gpus_per_model"] = int(spread)
+    if not str(values["save_provenance"]).isdecimal():
+        raise MethodError(f"save_provenance must be a number of documents from 0, not {values['save_provenance']!r}.")
+    values["save_provenance"] = int(values["save_provenance"])

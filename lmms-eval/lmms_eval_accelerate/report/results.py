@@ -1,0 +1,204 @@
+"""Reading what runs left behind: folders of lmms-eval runs and JSON files of the efficiency bench."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from accelerate_methods.stages.errors import MethodError
+
+DENSE = "dense"
+SUMMARY, CLAIM, FAILED = "summary.json", "run.json", "failed.json"
+SCHEMA = 1  # of efficiency files
+
+
+class ReportError(MethodError):
+    """Results that cannot be read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One document's answer.
+
+    Attributes:
+        score: None where the task's metric is no number per document.
+        first_token: the distribution that the first token was taken from (``loyalty.py``), if logged.
+    """
+
+    doc_id: Any
+    question: str
+    target: str
+    answer: str
+    score: float | None
+    first_token: str | None = None
+
+
+@dataclasses.dataclass
+class Run:
+    """One finished run: a setting (dense, or methods with parameters) on one or more tasks."""
+
+    folder: Path
+    summary: dict[str, Any]
+
+    @property
+    def methods(self) -> list[dict[str, Any]]:
+        """Each method with its parameters; empty for the dense model."""
+        return self.summary.get("methods") or []
+
+    @property
+    def method(self) -> str:
+        return "+".join(m["method"] for m in self.methods) or DENSE
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.summary.get("settings") or {}
+
+    @property
+    def started(self) -> str | None:
+        claim = self.folder / CLAIM
+        return _load(claim).get("started") if claim.is_file() else None
+
+    @cached_property
+    def task_configs(self) -> dict[str, dict[str, Any]]:
+        """The harness's own description of each task."""
+        found = sorted(self.folder.rglob(f"{self.summary.get('date')}_results.json"))
+        return _load(found[0]).get("configs", {}) if found else {}
+
+    def samples(self, task: str, metric: str) -> dict[Any, Sample]:
+        """Answers by document; empty if the run kept none."""
+        found = sorted(self.folder.rglob(f"{self.summary.get('date')}_samples_{task}.jsonl"))
+        samples: dict[Any, Sample] = {}
+        for line in _lines(found[0]) if found else ():
+            if line["doc_id"] not in samples:  # several ranks may repeat a document to have equally many
+                samples[line["doc_id"]] = Sample(
+                    doc_id=line["doc_id"],
+                    question=_text(line.get("input", "")),
+                    target=_text(line.get("target", "")),
+                    answer=_answer(line.get("filtered_resps", "")),
+                    score=_score(line.get(metric.partition(",")[0])),
+                    first_token=_first_token(line.get("token_counts")),
+                )
+        return samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """One efficiency file (``kind: efficiency``; the fields are explained in docs/report.md)."""
+
+    path: Path
+    content: dict[str, Any]
+
+
+@dataclasses.dataclass
+class Results:
+    runs: list[Run] = dataclasses.field(default_factory=list)
+    benches: list[Bench] = dataclasses.field(default_factory=list)
+    #: what was found and is not part of the report, with the reason
+    left_out: list[str] = dataclasses.field(default_factory=list)
+
+
+def find(paths: Iterable[Path]) -> Results:
+    """Everything below ``paths`` (folders, efficiency files, summary files).
+
+    Raises:
+        ReportError: a path that does not exist, is damaged, or holds nothing to report.
+    """
+    results, seen = Results(), set()
+    for path in paths:
+        if not path.exists():
+            raise ReportError(f"{path} does not exist.")
+        before = len(results.runs) + len(results.benches)
+        for file in sorted(path.rglob("*.json")) if path.is_dir() else [path]:
+            if file.resolve() not in seen and _take(file, results, named=file is path):
+                seen.add(file.resolve())
+        if len(results.runs) + len(results.benches) == before and not (path.is_file() and path.resolve() in seen):
+            missing = f" Found: {'; '.join(results.left_out)}." if results.left_out else ""
+            raise ReportError(
+                f"{path} holds no results: neither {SUMMARY} of a finished lmms-eval-accelerate run nor a JSON file "
+                f'of the efficiency bench ("kind": "efficiency").{missing}'
+            )
+    return results
+
+
+def _take(file: Path, results: Results, named: bool) -> bool:
+    """Add what ``file`` is; False if it is something else. ``named``: the user named this very file."""
+    folder = file.parent
+    if file.name == SUMMARY:
+        summary = _load(file)
+        if not {"tasks", "costs", "settings"} <= summary.keys():
+            if named:
+                raise ReportError(f"{file} is not the summary of an lmms-eval-accelerate run.")
+            results.left_out.append(f"{file}: not the summary of an lmms-eval-accelerate run")
+            return False
+        results.runs.append(Run(folder, summary))
+        return True
+    if file.name == CLAIM and not (folder / SUMMARY).exists():
+        results.left_out.append(f"{folder}: not finished (no {SUMMARY})")
+    elif file.name == FAILED:
+        results.left_out.append(f"{folder}: failed ({_load(file).get('reason', 'no reason given')})")
+    elif not file.name.endswith("_results.json") and b'"efficiency"' in file.read_bytes()[:4096]:
+        content = _load(file)
+        if isinstance(content, dict) and content.get("kind") == "efficiency":
+            if content.get("schema") != SCHEMA:
+                raise ReportError(f"{file} has schema {content.get('schema')}; this report reads schema {SCHEMA}.")
+            missing = {"machine", "versions", "model", "input", "rows"} - content.keys()
+            if missing:
+                raise ReportError(f"{file} is an efficiency file without {', '.join(sorted(missing))}.")
+            results.benches.append(Bench(file, content))
+            return True
+    return False
+
+
+def _load(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReportError(f"cannot read {path}: {error}") from error
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ReportError(f"cannot read {path}, line {number}: {error}") from error
+
+
+def _text(value: Any) -> str:
+    """Text of an answer or reference; the harness wraps single ones in lists."""
+    while isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _answer(value: Any) -> str:
+    """As :func:`_text`; for likelihoods, (loss, is greedy) per choice, the choice of the lowest loss."""
+    try:
+        losses = [float(loss) for loss, greedy in value if str(greedy) in ("True", "False")]
+    except (TypeError, ValueError):
+        return _text(value)
+    if not losses or len(losses) != len(value) or any(math.isnan(loss) for loss in losses):
+        return _text(value)
+    return f"choice {losses.index(min(losses))}"
+
+
+def _first_token(token_counts: Any) -> str | None:
+    """Of the answer; a document with several requests (likelihoods) has none."""
+    if not isinstance(token_counts, list) or len(token_counts) != 1 or not isinstance(token_counts[0], Mapping):
+        return None
+    return token_counts[0].get("first_token")
+
+
+def _score(value: Any) -> float | None:
+    """A document's score out of what tasks log: a number, {"score": x}, or {"pred_answer": a, "answer": b}."""
+    if isinstance(value, Mapping):
+        if "pred_answer" in value and "answer" in value:
+            return float(value["pred_answer"] == value["answer"])
+        value = value.get("score")
+    return float(value) if isinstance(value, (int, float)) else None

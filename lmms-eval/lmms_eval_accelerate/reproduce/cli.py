@@ -1,0 +1,282 @@
+"""``python -m lmms_eval_accelerate.reproduce TABLE``: a paper's table with our numbers beside it.
+
+Runs the dense model and the table's rows in the same setting, every row and task once, with one loading of the weights,
+and prints measured, published, difference and relative to dense with paired intervals. Everything is stored; the same
+command goes on where it stopped. ``leaderboard`` in TABLE's place makes the leaderboard from stored outcomes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from accelerate_methods.stages.errors import MethodError
+from lmms_eval_accelerate import ROOT
+from lmms_eval_accelerate.benchmarks.catalog import Benchmark, require_judge
+from lmms_eval_accelerate.benchmarks.check import require
+from lmms_eval_accelerate.reproduce import folders, guards, leaderboard, outcome, render
+from lmms_eval_accelerate.reproduce.arguments import absolute, pairs
+from lmms_eval_accelerate.reproduce.plan import Unit, hub_commits, plan
+from lmms_eval_accelerate.reproduce.selection import EMBEDDED, EMBEDDED_MODEL, Choices, Selection, select
+from lmms_eval_accelerate.reproduce.tables import available, load
+from lmms_eval_accelerate.runs.fingerprint import code_hash, short_hash, versions
+from lmms_eval_accelerate.runs.launch import PLAN, LaunchError, Machines, default_processes, execute, shell_prefix
+
+OUTPUTS = Path("outputs") / "reproduce"
+OUTCOME, MARKDOWN = "outcome.json", "outcome.md"
+LAUNCH = "launch"  # folder of the plan and the log of what was started
+ANSWERS = "answers"  # where a run keeps its answers until it is complete
+FILE_WIDTH = 120  # where the output is no terminal
+EMBEDDED_TABLE = "embedded"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code: 1 a run or its evaluation failed, 2 it could not start."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(width=FILE_WIDTH)
+    try:
+        if argv[:1] == ["leaderboard"]:
+            return leaderboard.main(argv[1:], console)
+        return _reproduce(argv, console)
+    except MethodError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return 2
+    except LaunchError as error:
+        console.print(escape("\n".join(error.tail)), highlight=False, soft_wrap=True)
+        console.print(f"[bold red]{escape(str(error).rstrip(':'))}[/]; its end is above.", soft_wrap=True)
+        console.print("What is done is kept: start the same command again to go on.")
+        return 1
+    except KeyboardInterrupt:
+        console.print("interrupted; start the same command again to go on.")
+        return 130
+
+
+def _reproduce(argv: list[str], console: Console) -> int:
+    given, extra = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    args = _parser().parse_args(given)
+    if args.list or args.table is None:
+        _list(args.table, console)
+        return 0 if args.list else 2
+    table = load(args.table)
+    choices = Choices(
+        table=table.name,
+        part=args.part,
+        rows=tuple(args.rows or ()),
+        columns=tuple(args.columns or ()),
+        limit=args.limit,
+        pretrained=args.pretrained if table.name != EMBEDDED_TABLE or args.pretrained != EMBEDDED else None,
+        model_args=pairs(args.model_args),
+        batch_size=args.batch_size,
+        data=args.data.expanduser().resolve() if args.data else None,
+        extra=tuple(absolute(word) for word in extra),
+    )
+    selections = select(table, choices)
+    columns = _columns(selections)
+    _require_judges(columns)
+    machines = _machines(args, choices, selections)
+    output = (args.output or _default_output(choices, machines)).expanduser().resolve()
+    units = plan(selections, choices, machines, output)
+    if args.dry_run:
+        if choices.data is not None and (missing := _missing(columns, choices.data)):
+            print(f"# warning: {missing}")
+        _print_plan(units, machines, output, choices)
+        return 0
+    if choices.data is not None and (missing := _missing(columns, choices.data)):
+        raise MethodError(missing)
+    for warning in dict.fromkeys(w for b in columns.values() for w in guards.limit(b, choices.limit)):
+        _warn(warning, console)
+    with folders.locked(output, machines.machine_rank, lambda text: _warn(text, console)):
+        _run(units, machines, output, choices, console)
+        if machines.machine_rank != 0:
+            console.print(f"done; the machine of rank 0 evaluates the results in {output}", soft_wrap=True)
+            return 0
+        try:
+            made = outcome.evaluate(table, selections, choices, _about(argv, machines, units))
+        except MethodError as error:
+            console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+            console.print(f"The runs are done and kept in {output}; they could not be evaluated.", soft_wrap=True)
+            return 1
+        folders.write_json(output / OUTCOME, made)
+        (output / MARKDOWN).write_text(render.markdown(made), encoding="utf-8")
+    render.show(made, console)
+    console.print(f"everything is in {output} ({OUTCOME}, {MARKDOWN}, runs/)", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _warn(text: str, console: Console) -> None:
+    console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False)
+
+
+def _missing(columns: Mapping[str, Benchmark], data: Path) -> str:
+    """What the data folder lacks for these columns; empty if nothing."""
+    try:
+        require(dict.fromkeys(columns.values()), data)
+    except MethodError as error:
+        return str(error)
+    return ""
+
+
+def _run(units: list[Unit], machines: Machines, output: Path, choices: Choices, console: Console) -> None:
+    done = [unit for unit in units if folders.is_done(unit)]
+    pending = [unit for unit in units if unit not in done]
+    count = f"{len(units)} runs of table {choices.table}, {len(done)} of them there already"
+    console.print(f"{count}; {output}", highlight=False, soft_wrap=True)
+    # machines that do not see the same files in time must still be told the same list; rank 0 decides what is skipped
+    wanted = units if machines.machines > 1 else pending
+    if not wanted:
+        return
+    if machines.machine_rank == 0:
+        for unit in pending:
+            folders.note(unit)
+    execute([unit.run() for unit in wanted], machines, output / LAUNCH, console, choices.data)
+
+
+def _print_plan(units: list[Unit], machines: Machines, output: Path, choices: Choices) -> None:
+    """What would be run: a command per unit that does it alone, and the one command that does them all."""
+    prefix = shell_prefix(machines, choices.data)
+    done = [unit for unit in units if folders.is_done(unit)]
+    print(f"# {len(units)} runs, {len(done)} of them there already; output {output}")
+    for number, unit in enumerate(units, 1):
+        begun = (unit.folder / ANSWERS).is_dir()
+        state = "there already, is used" if unit in done else "begun, is continued" if begun else "is run"
+        command = machines.command([*unit.argv, "--output_path", str(unit.folder), "--resume"])
+        print(f"\n# {number}. {unit.part}: {unit.name} ({state})\n{prefix}{shlex.join(command)}")
+    command = machines.command(["--runs", str(output / LAUNCH / PLAN)])
+    print(f"\n# what is started for all of them, with one loading of the weights ({LAUNCH}/{PLAN} is written then):")
+    print(prefix + shlex.join(command))
+
+
+def _columns(selections: Sequence[Selection]) -> dict[str, Benchmark]:
+    """What will be measured: column title -> benchmark."""
+    runnable = [selection for selection in selections if not selection.part.not_run]
+    return {column.title: column.benchmark for selection in runnable for column in selection.columns}
+
+
+def _require_judges(columns: Mapping[str, Benchmark]) -> None:
+    """Refuse columns that nobody could score, before anything is run."""
+    for benchmark in columns.values():
+        try:
+            require_judge(benchmark, os.environ)
+        except MethodError as error:
+            free = " ".join(shlex.quote(title) for title, other in columns.items() if not other.needs_judge)
+            hint = f" Without a judge: --columns {free}" if free else ""
+            raise MethodError(f"{error}{hint}") from None
+
+
+def _about(argv: list[str], machines: Machines, units: list[Unit]) -> dict[str, Any]:
+    import torch
+
+    from accelerate_methods.bench.results import machine
+
+    command = shlex.join(["python", "-m", "lmms_eval_accelerate.reproduce", *argv])
+    return {
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": outcome.portable(command),
+        "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "processes": machines.processes,
+        "machines": machines.machines,
+        "gpus_per_model": machines.gpus_per_model,
+        "versions": versions(),
+        "code": code_hash(),
+        "hub": hub_commits(units),
+        "runs": [
+            {
+                "name": u.name,
+                "hash": u.hash,
+                "folder": outcome.short_folder(u),
+                "command": outcome.portable(shlex.join(u.argv)),
+            }
+            for u in units
+        ],
+    }
+
+
+def _machines(args: argparse.Namespace, choices: Choices, selections: Sequence[Selection]) -> Machines:
+    own = choices.pretrained or next(s.part.model["pretrained"] for s in selections if not s.part.not_run)
+    tiny = own == EMBEDDED or Path(own).expanduser().resolve() == (ROOT / EMBEDDED_MODEL).resolve()
+    return Machines(
+        processes=args.nproc or (1 if tiny else default_processes(args.gpus_per_model)),
+        machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        main_ip=args.main_process_ip,
+        main_port=str(args.main_process_port) if args.main_process_port else None,
+        gpus_per_model=args.gpus_per_model,
+    )
+
+
+def _default_output(choices: Choices, machines: Machines) -> Path:
+    """The same for the same command, so that it goes on by itself; the same on every machine."""
+    counts = [machines.processes, machines.machines, machines.gpus_per_model]
+    return OUTPUTS / f"{choices.table}_{short_hash([choices.to_dict(), counts])}"
+
+
+def _list(name: str | None, console: Console) -> None:
+    """The tables, or the parts, rows and columns of one."""
+    if name is None:
+        for each in available():
+            console.print(f"{each:24} {escape(load(each).title)}", highlight=False, soft_wrap=True)
+        return
+    table = load(name)
+    console.print(f"{table.title} ({table.paper})", markup=False, highlight=False, soft_wrap=True)
+    for part in table.parts:
+        reason = f" (not run: {part.not_run})" if part.not_run else ""
+        console.print(f"--part {shlex.quote(part.name)}{reason}", markup=False, highlight=False, soft_wrap=True)
+        for row in part.rows:
+            reason = f"  (not run: {row.not_run})" if row.not_run and not part.not_run else ""
+            console.print(f"    row    {row.name}{reason}", markup=False, highlight=False, soft_wrap=True)
+        for column in part.columns:
+            about = f"{column.benchmark.task}, {column.metric}"
+            console.print(f"    column {column.title}  ({about})", markup=False, highlight=False, soft_wrap=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lmms_eval_accelerate.reproduce",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Arguments after -- go to lmms-eval. Tables: " + ", ".join(available()),
+        allow_abbrev=False,
+    )
+    parser.add_argument("table", nargs="?", help="name of a file of configs/reproduce/, or a path; or 'leaderboard'")
+    parser.add_argument("--list", action="store_true", help="the tables, or the parts, rows and columns of TABLE")
+    parser.add_argument("--part", help="one part (model) of the table; default: all")
+    parser.add_argument(
+        "--rows", nargs="+", metavar="ROW", help="row names, or methods for all their rows; dense always"
+    )
+    parser.add_argument(
+        "--columns", nargs="+", metavar="COLUMN", help="column titles; default: all that can be measured"
+    )
+    parser.add_argument("--limit", type=_positive, help="first N documents per task; not the paper's numbers then")
+    parser.add_argument("--pretrained", help="another checkpoint (folder or hub name), or 'embedded': the tiny model")
+    parser.add_argument("--data", type=Path, help="local data folder (docs/benchmarks.md); the runs are offline then")
+    parser.add_argument("--output", type=Path, help="default: outputs/reproduce/<table>_<hash of the choices>")
+    parser.add_argument("--batch-size", type=_positive, default=1)
+    parser.add_argument("--model-args", default="", help="further model arguments of all rows, k=v,k=v")
+    parser.add_argument("--nproc", type=_positive, help="processes per machine (default: the visible GPUs)")
+    per_model = os.environ.get("GPUS_PER_MODEL", "1")
+    parser.add_argument("--gpus-per-model", type=_positive, default=per_model, help="GPUs per copy of a large model")
+    parser.add_argument("--num-machines", type=_positive, default=1)
+    parser.add_argument("--machine-rank", type=int, default=0)
+    parser.add_argument("--main-process-ip")
+    parser.add_argument("--main-process-port", type=_positive)
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and what would be used again")
+    return parser
+
+
+def _positive(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if int(text) > 0:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")

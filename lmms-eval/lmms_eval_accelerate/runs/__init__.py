@@ -1,0 +1,1 @@
+"""What makes, keeps and describes a run: folders, journals, costs, summaries, the launcher."""

@@ -1,0 +1,108 @@
+"""What one answer cost: measured by the recorder of ``accelerate_methods``, carried to the sample logs by lmms-eval.
+
+lmms-eval writes ``token_counts.to_dict()`` of every answer into the samples file and gathers it over the ranks; a
+subclass that adds keys is all it takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lmms_eval.api.instance import TokenCounts
+
+from accelerate_methods.engine.flops import prefill_macs
+from accelerate_methods.engine.recording import RequestRecord
+
+STAGES = ("vision", "compress", "prefill", "decode")
+
+#: keys that are averaged over samples
+MEANS = (
+    "visual_tokens_before",
+    "visual_tokens_after",
+    "visual_tokens_per_layer",
+    "prompt_tokens_dense",
+    "prompt_tokens",
+    *(f"{stage}_ms" for stage in STAGES),
+    "generate_ms",
+    "llm_tflops_dense",
+    "llm_tflops",
+    "generated_tokens",
+)
+
+
+@dataclasses.dataclass
+class Costs(TokenCounts):
+    """``TokenCounts`` with the keys of :data:`MEANS`, ``batch_size``, ``method``, ``warmup``, ``skipped``."""
+
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), **self.extra}
+
+
+def sample_costs(
+    record: RequestRecord,
+    config: Any,
+    generated: list[int],
+    elapsed_ms: float,
+    method: str,
+    warmup: bool,
+) -> list[Costs]:
+    """Costs of each sample of one ``generate`` call. Times are the call's, divided by its number of samples.
+
+    ``config`` is the language model's. ``visual_tokens_after`` is what the first decoder layer gets,
+    ``visual_tokens_per_layer`` the mean over all of them.
+    LLM work is the prefill of the decoder layers in tera multiply-accumulates (the papers' "FLOPs").
+    """
+    size = len(generated)
+    beams = len(record.samples) // size  # a host may see the rows of a beam search
+    stage_ms = record.stage_ms
+    per_sample = []
+    for number in range(size):
+        index = number * beams
+        sample = record.samples[index]
+        # Without a decoder loop every layer sees the whole spliced sequence.
+        layers = record.layer_lengths(index) or [sample.length] * config.num_hidden_layers
+        extra = {
+            "visual_tokens_before": sample.visual_tokens_before,
+            "visual_tokens_after": sample.visual_tokens_after,
+            # what layers lack of the prompt are visual tokens
+            "visual_tokens_per_layer": sample.visual_tokens_after - sample.length + sum(layers) / len(layers),
+            "prompt_tokens_dense": sample.dense_length,
+            "prompt_tokens": sample.length,
+            **{f"{stage}_ms": stage_ms.get(stage, 0.0) / size for stage in STAGES},
+            "generate_ms": elapsed_ms / size,
+            "llm_tflops_dense": prefill_macs([sample.dense_length] * config.num_hidden_layers, config) / 1e12,
+            "llm_tflops": prefill_macs(layers, config) / 1e12,
+            "generated_tokens": generated[number],
+            "batch_size": size,
+            "method": method,
+            "warmup": warmup,
+        }
+        per_sample.append(Costs(input_tokens=sample.length, output_tokens=generated[number], extra=extra))
+    return per_sample
+
+
+def skipped_costs(error: Exception, method: str) -> Costs:
+    """Marks an answer that was not generated because its image or video could not be read."""
+    return Costs(extra={"skipped": True, "error": str(error), "method": method, "warmup": False})
+
+
+def summarise(costs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over samples without warm-up calls and skipped samples; with the warm-up if there is nothing else."""
+    costs = list(costs)
+    answered = [c for c in costs if not c.get("skipped") and "prompt_tokens" in c]
+    measured = [c for c in answered if not c.get("warmup")] or answered
+    summary: dict[str, Any] = {
+        "samples": len(costs),
+        "skipped": sum(bool(c.get("skipped")) for c in costs),
+        "warmup": sum(bool(c.get("warmup")) for c in answered),
+        "measured": len(measured),
+        "warmup_included": bool(measured) and all(c.get("warmup") for c in measured),
+    }
+    for key in MEANS:
+        if measured:
+            summary[key] = sum(c[key] for c in measured) / len(measured)
+    return summary

@@ -1,0 +1,270 @@
+"""Start the runs of a comparison or of a paper's table: one command for all of them, on one machine or several.
+
+The command is ``python -m lmms_eval_accelerate --runs PLAN`` below whatever starts the processes: nothing for one
+process, ``accelerate launch`` on GPUs, ``torchrun`` on CPUs. It loads the weights once and switches methods between the
+runs. This module imports neither lmms-eval nor the plugin.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from accelerate_methods.registry import plugins
+from accelerate_methods.stages.errors import MethodError
+
+MODULE = "lmms_eval_accelerate"
+PLAN, LOG = "plan.json", "log.txt"
+TAIL = 40  # lines of the log that an error shows
+
+#: what the started command prints for us to follow it: begin, end and reuse of run i of n
+MARKS = {"begin": "== run {}/{} begins: {}", "end": "== run {}/{} done: {}", "reused": "== run {}/{} is there: {}"}
+_MARK = re.compile(r"^== run (\d+)/(\d+) (begins|done|is there): (.*)$")
+_BAR = re.compile(r"_accelerated: .*?(\d+)/(\d+) \[")  # the model's own bar, named after it
+
+
+class LaunchError(RuntimeError):
+    """The started command failed. ``tail``: the last lines that it printed."""
+
+    def __init__(self, message: str, tail: Sequence[str] = ()):
+        super().__init__(message)
+        self.tail = list(tail)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One setting on its tasks: arguments of ``lmms-eval-accelerate`` without the output folder."""
+
+    name: str
+    output: Path
+    argv: tuple[str, ...]
+
+    def command(self) -> list[str]:
+        """The command that does this run alone, in one process."""
+        return [sys.executable, "-m", MODULE, *self.argv, "--output_path", str(self.output)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Machines:
+    """How many processes on how many machines. ``processes`` and ``gpus_per_model`` count per machine.
+
+    Args:
+        processes: model copies per machine; each answers its share of the documents.
+        machines, machine_rank, main_ip, main_port: as in ``accelerate launch``; every machine starts the same command.
+        gpus_per_model: GPUs over which one copy of a model that is too large for one is spread.
+    """
+
+    processes: int = 1
+    machines: int = 1
+    machine_rank: int = 0
+    main_ip: str | None = None
+    main_port: str | None = None
+    gpus_per_model: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("processes", "machines", "gpus_per_model"):
+            if getattr(self, name) < 1:
+                raise MethodError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if not 0 <= self.machine_rank < self.machines:
+            last = self.machines - 1
+            raise MethodError(f"machine_rank is {self.machine_rank}; with {self.machines} machines it is 0 to {last}.")
+        if self.machines > 1 and not self.main_ip:
+            raise MethodError("several machines need main_process_ip, the address of the machine of rank 0.")
+
+    @property
+    def world(self) -> int:
+        return self.processes * self.machines
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        """``arguments`` for the plugin's command, below what starts the processes."""
+        module = ["-m", MODULE, *arguments]
+        if self.world == 1:
+            return [sys.executable, *module]
+        if gpus():
+            return [
+                *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"),
+                *("--num_processes", str(self.world)),
+                *("--num_machines", str(self.machines), "--machine_rank", str(self.machine_rank)),
+                *(("--main_process_ip", self.main_ip) if self.main_ip else ()),
+                *(("--main_process_port", self.main_port) if self.main_port else ()),
+                *module,
+            ]
+        return [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(self.processes)),
+            *("--nnodes", str(self.machines), "--node_rank", str(self.machine_rank)),
+            *(("--master_addr", self.main_ip) if self.main_ip else ()),
+            *(("--master_port", self.main_port) if self.main_port else ()),
+            *module,
+        ]
+
+
+def gpus() -> int:
+    """Visible GPUs."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def default_processes(gpus_per_model: int = 1) -> int:
+    """Model copies that fit on the visible GPUs; 1 without any."""
+    return max(1, gpus() // gpus_per_model)
+
+
+def write_plan(runs: Sequence[Run], folder: Path, machine_rank: int = 0) -> Path:
+    """PLAN.json as ``--runs`` reads it; every machine has its own, as they may share the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = [{"name": r.name, "output_path": str(r.output), "argv": list(r.argv)} for r in runs]
+    path = folder / _of_machine(PLAN, machine_rank)
+    path.write_text(json.dumps({"runs": entries}, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def _of_machine(name: str, rank: int) -> str:
+    stem, dot, suffix = name.rpartition(".")
+    return name if rank == 0 else f"{stem}_{rank}{dot}{suffix}"
+
+
+def execute(
+    runs: Sequence[Run],
+    machines: Machines,
+    folder: Path,
+    console: Console,
+    data: Path | None = None,
+) -> None:
+    """Do all runs that are not done yet, with progress bars and the time that is left.
+
+    Runs whose folder holds a ``summary.json`` are skipped, and begun ones continued. The log is ``folder/log.txt``
+    (of a machine of another rank: ``log_<rank>.txt``), ``folder/plan.json`` says what was asked for.
+
+    Args:
+        data: local data folder (see docs/benchmarks.md): the command runs offline on it.
+
+    Raises:
+        MethodError: the plugin is not installed.
+        LaunchError: the command failed, with the end of its log.
+    """
+    if importlib.util.find_spec(MODULE) is None:
+        raise MethodError("the lmms-eval plugin is not installed: pip install -c constraints.txt -e lmms-eval")
+    command = machines.command(["--runs", str(write_plan(runs, folder, machines.machine_rank).resolve())])
+    cwd, more = _surroundings(machines, data)
+    environment = {**os.environ, **plugins.environment(), "PYTHONUNBUFFERED": "1", "COLUMNS": "160", **more}
+    log_path = folder / _of_machine(LOG, machines.machine_rank)
+    tail: collections.deque[str] = collections.deque(maxlen=TAIL)
+    with log_path.open("a", encoding="utf-8", buffering=1) as log, _Follower(len(runs), console) as follower:
+        log.write(shlex.join(command) + "\n")
+        with _started(command, cwd, environment) as process:
+            for line in process.stdout:  # universal newlines: a bar that rewrites its line is lines, too
+                if line.strip():
+                    log.write(line.rstrip() + "\n")
+                    tail.append(line.rstrip())
+                    follower.see(line.rstrip())
+    if process.returncode != 0:
+        where = follower.running or "the start"
+        raise LaunchError(f"{where} failed (exit code {process.returncode}); end of {log_path}:", tail)
+
+
+def _surroundings(machines: Machines, data: Path | None) -> tuple[Path | None, dict[str, str]]:
+    """Working directory (None: this one) and environment variables of the command."""
+    cwd, environment = None, {}
+    if data is not None:
+        from lmms_eval_accelerate.benchmarks.catalog import offline_environment
+
+        cwd, environment = offline_environment(data)
+    if machines.gpus_per_model > 1:
+        environment = {**environment, "GPUS_PER_MODEL": str(machines.gpus_per_model)}
+    return cwd, environment
+
+
+def shell_prefix(machines: Machines, data: Path | None) -> str:
+    """What stands before a printed command so that a shell runs it as :func:`execute` does."""
+    cwd, environment = _surroundings(machines, data)
+    changes = "".join(f"{name}={shlex.quote(value)} " for name, value in environment.items())
+    return (f"cd {shlex.quote(str(cwd))} && " if cwd else "") + changes
+
+
+@contextlib.contextmanager
+def _started(command: list[str], cwd: Path | None, environment: dict[str, str]) -> Iterator[subprocess.Popen]:
+    """The command as a child that ends with us: its processes would otherwise go on writing into our folders."""
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
+        cwd=cwd,
+        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+    )
+    try:
+        yield process
+    except BaseException:
+        process.terminate()
+        raise
+    finally:
+        process.wait()
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: also if we are killed
+
+
+class _Follower:
+    """Shows how far the command is, from what it prints: bars on a terminal, otherwise a line per run."""
+
+    def __init__(self, total: int, console: Console):
+        self.console = console
+        self.running: str | None = None
+        self._began = 0.0
+        self._progress = Progress(
+            TextColumn("{task.description:32}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._all = self._progress.add_task("all runs", total=total)
+        self._bar: Any = None
+
+    def __enter__(self) -> _Follower:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.stop()
+
+    def see(self, line: str) -> None:
+        if match := _MARK.match(line):
+            number, total, what, name = int(match[1]), int(match[2]), match[3], match[4]
+            if what == "begins":
+                self.running, self._began = name, time.time()
+                self._bar = self._progress.add_task(name, total=None)
+                return
+            if self._bar is not None:
+                self._progress.remove_task(self._bar)
+            self._bar, self.running = None, None
+            self._progress.update(self._all, completed=number)
+            if not self.console.is_terminal:
+                how = "there already" if what == "is there" else f"{time.time() - self._began:.0f} s"
+                print(f"{number}/{total} {name}: {how}", flush=True)
+        elif self._bar is not None and (match := _BAR.search(line)):
+            self._progress.update(self._bar, completed=int(match[1]), total=int(match[2]))

@@ -1,0 +1,125 @@
+"""The summary of a run: metrics, mean costs over the samples of all ranks, settings, versions."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lmms_eval_accelerate.runs.answer_checks import check
+from lmms_eval_accelerate.runs.costs import summarise
+from lmms_eval_accelerate.runs.fingerprint import checkpoint_facts, code_hash, short_hash, versions
+from lmms_eval_accelerate.runs.folder import scores
+
+_SHOWN = 6  # tasks of which each gets a column
+_ROWS = {
+    "samples": "samples",
+    "skipped": "skipped (unreadable)",
+    "visual_tokens_before": "visual tokens before",
+    "visual_tokens_after": "visual tokens after",
+    "visual_tokens_per_layer": "visual tokens per LLM layer",
+    "prompt_tokens": "prompt tokens",
+    "vision_ms": "vision ms",
+    "compress_ms": "compress ms",
+    "prefill_ms": "prefill ms",
+    "decode_ms": "decode ms",
+    "llm_tflops_dense": "LLM TFLOPs dense",
+    "llm_tflops": "LLM TFLOPs",
+    "generated_tokens": "new tokens",
+}
+
+
+def build(results: dict[str, Any], samples: dict[str, list[dict]], options: argparse.Namespace) -> dict[str, Any]:
+    """Everything about a run that can be said without git. ``samples`` are those of all ranks."""
+    from lmms_eval_accelerate.models.engine import Accelerated
+
+    settings = Accelerated.last_settings
+    by_task = {task: _costs(entries) for task, entries in samples.items()}
+    costs = {
+        "overall": _overall(by_task, results),
+        "by_task": {task: summarise(entries) for task, entries in by_task.items() if entries},
+    }
+    return {
+        "model": options.model,
+        "method": settings.get("method"),
+        "methods": settings.get("methods"),
+        "method_hash": short_hash(settings["methods"]) if settings else None,
+        "tasks": {task: scores(values) for task, values in results["results"].items()},
+        "n_samples": {task: len(entries) for task, entries in samples.items()},
+        "costs": costs,
+        "settings": settings,
+        "model_args": options.model_args,
+        "gen_kwargs": results.get("config", {}).get("gen_kwargs"),
+        "limit": results.get("config", {}).get("limit"),
+        "date": results.get("date"),
+        "task_info": _task_info(results),
+        "checkpoint": {**Accelerated.last_checkpoint, **checkpoint_facts(settings.get("pretrained", ""))},
+        "warnings": _warnings(samples, results.get("configs", {})),
+        "versions": versions(),
+        "code": code_hash(),
+    }
+
+
+def show(report: dict[str, Any], path: Path) -> None:
+    """Print metrics and costs."""
+    console = Console()
+    table = Table(title=f"{report['model']}  {report['method'] or ''}", title_justify="left")
+    table.add_column("task")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for task, metrics in report["tasks"].items():
+        for name, value in metrics.items():
+            table.add_row(task, name, f"{value:.4f}")
+    console.print(table)
+    by_task = report["costs"]["by_task"]
+    if len(by_task) > _SHOWN:  # the subtasks of a large group: a column each would show nothing
+        by_task = {"all tasks": report["costs"]["overall"]}
+    if by_task:
+        costs = Table(title="means per sample, without warm-up, all ranks", title_justify="left")
+        costs.add_column("")
+        for task in by_task:
+            costs.add_column(task, justify="right")
+        for key, title in _ROWS.items():
+            costs.add_row(title, *(f"{means[key]:.5g}" if key in means else "-" for means in by_task.values()))
+        console.print(costs)
+    for warning in report["warnings"]:
+        console.print(f"[bold yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+    console.print(f"written to {path}", soft_wrap=True)
+
+
+def _warnings(samples: dict[str, list[dict]], configs: dict[str, Any]) -> list[str]:
+    return [warning for task, entries in samples.items() for warning in check(task, entries, configs.get(task))]
+
+
+def _task_info(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The data that each task was run on; ``documents`` is the size of the whole split."""
+    hashes, counts = results.get("task_hashes", {}), results.get("n-samples", {})
+    info = {}
+    for task, config in results.get("configs", {}).items():
+        info[task] = {
+            "dataset": config.get("dataset_path"),
+            "config": config.get("dataset_name"),
+            "split": config.get("test_split") or config.get("validation_split"),
+            "documents": counts.get(task, {}).get("original"),
+            "version": results.get("versions", {}).get(task),
+            "hash": hashes.get(task),
+        }
+    return info
+
+
+def _costs(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = (cost for entry in entries for cost in entry.get("token_counts") or [])
+    return [cost for cost in found if cost and ("prompt_tokens" in cost or cost.get("skipped"))]
+
+
+def _overall(by_task: dict[str, list[dict]], results: dict[str, Any]) -> dict[str, Any]:
+    flat = [cost for entries in by_task.values() for cost in entries]
+    if flat:
+        return summarise(flat)
+    # Likelihood requests have no place for costs in the samples; the model's own log has their means over all ranks.
+    logged = results.get("throughput") or {}
+    return {key.removeprefix("avg_"): value for key, value in logged.items() if key.startswith("avg_")}

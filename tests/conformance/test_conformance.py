@@ -1,0 +1,143 @@
+"""All golden vectors, and the runner that runs them."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from tests.conformance import adapters, runner
+from tests.conftest import GOLDEN, skip_without_pillow_13
+
+CASES = sorted(p for p in GOLDEN.glob("*/*.safetensors") if p.parent.name != "checkpoints")
+TEXTS = [(p, section) for p in sorted(GOLDEN.glob("*/text.json")) for section in json.loads(p.read_text("utf-8"))]
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_golden(path):
+    skip_without_pillow_13(path)
+    case = runner.load_case(path)
+    if case is None:
+        pytest.skip("weights for other cases")
+    with torch.no_grad():
+        result = runner.run_case(case, adapters.ADAPTERS, GOLDEN)
+    if result.status == "skipped":
+        pytest.skip(result.detail)
+    assert result.status == "passed", result.detail
+
+
+@pytest.mark.parametrize(("path", "section"), TEXTS, ids=[f"{p.parent.name}:{s}" for p, s in TEXTS])
+def test_golden_text(path, section, tmp_path):
+    folder = tmp_path / path.parent.name
+    folder.mkdir()
+    part = folder / "text.json"
+    part.write_text(json.dumps({section: json.loads(path.read_text("utf-8"))[section]}), encoding="utf-8")
+    results = list(runner.run_text(part, adapters.TEXT_CHECKS, tmp_path))
+    bad = [r for r in results if r.status != "passed"]
+    assert not bad, bad[:3]
+
+
+# -- the runner --------------------------------------------------------------------------------------------------------
+
+
+def write(path, stage="dyseg", method="fastvid", params=None, inputs=None, outputs=None, **case):
+    """A golden file; by default a correct dyseg case."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if inputs is None:
+        inputs = {"global_features": torch.eye(4)}
+        outputs = outputs or {"segment_sizes": torch.tensor([1, 1, 1, 1])}
+        params = params or {"c": 2, "tau": 0.9}
+    tensors = {f"in.{k}": v for k, v in inputs.items()} | {f"out.{k}": v for k, v in outputs.items()}
+    save_file(tensors, path, {"case": json.dumps({"method": method, "stage": stage, "params": params or {}, **case})})
+
+
+def main(capsys, *args):
+    code = runner.main([str(a) for a in args])
+    return code, capsys.readouterr()
+
+
+def test_correct_case_passes(tmp_path, capsys):
+    write(tmp_path / "fastvid/a.safetensors")
+    code, out = main(capsys, tmp_path)
+    assert (code, out.out.strip()) == (0, "1 passed, 0 failed, 0 skipped")
+    code, out = main(capsys, tmp_path, "-v")
+    assert "PASSED  fastvid/a" in out.out
+
+
+def test_wrong_integers_fail(tmp_path, capsys):
+    write(tmp_path / "fastvid/a.safetensors", outputs={"segment_sizes": torch.tensor([1, 1, 2, 1])})
+    code, out = main(capsys, tmp_path)
+    assert code == 1 and "got 1, expected 2" in out.out and "1 of 4 differ" in out.out
+    assert out.out.strip().endswith("0 passed, 1 failed, 0 skipped")
+
+
+def test_wrong_floats_name_the_largest_error(tmp_path, capsys):
+    attention = torch.rand(2, 16)
+    pooled = torch.nn.functional.avg_pool2d(attention.view(2, 4, 4), 2).flatten(1)
+    params = {"mode": "average", "stride": 2, "side": 4}
+    for name, offset in (("right", 1e-6), ("wrong", 0.125)):
+        wrong = pooled.clone()
+        wrong[1, 3] += offset
+        write(
+            tmp_path / f"fastvid/{name}.safetensors", "attention_pool", params=params, inputs={"attention": attention},
+            outputs={"attention": wrong}, atol=1e-5,
+        )  # fmt: skip
+    code, out = main(capsys, tmp_path)
+    assert code == 1 and "largest error 0.125" in out.out and "1 passed, 1 failed, 0 skipped" in out.out
+
+
+def test_unknown_stage_is_skipped_and_listed(tmp_path, capsys):
+    write(tmp_path / "fastvid/a.safetensors", stage="nonsense")
+    write(tmp_path / "newmethod/a.safetensors", method="newmethod")
+    code, out = main(capsys, tmp_path)
+    assert code == 0 and "SKIPPED 1: no adapter for fastvid.nonsense" in out.out
+    assert "no adapter for newmethod.dyseg" in out.out
+    assert out.out.splitlines()[-1] == "0 passed, 0 failed, 2 skipped"
+
+
+def test_crash_shape_and_missing_output_are_failures(tmp_path, capsys):
+    write(tmp_path / "fastvid/crash.safetensors", params={"c": 2})
+    write(tmp_path / "fastvid/shape.safetensors", outputs={"segment_sizes": torch.tensor([4])})
+    write(tmp_path / "fastvid/missing.safetensors", outputs={"more": torch.zeros(1)})
+    code, out = main(capsys, tmp_path)
+    assert code == 1 and "KeyError" in out.out and "shape (4,), expected (1,)" in out.out
+    assert "gives no such output" in out.out and "0 passed, 3 failed" in out.out
+
+
+def test_filters(tmp_path, capsys):
+    write(tmp_path / "fastvid/a.safetensors")
+    write(tmp_path / "fastvid/b.safetensors", stage="other")
+    write(tmp_path / "base/c.safetensors", method="base", stage="other")
+    assert main(capsys, tmp_path, "--method", "fastvid")[1].out.splitlines()[-1] == "1 passed, 0 failed, 1 skipped"
+    assert main(capsys, tmp_path, "--stage", "dyseg")[1].out.splitlines()[-1] == "1 passed, 0 failed, 0 skipped"
+    with pytest.raises(SystemExit, match="no method 'fastvd'"):
+        main(capsys, tmp_path, "--method", "fastvd")
+    with pytest.raises(SystemExit, match="not a folder"):
+        main(capsys, tmp_path / "nothing")
+
+
+def test_nothing_found_is_an_error(tmp_path, capsys):
+    save_file({"w": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    (tmp_path / "fastvid").mkdir()
+    save_file({"w": torch.zeros(1)}, tmp_path / "fastvid/weights.safetensors")
+    code, out = main(capsys, tmp_path)
+    assert code == 1 and "no case found" in out.err
+
+
+def test_checkpoints_are_found_beside_the_method(tmp_path):
+    for folder in ("checkpoints/one", "fastvid/two", "fastvid/one"):
+        (tmp_path / folder).mkdir(parents=True)
+    context = runner.Context(tmp_path, "fastvid")
+    assert context.checkpoint("one") == tmp_path / "checkpoints/one"
+    assert context.checkpoint("two") == tmp_path / "fastvid/two"
+    assert context.checkpoint("tiny-llava-1.5") == GOLDEN / "checkpoints/tiny-llava-1.5"
+    with pytest.raises(FileNotFoundError, match="three"):
+        context.checkpoint("three")
+
+
+def test_case_without_metadata_is_no_case():
+    path = GOLDEN / "checkpoints/tiny-llava-1.5/model.safetensors"
+    with safe_open(path, framework="pt") as source:
+        assert "case" not in (source.metadata() or {})
+    assert runner.load_case(path) is None

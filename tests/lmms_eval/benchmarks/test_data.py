@@ -1,0 +1,314 @@
+"""``check`` and ``prepare``: what is on disk, and how it gets there. The hub is a folder on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.support.paths import FIXTURES
+
+pytest.importorskip("pyarrow")
+
+from lmms_eval_accelerate.benchmarks import check, prepare, require
+from lmms_eval_accelerate.benchmarks.catalog import BENCHMARKS, benchmark
+from lmms_eval_accelerate.benchmarks.command import main
+from lmms_eval_accelerate.benchmarks.prepare import unpack
+from rich.console import Console
+
+from accelerate_methods.stages.errors import MethodError
+
+HUB = [b for b in BENCHMARKS.values() if not b.embedded]
+QUIET = Console(quiet=True)
+COMMIT = "0123abc"
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return shutil.copytree(FIXTURES, tmp_path / "data", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+
+
+@pytest.mark.parametrize("bench", HUB, ids=lambda b: b.name)
+def test_check_finds_the_fixtures(bench) -> None:
+    finding = check(bench, FIXTURES)
+    assert finding.complete and finding.documents > 0
+    assert finding.absent == 0 and (finding.videos or 0) == len(videos(bench))
+    # a few documents are not the published split, and the user is told
+    assert bool(finding.warnings) == (bench.documents is not None)
+
+
+def videos(bench, data: Path = FIXTURES) -> set[Path]:
+    if bench.media is None:
+        return set()
+    folder = data / "home" / bench.media
+    clips = {p for p in folder.rglob("*.mp4")}
+    return clips | {p.parent for p in folder.rglob("*.jpg")}
+
+
+@pytest.mark.parametrize("bench", [b for b in HUB if b.media], ids=lambda b: b.name)
+def test_check_misses_a_video(bench, data) -> None:
+    gone = sorted(p for p in videos(bench, data) if p.is_file())[0]
+    gone.unlink()
+    finding = check(bench, data)
+    assert not finding.complete and finding.absent == 1
+    assert str(gone) in finding.missing[0]
+
+
+def test_check_misses_annotations(data, capsys) -> None:
+    (data / "lmms-lab-encoder/GQA/testdev_balanced_images/testdev-00000-of-00001.parquet").unlink()
+    (finding,) = check(benchmark("gqa"), data).missing
+    assert "testdev_balanced_images/testdev-*.parquet" in finding
+    shutil.rmtree(data / "lmms-eval/egoschema")
+    assert main(["check", "--data", str(data), "gqa", "egoschema_subset", "mme"]) == 1
+    out = capsys.readouterr().out
+    assert str(data / "lmms-eval/egoschema") in out and "incomplete" in out
+    assert main(["check", "--data", str(data), "mme"]) == 0
+    assert "8 documents, the published split 2374" in capsys.readouterr().out
+
+
+def test_missing_data_is_an_error_before_a_run(data) -> None:
+    require(HUB, data)
+    shutil.rmtree(data / "sy1998")
+    with pytest.raises(MethodError, match=r"mlvu_dev: .*sy1998.*prepare.sh --data .* mlvu_dev$"):
+        require([benchmark("mme"), benchmark("mlvu_dev")], data)
+
+
+def test_environment_for_a_shell(capsys) -> None:
+    assert main(["env", "--data", str(FIXTURES)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"export HF_HOME={FIXTURES / 'home'}" in lines and lines[-1] == f"cd {FIXTURES}"
+    assert main(["env", "--data", str(FIXTURES / "nowhere")]) == 1
+
+
+def test_check_names_a_wrong_name(capsys) -> None:
+    assert main(["check", "videomm"]) == 1
+    assert "Did you mean 'videomme'" in capsys.readouterr().err
+
+
+def test_check_without_a_data_folder_looks_into_the_hubs_cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    bench = benchmark("mvbench")
+    assert "not in the hub's cache" in check(bench).missing
+    repository = tmp_path / "hub" / "datasets--OpenGVLab--MVBench"
+    shutil.copytree(FIXTURES / bench.dataset, repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "video").write_text("abc")
+    assert check(bench).absent == 20
+    # as lmms-eval leaves it; it asks the hub at every start
+    (tmp_path / bench.media).symlink_to(FIXTURES / "home" / bench.media)
+    finding = check(bench)
+    assert finding.complete and any("is a link" in warning for warning in finding.warnings)
+
+
+def test_embedded_benchmarks_need_nothing() -> None:
+    pytest.importorskip("lmms_eval_accelerate")
+    for bench in (b for b in BENCHMARKS.values() if b.embedded):
+        finding = check(bench, FIXTURES)
+        assert finding.complete and finding.documents == bench.documents
+        prepare(bench, FIXTURES / "never written", QUIET)
+
+
+class Hub:
+    """Stands for functions of ``huggingface_hub``: data sets as they are published, archives included."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.calls = folder, []
+        for bench in HUB:
+            remote = folder / bench.dataset
+            if not remote.exists():
+                shutil.copytree(FIXTURES / bench.dataset, remote)
+                # the hub's card names splits that nobody needs here
+                block = "- config_name: default\n  data_files:\n  - {split: train, path: data/train-*}\n"
+                (remote / "README.md").write_text(f"---\nconfigs:\n{block}---\n")
+            if bench.media:
+                self._archive(bench, FIXTURES / "home" / bench.media, remote)
+
+    @staticmethod
+    def _archive(bench, media: Path, remote: Path) -> None:
+        files = sorted(p for p in media.rglob("*") if p.is_file())
+        if bench.name == "longvideobench_val_v":  # one tar file in parts, as published
+            with tarfile.open(remote / "videos.tar", "w") as archive:
+                for file in files:
+                    archive.add(file, file.relative_to(media))
+            content = (remote / "videos.tar").read_bytes()
+            (remote / "videos.tar").unlink()
+            for n, letter in enumerate("abc"):
+                third = len(content) // 3 + 1
+                (remote / f"videos.tar.part.a{letter}").write_bytes(content[n * third : (n + 1) * third])
+        elif bench.name == "mlvu_dev":  # not archived
+            for file in files:
+                shutil.copy(file, remote)
+        else:
+            for n in range(2):
+                with zipfile.ZipFile(remote / f"videos_chunked_{n:02d}.zip", "w") as archive:
+                    for file in files[n::2]:
+                        # MVBench has some of its folders below another
+                        inside = "data0613/" if bench.name == "mvbench" and "star" in file.parts else ""
+                        archive.write(file, f"{inside}{file.relative_to(media)}")
+
+    def info(self, dataset, revision):
+        self.calls.append((dataset, revision))
+        return SimpleNamespace(sha=COMMIT)
+
+    def download(self, dataset, repo_type, revision, local_dir, allow_patterns):
+        from huggingface_hub.utils import filter_repo_objects
+
+        assert repo_type == "dataset" and revision == COMMIT
+        names = [p.relative_to(self.folder / dataset).as_posix() for p in (self.folder / dataset).rglob("*")]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            source, target = self.folder / dataset / name, Path(local_dir) / name
+            if source.is_file() and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, target)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Hub:
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.dataset_info", hub.info)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.download)
+    return hub
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    files = (p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns) for p in files}
+
+
+@pytest.mark.parametrize("bench", HUB, ids=lambda b: b.name)
+def test_prepared_data_is_what_the_tasks_look_for(bench, hub, tmp_path) -> None:
+    data = tmp_path / "data"
+    prepare(bench, data, QUIET)
+    finding = check(bench, data)
+    assert finding.complete and finding.documents == check(bench, FIXTURES).documents
+    assert set(hub.calls) == {(bench.dataset, bench.revision)}
+    # annotations lie where `datasets` finds them, under a card that names nothing else
+    card = (data / bench.dataset / "README.md").read_text()
+    assert "data/train-*" not in card and bench.split in card and COMMIT in card
+    assert not list((data / bench.dataset).rglob("*.zip")) + list((data / bench.dataset).rglob("*.mp4"))
+    before = listing(data / "home") if bench.media else {}
+    prepare(bench, data, QUIET)
+    assert (listing(data / "home") if bench.media else {}) == before
+
+
+def test_card_of_two_benchmarks_on_one_data_set(hub, tmp_path) -> None:
+    data = tmp_path / "data"
+    card = data / "lmms-lab-encoder/MMBench/README.md"
+    prepare(benchmark("mmbench_cn_dev_static"), data, QUIET)
+    assert "cn/dev-*" in card.read_text() and "en/dev-*" not in card.read_text()
+    assert not check(benchmark("mmbench_en_dev_static"), data).complete
+    prepare(benchmark("mmbench_en_dev_static"), data, QUIET)
+    assert card.read_text().startswith((FIXTURES / "lmms-lab-encoder/MMBench/README.md").read_text())
+
+
+def test_prepare_goes_on_after_an_interruption(hub, tmp_path, monkeypatch) -> None:
+    bench, data = benchmark("videomme"), tmp_path / "data"
+    extract, done = zipfile.ZipFile.extract, []
+
+    def interrupted(self, member, *rest):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(member)
+        return extract(self, member, *rest)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(zipfile.ZipFile, "extract", interrupted)
+        prepare(bench, data, QUIET)
+    finding = check(bench, data)
+    assert finding.absent == 1
+    # a video of which only a part was written
+    half = next(p for p in videos(bench, data))
+    half.write_bytes(half.read_bytes()[:100])
+    (data / "home/videomme/.unpacked.json").unlink(missing_ok=True)
+    prepare(bench, data, QUIET)
+    assert check(bench, data).complete
+    assert {p.name: p.read_bytes() for p in videos(bench, data)} == {p.name: p.read_bytes() for p in videos(bench)}
+
+
+def test_damaged_archive(hub, tmp_path) -> None:
+    bench, data = benchmark("videomme"), tmp_path / "data"
+    broken = data / "archives" / bench.dataset / "videos_chunked_01.zip"
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"PK half of a download")
+    with pytest.raises(MethodError, match=r"videos_chunked_01.zip is damaged"):
+        prepare(bench, data, QUIET)
+    assert list(json.loads((data / "home/videomme/.unpacked.json").read_text())) == ["videos_chunked_00.zip"]
+    broken.unlink()
+    prepare(bench, data, QUIET)
+    assert check(bench, data).complete
+
+
+def test_numbered_tar_files_are_parts_or_archives(tmp_path) -> None:
+    (tmp_path / "in").mkdir()
+    for n in range(2):
+        (tmp_path / f"{n}.mp4").write_bytes(b"video" * (n + 1))
+        with tarfile.open(tmp_path / "in" / f"videos_{n}.tar", "w") as archive:
+            archive.add(tmp_path / f"{n}.mp4", f"videos/{n}.mp4")
+    unpack(tmp_path / "in", tmp_path / "out", QUIET)
+    assert sorted(p.name for p in (tmp_path / "out" / "videos").iterdir()) == ["0.mp4", "1.mp4"]
+
+
+def test_archives_stay_inside_their_folder(tmp_path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "evil.mp4").write_bytes(b"x")
+    with tarfile.open(tmp_path / "in" / "videos.tar", "w") as archive:
+        archive.add(tmp_path / "evil.mp4", "../../escaped.mp4")
+    with pytest.raises(MethodError, match="damaged"):
+        unpack(tmp_path / "in", tmp_path / "a" / "out", QUIET)
+    assert not (tmp_path / "escaped.mp4").exists()
+
+
+def test_prepare_says_why_it_cannot(hub, tmp_path, monkeypatch) -> None:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    bench = benchmark("longvideobench_val_v")
+
+    def failing(error):
+        def download(*_, **__):
+            raise error
+
+        return download
+
+    monkeypatch.setattr("huggingface_hub.dataset_info", failing(ConnectionError("no route to host")))
+    with pytest.raises(MethodError, match=r"cannot download https://.*LongVideoBench.*no route to host"):
+        prepare(bench, tmp_path, QUIET)
+    for kind, advice in ((GatedRepoError, "accept the conditions"), (RepositoryNotFoundError, "hf auth login")):
+        # made without its constructor, which wants a response of the HTTP client of the day
+        monkeypatch.setattr("huggingface_hub.dataset_info", failing(kind.__new__(kind)))
+        with pytest.raises(MethodError, match=advice):
+            prepare(bench, tmp_path, QUIET)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(MethodError, match="HF_HUB_OFFLINE is set"):
+        prepare(bench, tmp_path, QUIET)
+
+
+def test_prepare_without_a_connection(tmp_path) -> None:
+    """The hub's real client, on a port where nobody listens, with something in the folder as after an interruption."""
+    (tmp_path / "lmms-lab-encoder/MME").mkdir(parents=True)
+    (tmp_path / "lmms-lab-encoder/MME/part.incomplete").touch()
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
+    command = [sys.executable, "-m", "lmms_eval_accelerate.benchmarks", "prepare", "--data", tmp_path, "mme"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=FIXTURES.parents[1])
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: MME: cannot download https://huggingface.co/datasets/lmms-lab-encoder/MME" in done.stderr
+
+
+def test_prepare_notices_another_layout(hub, tmp_path) -> None:
+    bench = benchmark("mme")
+    source = hub.folder / bench.dataset / "data"
+    source.rename(source.with_name("moved_to"))
+    for file in source.with_name("moved_to").iterdir():
+        file.rename(file.with_name("all.parquet"))
+    with pytest.raises(MethodError, match=r"has no file \*/test-\*.parquet or test-\*.parquet"):
+        prepare(bench, tmp_path / "data", QUIET)

@@ -1,0 +1,34 @@
+"""Every registered method with parameters that fit the tiny models of the tests. Methods added later need no entry."""
+
+import accelerate_methods
+from accelerate_methods.registry import method_class
+from accelerate_methods.stages.method import Method
+
+#: parameters without which a method does not fit a decoder of four layers
+OVERRIDES = {"prunevid": {"selected_layer": 1}}
+
+#: further settings in which a method behaves differently
+VARIANTS = {
+    "dycoke": [{"dp": False}, {"ttm": False, "threshold": 2.0}, {"p": 1.0, "threshold": 2.0}],
+    "fastervlm": [{"merge": "spatial_unpad"}],
+    "fastv": [{"k": 0}, {"k": 1}],
+    "fastvid": [{"c": 2, "tau": 0.5, "d": 1.0}],
+    "prunevid": [{"merging": False}, {"selection": False}, {"selected_layer": 0, "alpha": 0.9}],
+    "visionzip": [{"dominant": 3, "contextual": 0}, {"dominant": 1, "contextual": 2}, {"grid_order": "as_released"}],
+}
+
+
+def configured(name: str, ratio: float = 0.3, **params: object) -> Method:
+    """The method at a retention ratio if it has one, with its own defaults otherwise."""
+    cls = method_class(name)
+    params = {**OVERRIDES.get(name, {}), **params}
+    # a variant may state its budget in another way
+    if "retention_ratio" in cls.parameters() and not set(cls.budget_fields) & set(params):
+        params["retention_ratio"] = ratio
+    return accelerate_methods.get(name, **params)
+
+
+def variants(*stage_classes: type[Method]) -> list[tuple[str, dict[str, object]]]:
+    """(name, parameters beside the budget) of every method with one of the stage classes, variants included."""
+    names = [n for n in accelerate_methods.available() if issubclass(method_class(n), stage_classes or Method)]
+    return [(name, params) for name in names for params in ({}, *VARIANTS.get(name, ()))]
