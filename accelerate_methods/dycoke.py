@@ -9,8 +9,8 @@ Two steps that work without training and can each be switched off:
 
 As in the official code, the last frame of an odd number is dropped, the last complete window keeps its third frame
 whole, tokens of a compressed frame go on by rising similarity, and the last visual token counts as text for DP. On
-layouts with a newline per row or frame, where the official code cannot run, kept tokens stay in place (docs:
-differences.md). Section numbers refer to specs/dycoke.md.
+layouts with a newline per row or frame, where the official code cannot run, kept tokens stay in place. All rules and
+the differences to the official code: docs/methods/dycoke.md.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class DyCoke(CompressMethod, DecodeMethod):
 
     title: ClassVar[str] = "DyCoke"
     paper: ClassVar[str] = "arXiv 2411.15024"
+    code: ClassVar[str] = "KD-TAO/DyCoke@dd7463498203479d0ff6f2d29c4e72928c0af244"
     licence: ClassVar[str] = "none stated (KD-TAO/DyCoke)"
     modalities: ClassVar[frozenset[str]] = frozenset({"video"})
     positions: ClassVar[str] = "compact"
@@ -98,7 +99,7 @@ class DyCoke(CompressMethod, DecodeMethod):
 
 
 def temporal_tokens(features: Tensor, k: float) -> tuple[Tensor, list[int]]:
-    """TTM: which tokens of a video go on (section 3).
+    """TTM: which tokens of a video go on.
 
     With U frames (the last of an odd number is dropped): frame f is compared with f - 1 if f is odd, the third frame of
     a window with the first one if the window starts before F - 4; all others stay whole.

@@ -6,7 +6,7 @@ every view: the anyres base and each of its tiles. A video keeps the same number
 
 Extensions of ours, which the authors' code does not have: encoders without a CLS token (SigLIP) are scored by the
 attention that a patch receives from all others, and videos of models that pool their frames are pruned after pooling.
-Section numbers refer to specs/fastervlm.md.
+All rules and the differences to the official code: docs/methods/fastervlm.md.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class FasterVLM(ViewCompressMethod):
 
     title: ClassVar[str] = "FasterVLM"
     paper: ClassVar[str] = "arXiv 2412.01818"
+    code: ClassVar[str] = "Theia-4869/FasterVLM@f5d5f120"
     licence: ClassVar[str] = "Apache-2.0 (Theia-4869/FasterVLM)"
     signals: ClassVar[frozenset[str]] = frozenset({"cls_attention"})
     substitutes: ClassVar[Mapping[str, str]] = {"cls_attention": "received_attention"}
@@ -82,7 +83,7 @@ class FasterVLM(ViewCompressMethod):
 
 
 def keep_patches(views: Views, kept: Tensor, newlines: str) -> CompressedViews:
-    """The patches ``kept`` [V, T] of every view, ascending (section 2)."""
+    """The patches ``kept`` [V, T] of every view, ascending."""
     count, patches, width = views.features.shape
     rows = torch.arange(kept.numel(), device=kept.device).view_as(kept)
     owner = torch.full((count, patches), -1, dtype=torch.long, device=kept.device)

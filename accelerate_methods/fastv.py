@@ -8,7 +8,8 @@ This is the KV-cache release (the Hugging Face fork): tokens are dropped once, a
 whole prompt, the others what was left, and decode steps attend to everything cached. The paper scores by the attention
 from all later tokens; the code, which we follow, by the last one alone. The official code further fixes where the image
 stands, takes one image and one sample; here the visual rows come from the prompt, several images or videos compete for
-one budget, and each sample of a batch has its own scores. Section numbers refer to specs/fastv.md.
+one budget, and each sample of a batch has its own scores. All rules and the differences to the official code:
+docs/methods/fastv.md.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class FastV(PrefillMethod):
 
     title: ClassVar[str] = "FastV"
     paper: ClassVar[str] = "arXiv 2403.06764"
+    code: ClassVar[str] = "pkunlp-icler/FastV@d1659729"
     licence: ClassVar[str] = "none stated (pkunlp-icler/FastV)"
     budget_fields: ClassVar[tuple[str, ...]] = ("r", "retention_ratio", "tokens_per_image")
     positions: ClassVar[str] = "original"
@@ -92,7 +94,7 @@ class FastV(PrefillMethod):
         return Selection(indices=indices, valid=valid)
 
     def keep_count(self, total: int, items: int = 1) -> int:
-        """How many of the ``total`` visual rows of some items go on (section 2, "keep count"), 0 <= count <= total."""
+        """How many of the ``total`` visual rows of some items go on, 0 <= count <= total."""
         if self.r is not None:
             return round(total * (1 - self.r))  # Python's round is the reference: float64, halves to even
         if self.retention_ratio is not None:

@@ -9,7 +9,7 @@ Three steps between projector and decoder layer 0, none of which looks at the qu
 
 The authors released three code trees that differ in budget rounding and merge pools; they are the ``variant`` values
 below. ``auto`` takes the one whose newline layout the video has. Kept tokens keep their original position ids.
-Section numbers refer to specs/fastvid.md.
+The steps named below are those of docs/methods/fastvid.md.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class FastVID(CompressMethod):
 
     title: ClassVar[str] = "FastVID"
     paper: ClassVar[str] = "arXiv 2503.11187"
+    code: ClassVar[str] = "LunarShen/FastVID@a40a109"
     licence: ClassVar[str] = "MIT (LunarShen/FastVID)"
     signals: ClassVar[frozenset[str]] = frozenset({"frame_features", "pooling_attention"})
     modalities: ClassVar[frozenset[str]] = frozenset({"video"})
@@ -140,7 +141,7 @@ def plan_quotas(
     similarity: Sequence[float] = (),
     ignore: float = 1.0,
 ) -> Plan:
-    """Salient and context tokens of each frame (section 3).
+    """Salient and context tokens of each frame (step 3).
 
     Args:
         sizes: segment sizes, summing to F.
@@ -221,7 +222,7 @@ def _quotas_static(
 
 
 def context_mask(features: Tensor, salient: Tensor, plan: Plan, counts: Tensor, tie_noise: float = 0.0) -> Tensor:
-    """[F, N] mask of the density peaks among each anchor frame's non-salient tokens (section 5).
+    """[F, N] mask of the density peaks among each anchor frame's non-salient tokens (step 5).
 
     Anchor frames with the same number of candidates are scored as one batch; other frames are not looked at.
     """
@@ -246,7 +247,7 @@ def context_mask(features: Tensor, salient: Tensor, plan: Plan, counts: Tensor, 
 
 
 def _merge(item: VisualItem, salient: Tensor, context: Tensor, plan: Plan, variant: str, beta: float) -> Compressed:
-    """Section 6 and 7: merge into the context tokens, gather everything in order of position."""
+    """Steps 6 and 7: merge into the context tokens, gather everything in order of position."""
     features, per_frame = item.features, item.tokens_per_frame
     kept_mask = (salient | context).flatten()
     kept = mask_to_indices(kept_mask[None], plan.total)[0]

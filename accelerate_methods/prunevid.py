@@ -8,8 +8,8 @@ Two stages, for videos only:
 * **selection**, after decoder layer M of the prefill: of every scene's static tokens and of every frame's dynamic
   tokens, the share alpha to which the question attends most goes on, in the layers above and in the whole KV cache.
 
-Section numbers refer to specs/prunevid.md. The official code knows PLLaVA only; here the method runs on every video
-layout (section 7): one newline is left after the merged tokens where the checkpoint has newlines.
+The official code knows PLLaVA only; here the method runs on every video layout: one newline is left after the merged
+tokens where the checkpoint has newlines. The steps named below are those of docs/methods/prunevid.md.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class PruneVid(CompressMethod, PrefillMethod):
 
     title: ClassVar[str] = "PruneVid"
     paper: ClassVar[str] = "arXiv 2412.16117"
+    code: ClassVar[str] = "Visual-AI/PruneVid@b12600c6"
     licence: ClassVar[str] = "CC BY-NC-SA 4.0 (Visual-AI/PruneVid)"
     modalities: ClassVar[frozenset[str]] = frozenset({"video"})
     positions: ClassVar[str] = "compact"
@@ -108,11 +109,11 @@ class PruneVid(CompressMethod, PrefillMethod):
         )
 
     def merged(self, count: int) -> int:
-        """Tokens that the spatial merge leaves of ``count`` (section 3.4)."""
+        """Tokens that the spatial merge leaves of ``count`` (step 4)."""
         return count if count <= self.min_tokens else max(1, int(count * self.beta))
 
     def plan(self, sizes: Sequence[int], static: Sequence[int], per_frame: int) -> Plan:
-        """Groups of tokens that are merged among themselves, in output order (section 3.5).
+        """Groups of tokens that are merged among themselves, in output order (step 5).
 
         Args:
             sizes: frames of each scene; static: static positions of each scene.
@@ -187,7 +188,7 @@ class PruneVid(CompressMethod, PrefillMethod):
         return Selection.from_mask(keep if step.valid is None else keep & step.valid, trim_cache=True)
 
     def _groups(self, spans: Sequence[VisualSpan], length: int) -> list[Group]:
-        """The groups of a sample: those of stage A, or a whole video where something else has compressed it."""
+        """The groups of a sample: those of the merging stage, or a whole video where something else has compressed it."""
         if not spans or _query_start(spans[-1]) >= length:
             return []  # nothing to select, or nothing to select by
         groups = []
@@ -241,7 +242,7 @@ class _Noise:
 
 
 def frame_scenes(features: Tensor, gamma: float, k: int, noise: _Noise | None = None) -> tuple[list[int], list[int]]:
-    """Cluster the frames [F, N, D]: labels of the clusters, and of the scenes made of them (section 3.2).
+    """Cluster the frames [F, N, D]: labels of the clusters, and of the scenes made of them (step 2).
 
     One device read. Fewer frames than neighbours, or than a cluster each, are no error here.
     """
@@ -252,7 +253,7 @@ def frame_scenes(features: Tensor, gamma: float, k: int, noise: _Noise | None = 
 
 
 def static_similarity(features: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """How alike each position stays within each scene (section 3.3).
+    """How alike each position stays within each scene (step 3).
 
     The mean over all pairs of distinct frames needs no pairs: with unit tokens u_w it follows from ``|sum_w u_w|^2``.
 
@@ -300,7 +301,7 @@ class Group:
 
 
 def group_sizes(info: dict[str, object]) -> list[int]:
-    """Sizes of the groups of a video that stage A has merged, in order; nothing for any other."""
+    """Sizes of the groups of a video that the merging stage has merged, in order; nothing for any other."""
     if "static_sizes" not in info:
         return []
     sizes: list[int] = []
@@ -310,12 +311,12 @@ def group_sizes(info: dict[str, object]) -> list[int]:
 
 
 def _query_start(span: VisualSpan) -> int:
-    """First row after the last visual token: a newline at the end of the video is a query row (section 7)."""
+    """First row after the last visual token: a newline at the end of the video is a query row (step 9)."""
     return span.end - (span.length > span.num_content)
 
 
 def question_scores(step: PrefillStep, starts: Sequence[int]) -> Tensor:
-    """[B, L] the most attention, over all heads, that any row from ``starts`` on pays to each row (section 4.1 to 4.3).
+    """[B, L] the most attention, over all heads, that any row from ``starts`` on pays to each row (step 6).
 
     Position-free and without a causal mask. Visual rows ask nothing.
     """

@@ -9,8 +9,8 @@ Every view of an image becomes, before the projector,
 
 Attention and keys come from the encoder layer whose output is the visual feature. The question is not looked at. The
 official code is for CLIP; for encoders without a CLS token (SigLIP) and for videos we follow the port that HoliTom
-compares itself with: patches are scored by the attention they receive, and a video is compressed frame by frame after
-projector and pooling. Section numbers refer to specs/visionzip.md.
+(cokeshao/HoliTom@e9b2972) compares itself with: patches are scored by the attention they receive, and a video is
+compressed frame by frame after projector and pooling. The steps named below are those of docs/methods/visionzip.md.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class VisionZip(ViewCompressMethod):
 
     title: ClassVar[str] = "VisionZip"
     paper: ClassVar[str] = "arXiv 2412.04467"
+    code: ClassVar[str] = "dvlab-research/VisionZip@3151f6df"
     licence: ClassVar[str] = "Apache-2.0 (dvlab-research/VisionZip)"
     signals: ClassVar[frozenset[str]] = frozenset({"cls_attention", "key_states"})
     substitutes: ClassVar[Mapping[str, str]] = {"cls_attention": "received_attention"}
@@ -95,7 +96,7 @@ class VisionZip(ViewCompressMethod):
         return zipped_views(special, zipped)
 
     def compress(self, item: VisualItem) -> Compressed:
-        """Section 7.1: frame by frame, in the space of the language model."""
+        """Frame by frame, in the space of the language model (step 5)."""
         dominant, contextual = self.view_budget(item.tokens_per_frame)
         if dominant + contextual >= item.tokens_per_frame:
             return selection(item, torch.arange(item.num_tokens, device=item.features.device))
@@ -147,7 +148,7 @@ def by_score(scores: Tensor, count: int) -> Tensor:
 
 
 def zip_tokens(features: Tensor, scores: Tensor, keys: Tensor, dominant: int, contextual: int) -> Zipped:
-    """Section 3, all views at once: features [V, P, D], scores [V, P], keys [V, P, d]; counts without the CLS token."""
+    """Steps 2 and 3, all views at once: features [V, P, D], scores [V, P], keys [V, P, d]; counts without CLS token."""
     patches = features.shape[1]
     index = top_indices(scores, dominant)
     rest = torch.ones(scores.shape, dtype=torch.bool, device=scores.device).scatter_(1, index, False)
@@ -157,7 +158,7 @@ def zip_tokens(features: Tensor, scores: Tensor, keys: Tensor, dominant: int, co
 
 
 def zipped_views(special: Tensor, zipped: Zipped) -> CompressedViews:
-    """Section 4: [CLS, dominant, contextual] of every view; with tiles, CLS and contextual tokens follow all patches.
+    """Step 4: [CLS, dominant, contextual] of every view; with tiles, CLS and contextual tokens follow all patches.
 
     ``special`` is [V, 1, D], or [V, 0, D] where the encoder has no such token.
     """

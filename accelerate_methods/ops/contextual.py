@@ -25,7 +25,7 @@ def contextual_merge(
         tokens [B, count, D]; targets [B, count] their ascending indices; slot [B, N] which of the tokens holds each
         token of ``rest`` (0..count-1), -1 outside of it.
 
-    Source: specs/visionzip.md section 3.
+    Source: VisionZip (dvlab-research/VisionZip@3151f6df); the rules are in docs/methods/visionzip.md, step 3.
     """
     if count == 0:
         empty = rest.new_empty(rest.shape[0], 0, dtype=torch.long)

@@ -41,7 +41,7 @@ def density_peak_scores(tokens: Tensor, neighbours: int, noise: Tensor | None = 
     Returns:
         density [B, M] and score [B, M], float32.
 
-    Source: specs/fastvid.md section 5.
+    Source: FastVID (LunarShen/FastVID@a40a109); the rules are in docs/methods/fastvid.md, step 5.
     """
     squared = squared_distances(tokens)
     density = (-_spread(squared, neighbours)).exp()
@@ -67,7 +67,7 @@ def dpc_knn(
     Returns:
         labels [B, M] in 0..n-1, and centres [B, n]: the token that label c stands for, in descending order of score.
 
-    Source: specs/prunevid.md section 3.1.
+    Source: PruneVid (Visual-AI/PruneVid@b12600c6); the rules are in docs/methods/prunevid.md, step 1.
     """
     size = tokens.shape[1]
     clusters = max(1, min(clusters, size))

@@ -22,7 +22,7 @@ def merge_to_anchors(pool: Tensor, anchors: Tensor, in_pool: Tensor, beta: float
         tokens [P, A, K, D]; assignment [P, A, M] (anchor 0..K-1 of each pool token); similarity [P, A, M] to it, not
         divided by the pool token's own norm, -inf where ``in_pool`` is False.
 
-    Source: specs/fastvid.md section 6.
+    Source: FastVID (LunarShen/FastVID@a40a109); the rules are in docs/methods/fastvid.md, step 6.
     """
     problems, sets, count, width = anchors.shape
     unit = torch.nn.functional.normalize(anchors, dim=-1, eps=1e-12).flatten(1, 2)

@@ -26,7 +26,8 @@ def dynamic_segments(features: Tensor, segments: int, threshold: float) -> list[
     Returns:
         Segment sizes in time order, summing to F (one device read).
 
-    Source: specs/fastvid.md section 2, with its robust rule for F < c and for no cut at all.
+    Source: FastVID (LunarShen/FastVID@a40a109), which fails with fewer frames than segments; the rules are in
+    docs/methods/fastvid.md, step 2.
     """
     frames = features.shape[0]
     if frames <= 1:
@@ -51,7 +52,7 @@ def refine_runs(labels: Sequence[int]) -> list[int]:
     to right and as a whole, the longer of its two neighbours as they have become; of equal ones the left. If nothing
     stands, all is label 0.
 
-    Source: specs/prunevid.md section 3.2.
+    Source: PruneVid (Visual-AI/PruneVid@b12600c6); the rules are in docs/methods/prunevid.md, step 2.
     """
     runs = [(label, len(list(run))) for label, run in groupby(labels)]
     longest: dict[int, int] = {}
