@@ -13,6 +13,7 @@ from accelerate_methods.registry import register
 from accelerate_methods.stages.budget import BudgetedMethod, floor_share
 from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem, selection
 from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.fields import integer, share
 from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection
 from accelerate_methods.stages.sample import SampleMethod
 
@@ -23,6 +24,9 @@ class RandomTokens(BudgetedMethod, CompressMethod):
     """Keep a random subset of each image's or video's tokens; the same ``seed`` keeps the same positions.
 
     The draw depends on the seed and the number of tokens only, so that batch size and order of requests do not matter.
+
+    Attributes:
+        seed: the same seed keeps the same positions.
     """
 
     title: ClassVar[str] = "Random"
@@ -30,7 +34,7 @@ class RandomTokens(BudgetedMethod, CompressMethod):
     baseline: ClassVar[bool] = True
     positions: ClassVar[str] = "original"
 
-    seed: int = 0
+    seed: int = integer(0)
 
     def compress(self, item: VisualItem) -> Compressed:
         return selection(item, random_indices(item.num_tokens, self.budget(item), self.seed).to(item.features.device))
@@ -106,16 +110,16 @@ class DownsampledInput(SampleMethod):
 
     The tower interpolates its position embeddings. The side is a multiple of the patch size, so the realised count
     differs from the ratio; it is reported per request.
+
+    Attributes:
+        retention_ratio: share of a view's patches that stay, approximately.
     """
 
     title: ClassVar[str] = "Smaller input"
     paper: ClassVar[str] = "baseline"
     baseline: ClassVar[bool] = True
 
-    retention_ratio: float = 0.25
-
-    def __post_init__(self) -> None:
-        self._check_number("retention_ratio", low=0.0, high=1.0, open_low=True)
+    retention_ratio: float = share(0.25, budget=True)
 
     def input_side(self, side: int, patch: int) -> int:
         patches = side // patch
@@ -138,13 +142,9 @@ class RandomPrefill(PrefillMethod):
     paper: ClassVar[str] = "baseline"
     baseline: ClassVar[bool] = True
 
-    retention_ratio: float = 0.25
-    layer: int = 2
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        self._check_number("retention_ratio", low=0.0, high=1.0, open_low=True)
-        self._check_number("layer", low=0, integer=True)
+    retention_ratio: float = share(0.25, budget=True)
+    layer: int = integer(2, low=0)
+    seed: int = integer(0)
 
     def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
         if self.layer >= num_layers:

@@ -28,6 +28,7 @@ from accelerate_methods.stages.budget import floor_share
 from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem, selection
 from accelerate_methods.stages.decode import DecodeMethod, DecodeStep
 from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.fields import flag, integer, real
 
 WINDOW = 4  # frames compared with each other, a constant of the paper's code
 
@@ -53,20 +54,15 @@ class DyCoke(CompressMethod, DecodeMethod):
     modalities: ClassVar[frozenset[str]] = frozenset({"video"})
     positions: ClassVar[str] = "compact"
 
-    k: float = 0.7
-    p: float = 0.7
-    l: int = 3  # noqa: E741 (the paper's name)
-    threshold: float = 0.9
-    ttm: bool = True
-    dp: bool = True
+    k: float = real(0.7, low=0, high=1)
+    p: float = real(0.7, low=0, high=1)
+    l: int = integer(3, low=1)  # noqa: E741 (the paper's name)
+    threshold: float = real(0.9, low=-1)
+    ttm: bool = flag(True)
+    dp: bool = flag(True)
 
     def __post_init__(self) -> None:
-        self._check_number("k", low=0.0, high=1.0)
-        self._check_number("p", low=0.0, high=1.0)
-        self._check_number("l", low=1, integer=True)
-        self._check_number("threshold", low=-1.0)
-        self._check_flag("ttm")
-        self._check_flag("dp")
+        super().__post_init__()
         if not (self.ttm or self.dp):
             raise MethodError("dycoke: ttm and dp are both off; use no method at all instead.")
 

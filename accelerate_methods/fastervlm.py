@@ -21,7 +21,7 @@ from torch import Tensor
 from accelerate_methods.ops.select import top_indices
 from accelerate_methods.registry import register
 from accelerate_methods.stages.compress import Compressed, VisualItem, selection
-from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.fields import choice, integer, share
 from accelerate_methods.stages.views import CompressedViews, ViewCompressMethod, Views
 
 
@@ -45,19 +45,11 @@ class FasterVLM(ViewCompressMethod):
     licence: ClassVar[str] = "Apache-2.0 (Theia-4869/FasterVLM)"
     signals: ClassVar[frozenset[str]] = frozenset({"cls_attention"})
     substitutes: ClassVar[Mapping[str, str]] = {"cls_attention": "received_attention"}
-    budget_fields: ClassVar[tuple[str, ...]] = ("retention_ratio", "tokens_per_view")
     positions: ClassVar[str] = "compact"
 
-    retention_ratio: float | None = 0.25
-    tokens_per_view: int | None = None
-    merge: str = "spatial"
-
-    def __post_init__(self) -> None:
-        self._check_number("retention_ratio", low=0.0, high=1.0, open_low=True)
-        self._check_number("tokens_per_view", low=1, integer=True)
-        if (self.retention_ratio is None) == (self.tokens_per_view is None):
-            raise MethodError("fastervlm: give either retention_ratio or tokens_per_view (the other one being None).")
-        self._check_choice("merge", ("spatial", "spatial_unpad"))
+    retention_ratio: float | None = share(0.25, budget=True)
+    tokens_per_view: int | None = integer(None, low=1, budget=True)
+    merge: str = choice("spatial", "spatial", "spatial_unpad")
 
     def view_budget(self, per_view: int) -> int:
         """T for views or frames of ``per_view`` tokens, 1 <= T <= per_view."""

@@ -24,6 +24,7 @@ from torch import Tensor
 from accelerate_methods.ops.select import random_indices, right_aligned_indices, top_mask
 from accelerate_methods.registry import register
 from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.fields import integer, real, share
 from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection
 
 
@@ -48,27 +49,13 @@ class FastV(PrefillMethod):
     paper: ClassVar[str] = "arXiv 2403.06764"
     code: ClassVar[str] = "pkunlp-icler/FastV@d1659729"
     licence: ClassVar[str] = "none stated (pkunlp-icler/FastV)"
-    budget_fields: ClassVar[tuple[str, ...]] = ("r", "retention_ratio", "tokens_per_image")
     positions: ClassVar[str] = "original"
 
-    k: int = 2
-    r: float | None = 0.5
-    retention_ratio: float | None = None
-    tokens_per_image: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        self._check_number("k", low=0, integer=True)
-        self._check_number("r", low=0.0, high=1.0)
-        self._check_number("retention_ratio", low=0.0, high=1.0, open_low=True)
-        self._check_number("tokens_per_image", low=0, integer=True)
-        self._check_number("seed", low=0, integer=True)
-        given = [name for name in self.budget_fields if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise MethodError(
-                f"{self.name}: give exactly one budget out of {', '.join(self.budget_fields)} "
-                f"(got {', '.join(given) or 'none'})."
-            )
+    k: int = integer(2, low=0)
+    r: float | None = real(0.5, low=0, high=1, budget=True)
+    retention_ratio: float | None = share(None, budget=True)
+    tokens_per_image: int | None = integer(None, low=0, budget=True)
+    seed: int = integer(0, low=0)
 
     def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
         if self.k >= num_layers:

@@ -28,7 +28,7 @@ from accelerate_methods.ops.select import mask_to_indices, top_mask
 from accelerate_methods.registry import register
 from accelerate_methods.stages.budget import floor_share
 from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem, selection
-from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.fields import choice, integer, real, share
 
 VARIANTS = ("onevision", "llava_video", "qwen2_5_vl")
 NEIGHBOURS = 4  # k of the density estimate, a constant of the paper's code
@@ -60,30 +60,16 @@ class FastVID(CompressMethod):
     modalities: ClassVar[frozenset[str]] = frozenset({"video"})
     positions: ClassVar[str] = "original"
 
-    retention_ratio: float | None = 0.1
-    tokens_per_frame: int | None = None
-    c: int = 8
-    tau: float = 0.9
-    d: float = 0.4
-    p: int = 4
-    beta: float = 0.6
-    ignore: float = 0.95
-    variant: str = "auto"
-    tie_noise: float = 0.0
-
-    def __post_init__(self) -> None:
-        self._check_number("retention_ratio", low=0.0, high=1.0, open_low=True)
-        self._check_number("tokens_per_frame", low=1, integer=True)
-        if (self.retention_ratio is None) == (self.tokens_per_frame is None):
-            raise MethodError("fastvid: give either retention_ratio or tokens_per_frame (with retention_ratio=None).")
-        self._check_number("c", low=1, integer=True)
-        self._check_number("tau", low=-1.0, high=1.0)
-        self._check_number("d", low=0.0, high=1.0)
-        self._check_number("p", low=1, integer=True)
-        self._check_number("beta", low=0.0, high=1.0)
-        self._check_number("ignore", low=-1.0, high=1.0)
-        self._check_number("tie_noise", low=0.0)
-        self._check_choice("variant", ("auto", *VARIANTS))
+    retention_ratio: float | None = share(0.1, budget=True)
+    tokens_per_frame: int | None = integer(None, low=1, budget=True)
+    c: int = integer(8, low=1)
+    tau: float = real(0.9, low=-1, high=1)
+    d: float = real(0.4, low=0, high=1)
+    p: int = integer(4, low=1)
+    beta: float = real(0.6, low=0, high=1)
+    ignore: float = real(0.95, low=-1, high=1)
+    variant: str = choice("auto", "auto", *VARIANTS)
+    tie_noise: float = real(0.0, low=0)
 
     def compress(self, item: VisualItem) -> Compressed:
         per_frame = item.tokens_per_frame

@@ -27,6 +27,7 @@ from accelerate_methods.ops.select import mask_to_indices
 from accelerate_methods.registry import register
 from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem
 from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.fields import flag, integer, real, share
 from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection, VisualSpan
 
 _ROW_LIMIT = 2**26  # attention probabilities looked at in one go
@@ -57,27 +58,19 @@ class PruneVid(CompressMethod, PrefillMethod):
     modalities: ClassVar[frozenset[str]] = frozenset({"video"})
     positions: ClassVar[str] = "compact"
 
-    gamma: float = 0.25
-    tau: float = 0.8
-    beta: float = 0.5
-    alpha: float = 0.4
-    selected_layer: int = 10
-    k: int = 7
-    min_tokens: int = 14
-    merging: bool = True
-    selection: bool = True
-    tie_noise: float = 0.0
+    gamma: float = share(0.25)
+    tau: float = real(0.8, low=-1)
+    beta: float = share(0.5)
+    alpha: float = share(0.4)
+    selected_layer: int = integer(10, low=0)
+    k: int = integer(7, low=1)
+    min_tokens: int = integer(14, low=0)
+    merging: bool = flag(True)
+    selection: bool = flag(True)
+    tie_noise: float = real(0.0, low=0)
 
     def __post_init__(self) -> None:
-        for share in ("gamma", "beta", "alpha"):
-            self._check_number(share, low=0.0, high=1.0, open_low=True)
-        self._check_number("tau", low=-1.0)
-        self._check_number("selected_layer", low=0, integer=True)
-        self._check_number("k", low=1, integer=True)
-        self._check_number("min_tokens", low=0, integer=True)
-        self._check_number("tie_noise", low=0.0)
-        self._check_flag("merging")
-        self._check_flag("selection")
+        super().__post_init__()
         if not self.merging and not self.selection:
             raise MethodError("prunevid: merging and selection are both off; leave at least one on.")
 
@@ -188,7 +181,7 @@ class PruneVid(CompressMethod, PrefillMethod):
         return Selection.from_mask(keep if step.valid is None else keep & step.valid, trim_cache=True)
 
     def _groups(self, spans: Sequence[VisualSpan], length: int) -> list[Group]:
-        """The groups of a sample: those of the merging stage, or a whole video where something else has compressed it."""
+        """The groups of a sample: those of the merging, or a whole video where something else has compressed it."""
         if not spans or _query_start(spans[-1]) >= length:
             return []  # nothing to select, or nothing to select by
         groups = []

@@ -26,7 +26,7 @@ from accelerate_methods.ops.contextual import contextual_merge
 from accelerate_methods.ops.select import top_indices
 from accelerate_methods.registry import register
 from accelerate_methods.stages.compress import Compressed, VisualItem, selection
-from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.fields import choice, integer, share
 from accelerate_methods.stages.views import CompressedViews, ViewCompressMethod, Views
 
 RELEASED = (191, 30, 576)  # defaults of the released entry point: dominant and contextual tokens out of so many patches
@@ -52,23 +52,13 @@ class VisionZip(ViewCompressMethod):
     licence: ClassVar[str] = "Apache-2.0 (dvlab-research/VisionZip)"
     signals: ClassVar[frozenset[str]] = frozenset({"cls_attention", "key_states"})
     substitutes: ClassVar[Mapping[str, str]] = {"cls_attention": "received_attention"}
-    budget_fields: ClassVar[tuple[str, ...]] = ("dominant", "contextual", "retention_ratio")
+    budget_required: ClassVar[bool] = False
     positions: ClassVar[str] = "compact"
 
-    dominant: int | None = None
-    contextual: int | None = None
-    retention_ratio: float | None = None
-    grid_order: str = "raster"
-
-    def __post_init__(self) -> None:
-        self._check_number("dominant", low=1, integer=True)
-        self._check_number("contextual", low=0, integer=True)
-        self._check_number("retention_ratio", low=0.0, high=1.0, open_low=True)
-        self._check_choice("grid_order", ("raster", "as_released"))
-        if (self.dominant is None) != (self.contextual is None):
-            raise MethodError("visionzip: dominant and contextual belong together; give both or neither.")
-        if self.dominant is not None and self.retention_ratio is not None:
-            raise MethodError("visionzip: give either dominant and contextual, or retention_ratio.")
+    dominant: int | None = integer(None, low=1, budget="counts")
+    contextual: int | None = integer(None, low=0, budget="counts")
+    retention_ratio: float | None = share(None, budget=True)
+    grid_order: str = choice("raster", "raster", "as_released")
 
     def view_budget(self, per_view: int) -> tuple[int, int]:
         """(dominant, contextual) tokens for views or frames of ``per_view`` tokens."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.fields import integer, share
 from accelerate_methods.stages.method import Method
 
 if TYPE_CHECKING:
@@ -19,23 +19,16 @@ class BudgetedMethod(Method):
     Counts are floors, at least one token, and never more than there are. Structural tokens (newlines) are not part of
     the budget. ``tokens_per_image`` is the budget of one visual item as a whole (an image with all its crops, or a
     video); ``tokens_per_frame`` counts per frame of a video and per image otherwise.
+
+    Attributes:
+        retention_ratio: share of the tokens that stay.
+        tokens_per_image: their number instead, of an image with all its crops or a whole video.
+        tokens_per_frame: their number instead, per frame of a video, per image otherwise.
     """
 
-    retention_ratio: float | None = None
-    tokens_per_image: int | None = None
-    tokens_per_frame: int | None = None
-
-    def __post_init__(self) -> None:
-        self._check_number("retention_ratio", low=0.0, high=1.0, open_low=True)
-        self._check_number("tokens_per_image", low=1, integer=True)
-        self._check_number("tokens_per_frame", low=1, integer=True)
-        given = [n for n in ("retention_ratio", "tokens_per_image", "tokens_per_frame") if getattr(self, n) is not None]
-        if len(given) != 1:
-            got = ", ".join(given) or "none"
-            raise MethodError(
-                f"{self.name}: give exactly one budget out of retention_ratio, tokens_per_image, tokens_per_frame "
-                f"(got {got})."
-            )
+    retention_ratio: float | None = share(None, budget=True)
+    tokens_per_image: int | None = integer(None, low=1, budget=True)
+    tokens_per_frame: int | None = integer(None, low=1, budget=True)
 
     def budget(self, item: VisualItem) -> int:
         """Tokens of ``item`` that may stay, 1 <= budget <= F*N."""

@@ -10,11 +10,11 @@ dataclass.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from accelerate_methods.stages.errors import MethodError, UnknownNameError
+from accelerate_methods.stages import fields
+from accelerate_methods.stages.errors import UnknownNameError
 
 STAGES = ("sample", "encode", "compress", "prefill", "decode")
 
@@ -26,9 +26,10 @@ class Method:
     Class attributes:
         name: registry name, also used in configs, on the command line and in result files.
         title, paper, licence: for tables and acknowledgements.
+        code: repository of the official release, "owner/name@commit".
         signals: names out of :data:`.signals.SIGNALS` that the host must provide.
         substitutes: signal -> signal that serves where an encoder lacks the first; its use is reported as adaptation.
-        budget_fields: parameters that together say how much is kept. A caller who gives one replaces all of them.
+        budget_required: whether one of the fields declared as budget has to be given (see ``fields.py``).
         modalities: kinds of visual item the method changes; others pass through unpruned.
         positions: "original" keeps the position ids of the uncompressed sequence (with gaps; generated tokens go on
             from the uncompressed length), "compact" re-numbers the shortened sequence.
@@ -37,13 +38,18 @@ class Method:
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    code: ClassVar[str] = ""
     licence: ClassVar[str] = ""
     baseline: ClassVar[bool] = False
     signals: ClassVar[frozenset[str]] = frozenset()
     substitutes: ClassVar[Mapping[str, str]] = {}
-    budget_fields: ClassVar[tuple[str, ...]] = ("retention_ratio", "tokens_per_image", "tokens_per_frame")
+    budget_required: ClassVar[bool] = True
     modalities: ClassVar[frozenset[str]] = frozenset({"image", "video"})
     positions: ClassVar[str] = "compact"
+
+    def __post_init__(self) -> None:
+        """Check the fields; a method with conditions among several extends this."""
+        fields.check(self)
 
     @classmethod
     def class_stages(cls) -> tuple[str, ...]:
@@ -78,9 +84,14 @@ class Method:
     @classmethod
     def without_replaced_budget(cls, given: Mapping[str, Any]) -> dict[str, None]:
         """None for the budget fields that ``given`` replaces: all others, as soon as it holds one."""
-        if all(given.get(name) is None for name in cls.budget_fields):
+        if all(given.get(name) is None for name in cls.budget_fields()):
             return {}
-        return {name: None for name in cls.budget_fields if name in cls.parameters() and name not in given}
+        return {name: None for name in cls.budget_fields() if name not in given}
+
+    @classmethod
+    def budget_fields(cls) -> tuple[str, ...]:
+        """Parameters that say how much is kept. A caller who gives one replaces all of them."""
+        return tuple(name for names in fields.budgets(cls).values() for name in names)
 
     def to_dict(self) -> dict[str, Any]:
         """Name and hyper-parameters, as a config file would hold them."""
@@ -90,36 +101,3 @@ class Method:
         """One line for tables and logs: the name and the parameters that differ from their defaults."""
         changed = [f"{k}={getattr(self, k)!r}" for k, d in self.parameters().items() if getattr(self, k) != d]
         return f"{self.name}({', '.join(changed)})"
-
-    # -- validation helpers for __post_init__ ------------------------------------------------------------------------
-
-    def _check_number(
-        self,
-        field: str,
-        *,
-        low: float = -math.inf,
-        high: float = math.inf,
-        open_low: bool = False,
-        integer: bool = False,
-    ) -> None:
-        value = getattr(self, field)
-        if value is None and (field in self.budget_fields or self.parameters()[field] is None):
-            return
-        kind = "an integer" if integer else "a number"
-        if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)) or value != value:
-            raise MethodError(f"{self.name}: {field} must be {kind}, got {value!r}.")
-        if value < low or value > high or (open_low and value == low):
-            left = "(" if open_low or low == -math.inf else "["
-            right = ")" if high == math.inf else "]"
-            allowed = f"{left}{low:g}, {high:g}{right}"
-            raise MethodError(f"{self.name}: {field}={value!r} is outside the allowed range {allowed}.")
-
-    def _check_flag(self, field: str) -> None:
-        value = getattr(self, field)
-        if not isinstance(value, bool):
-            raise MethodError(f"{self.name}: {field} must be True or False, got {value!r}.")
-
-    def _check_choice(self, field: str, allowed: tuple[str, ...]) -> None:
-        value = getattr(self, field)
-        if value not in allowed:
-            raise UnknownNameError(f"value of {self.name}.{field}:", value, allowed)

@@ -23,7 +23,7 @@ def configured(name: str, ratio: float = 0.3, **params: object) -> Method:
     cls = method_class(name)
     params = {**OVERRIDES.get(name, {}), **params}
     # a variant may state its budget in another way
-    if "retention_ratio" in cls.parameters() and not set(cls.budget_fields) & set(params):
+    if "retention_ratio" in cls.parameters() and not set(cls.budget_fields()) & set(params):
         params["retention_ratio"] = ratio
     return accelerate_methods.get(name, **params)
 

@@ -139,7 +139,7 @@ def _name(methods: Sequence[Mapping[str, Any]]) -> str:
     names = []
     for method in methods:
         kind = method_class(method["method"])
-        plain = {k: v for k, v in kind.parameters().items() if k not in kind.budget_fields}
+        plain = {k: v for k, v in kind.parameters().items() if k not in kind.budget_fields()}
         own = {k: v for k, v in method.items() if k != "method" and v is not None and v != plain.get(k)}
         names.append(method["method"] + (f"({', '.join(f'{k}={v}' for k, v in own.items())})" if own else ""))
     return " + ".join(names) or "dense"

@@ -1,0 +1,103 @@
+"""Declared hyper-parameters: every kind of rule, budgets of one and of two fields, and what pages read of them."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from accelerate_methods import MethodError, UnknownNameError, available
+from accelerate_methods.registry import method_class
+from accelerate_methods.stages.budget import BudgetedMethod
+from accelerate_methods.stages.fields import budgets, choice, flag, integer, parameters_of, real, rules, share
+from accelerate_methods.stages.method import Method
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Declared(Method):
+    """Something with a field of each kind.
+
+    Attributes:
+        keep: share that stays,
+            in any case.
+        rows, columns: the same as two counts.
+    """
+
+    name = "declared"
+
+    keep: float | None = share(0.5, budget=True)
+    rows: int | None = integer(None, low=1, budget="grid")
+    columns: int | None = integer(None, low=1, budget="grid")
+    cut: float = real(0.9, low=-1, high=1)
+    mode: str = choice("fast", "fast", "exact")
+    sorted: bool = flag(True)
+    free: object = "anything"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"keep": 0}, r"declared: keep=0 is outside the allowed range \(0, 1\]"),
+        ({"keep": 1.01}, r"declared: keep=1.01 is outside the allowed range \(0, 1\]"),
+        ({"keep": "0.5"}, "declared: keep must be a number, got '0.5'"),
+        ({"keep": float("nan")}, "declared: keep must be a number, got nan"),
+        ({"keep": True}, "declared: keep must be a number, got True"),
+        ({"cut": None}, "declared: cut must be a number, got None"),
+        ({"cut": 2}, r"declared: cut=2 is outside the allowed range \[-1, 1\]"),
+        ({"sorted": 1}, "declared: sorted must be True or False, got 1"),
+        ({"keep": None}, r"give exactly one budget out of keep, rows and columns \(got none\)"),
+        ({"rows": 2, "columns": 2}, r"exactly one budget out of keep, rows and columns \(got keep, rows, columns\)"),
+        ({"keep": None, "rows": 2}, "rows and columns belong together; give both or neither"),
+        ({"keep": None, "rows": 0, "columns": 2}, r"rows=0 is outside the allowed range \[1, inf\)"),
+        ({"keep": None, "rows": 2.0, "columns": 2}, "rows must be an integer, got 2.0"),
+    ],
+)
+def test_what_is_refused(given, message):
+    with pytest.raises(MethodError, match=message):
+        Declared(**given)
+
+
+def test_a_choice_names_the_nearest():
+    with pytest.raises(UnknownNameError, match=r"'exakt'.*Did you mean 'exact'\? Allowed: exact, fast"):
+        Declared(mode="exakt")
+
+
+def test_one_budget_replaces_the_other():
+    grid = Declared.create(rows=2, columns=3)
+    assert (grid.keep, grid.rows, grid.columns) == (None, 2, 3)
+    assert Declared.create(keep=0.1).keep == 0.1
+    assert budgets(Declared) == {"keep": ["keep"], "grid": ["rows", "columns"]}
+    assert Declared.budget_fields() == ("keep", "rows", "columns")
+
+
+@pytest.mark.parametrize("value", [np.float32(0.25), np.float64(0.25), torch.tensor(0.25), np.array(0.25)])
+def test_numbers_of_arrays_become_plain(value):
+    method = Declared(keep=value)
+    assert method.keep == 0.25 and type(method.keep) is float
+    with pytest.raises(MethodError, match="must be an integer"):
+        Declared.create(rows=value, columns=1)
+
+
+def test_a_batch_of_numbers_is_no_number():
+    with pytest.raises(MethodError, match="keep must be a number"):
+        Declared(keep=np.array([0.1, 0.2]))
+
+
+def test_what_pages_read():
+    found = {p.name: p for p in parameters_of(Declared)}
+    assert list(found) == ["keep", "rows", "columns", "cut", "mode", "sorted", "free"]
+    assert found["keep"].meaning == "share that stays, in any case."
+    assert found["rows"].meaning == found["columns"].meaning == "the same as two counts."
+    assert [p.allowed for p in found.values()] == [
+        *("(0, 1]", "[1, inf)", "[1, inf)", "[-1, 1]", "fast, exact", "True, False", "")
+    ]
+    assert found["rows"].budget and not found["cut"].budget
+    assert parameters_of(BudgetedMethod)[0].meaning == "share of the tokens that stay."
+
+
+@pytest.mark.parametrize("name", available())
+def test_every_parameter_is_declared_and_explained(name):
+    cls = method_class(name)
+    assert all(rule is not None for rule in rules(cls).values())
+    assert all(p.meaning for p in parameters_of(cls)), [p.name for p in parameters_of(cls) if not p.meaning]
+    assert cls.title and cls.paper
