@@ -30,7 +30,7 @@ from rich.table import Table
 
 import accelerate_methods
 from accelerate_methods.bench.features import video_like_features
-from accelerate_methods.engine.loop import _gather, _gather_keys
+from accelerate_methods.engine.cache import gather_keys, gather_rows
 from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.prefill import VisualSpan
 from accelerate_methods.stages.views import Views
@@ -132,7 +132,7 @@ def gather_half(device: torch.device, dtype: torch.dtype) -> Work:
     """What the decoder loop does with FastV's answer: of 6310 hidden states of width 3584 every second one stays."""
     hidden = _random(1, 6310, 3584, device=device, dtype=dtype)
     kept = torch.arange(0, 6310, 2, device=device)[None]
-    return lambda: _gather(hidden, kept), _bytes(hidden)
+    return lambda: gather_rows(hidden, kept), _bytes(hidden)
 
 
 def prunevid_groups(tokens: int, heads: int):
@@ -180,7 +180,7 @@ def dycoke_gather(device: torch.device, dtype: torch.dtype) -> Work:
     """Keys and values of one layer as a decode step sees them: 4 heads of 128, 3200 -> 1032."""
     keys, values = (_random(1, 4, 3200, 128, device=device, dtype=dtype) for _ in range(2))
     seen = torch.randperm(3200, generator=torch.Generator().manual_seed(0))[:1032].sort().values.to(device)[None]
-    return lambda: (_gather_keys(keys, seen), _gather_keys(values, seen)), 2 * _bytes(keys)
+    return lambda: (gather_keys(keys, seen), gather_keys(values, seen)), 2 * _bytes(keys)
 
 
 CASES = [
