@@ -33,7 +33,7 @@ class FasterVLM(ViewCompressMethod):
     Attributes:
         retention_ratio: 1 - R, share of the tokens of each view or frame that stay, rounded to the nearest count (the
             paper's tables: 0.75, 0.5, 0.25, 0.1, 0.05); 1 changes nothing.
-        tokens_per_view: T, the same as a count (then ``retention_ratio`` must be None).
+        tokens_per_view: T, the same as a count instead.
         merge: layout of what is left of an anyres image. "spatial": the kept patches alone, without unpadding and
             newlines, which the official code forces on every checkpoint; "spatial_unpad": the checkpoint's own layout,
             where patches in the padding are lost and every newline stays.

@@ -40,8 +40,8 @@ class FastVID(CompressMethod):
     """Hyper-parameters of FastVID, defaults as in the official evaluation scripts.
 
     Attributes:
-        retention_ratio: r, share of each frame's tokens that the budget is computed from; >= 1 changes nothing.
-        tokens_per_frame: the budget as a count instead (then ``retention_ratio`` must be None).
+        retention_ratio: r, share of each frame's tokens that the budget is computed from; 1 changes nothing.
+        tokens_per_frame: the budget as a count instead.
         c: DySeg, minimum number of segments.
         tau: DySeg, cut wherever the similarity of consecutive frames is below this.
         d: share of the budget spent on density-merged context tokens (the rest is salient tokens).
