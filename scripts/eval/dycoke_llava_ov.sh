@@ -1,9 +1,15 @@
 #!/usr/bin/env bash
-# DyCoke on LLaVA-OneVision. See lib/run_eval.sh for every setting.
+# DyCoke on LLaVA-OneVision: what configs/dycoke/llava_onevision.yaml says, next to the dense model.
+# Made by `python scripts/generate` from scripts/generate/eval_scripts.py. lib/run_eval.sh explains every variable.
 #
-#   bash scripts/eval/dycoke_llava_ov.sh
-#       no GPU, no weights needed: the embedded model and benchmark, dense against DyCoke, table and pictures
-#   PRETRAINED=lmms-lab/llava-onevision-qwen2-7b-ov TASKS=videomme NUM_PROCESSES=8 bash scripts/eval/dycoke_llava_ov.sh
-#       the paper's experiment on 8 GPUs
-CONFIG=dycoke/llava_onevision
+# No GPU, no weights needed: the embedded model and benchmark, table and pictures:
+#     bash scripts/eval/dycoke_llava_ov.sh
+# On 8 GPUs:
+#     PRETRAINED=lmms-lab/llava-onevision-qwen2-7b-ov TASKS=videomme NUM_PROCESSES=8 \
+#         bash scripts/eval/dycoke_llava_ov.sh
+# METHODS=levels: DyCoke at all 3 levels that the config lists.
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/run_eval.sh"
+ensure_env
+arguments_of_environment
+cd "$ROOT"
+exec "$PY" -m lmms_eval_accelerate.compare --config dycoke/llava_onevision "${arguments[@]}" "$@"

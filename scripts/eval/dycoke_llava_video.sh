@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
-# DyCoke on LLaVA-Video (our extension, see the config). See lib/run_eval.sh for every setting.
+# DyCoke on LLaVA-Video: what configs/dycoke/llava_video.yaml says, next to the dense model.
+# Made by `python scripts/generate` from scripts/generate/eval_scripts.py. lib/run_eval.sh explains every variable.
 #
-#   bash scripts/eval/dycoke_llava_video.sh
-#       no GPU, no weights needed: the embedded model and benchmark, dense against DyCoke, table and pictures
-#   PRETRAINED=lmms-lab/LLaVA-Video-7B-Qwen2 TASKS=videomme NUM_PROCESSES=8 bash scripts/eval/dycoke_llava_video.sh
-#       a real model on 8 GPUs
-CONFIG=dycoke/llava_video
+# No GPU, no weights needed: the embedded model and benchmark, table and pictures:
+#     bash scripts/eval/dycoke_llava_video.sh
+# On 8 GPUs:
+#     PRETRAINED=lmms-lab/LLaVA-Video-7B-Qwen2 TASKS=videomme NUM_PROCESSES=8 bash scripts/eval/dycoke_llava_video.sh
+# METHODS=levels: DyCoke at all 3 levels that the config lists.
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/run_eval.sh"
+ensure_env
+arguments_of_environment
+cd "$ROOT"
+exec "$PY" -m lmms_eval_accelerate.compare --config dycoke/llava_video "${arguments[@]}" "$@"

@@ -1,8 +1,14 @@
 #!/usr/bin/env bash
-# DyCoke on Qwen2.5-VL of transformers. See lib/run_eval.sh for every setting.
+# DyCoke on Qwen2.5-VL of transformers: what configs/dycoke/qwen2_5_vl.yaml says, next to the dense model.
+# Made by `python scripts/generate` from scripts/generate/eval_scripts.py. lib/run_eval.sh explains every variable.
 #
-#   PRETRAINED=Qwen/Qwen2.5-VL-7B-Instruct TASKS=videomme NUM_PROCESSES=8 bash scripts/eval/dycoke_qwen2_5_vl.sh
-#       dense against DyCoke on 8 GPUs; other models of transformers: PRETRAINED, and MODEL_ARGS if their limits differ
-CONFIG=dycoke/qwen2_5_vl
-NEEDS=Qwen/Qwen2.5-VL-7B-Instruct
+# On 8 GPUs:
+#     PRETRAINED=Qwen/Qwen2.5-VL-7B-Instruct TASKS=videomme NUM_PROCESSES=8 bash scripts/eval/dycoke_qwen2_5_vl.sh
+# METHODS=levels: DyCoke at all 3 levels that the config lists.
+# Other models of transformers: PRETRAINED, and MODEL_ARGS if their limits differ.
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/run_eval.sh"
+needs_checkpoint dycoke/qwen2_5_vl Qwen/Qwen2.5-VL-7B-Instruct
+ensure_env
+arguments_of_environment
+cd "$ROOT"
+exec "$PY" -m lmms_eval_accelerate.compare --config dycoke/qwen2_5_vl "${arguments[@]}" "$@"

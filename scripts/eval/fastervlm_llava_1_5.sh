@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
-# FasterVLM on LLaVA-1.5. See lib/run_eval.sh for every setting.
+# FasterVLM on LLaVA-1.5: what configs/fastervlm/llava_1_5.yaml says, next to the dense model.
+# Made by `python scripts/generate` from scripts/generate/eval_scripts.py. lib/run_eval.sh explains every variable.
 #
-#   bash scripts/eval/fastervlm_llava_1_5.sh
-#       no GPU, no weights needed: the embedded model (a small LLaVA-OneVision) and benchmark, table and pictures
-#   PRETRAINED=liuhaotian/llava-v1.5-7b TASKS=gqa,mme,pope NUM_PROCESSES=8 bash scripts/eval/fastervlm_llava_1_5.sh
-#       on 8 GPUs
-CONFIG=fastervlm/llava_1_5
+# No GPU, no weights needed: the embedded model (a small LLaVA-OneVision) and benchmark, table and pictures:
+#     bash scripts/eval/fastervlm_llava_1_5.sh
+# On 8 GPUs:
+#     PRETRAINED=liuhaotian/llava-v1.5-7b TASKS=gqa,mme,pope NUM_PROCESSES=8 bash scripts/eval/fastervlm_llava_1_5.sh
+# METHODS=levels: FasterVLM at all 5 levels that the config lists.
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/run_eval.sh"
+ensure_env
+arguments_of_environment
+cd "$ROOT"
+exec "$PY" -m lmms_eval_accelerate.compare --config fastervlm/llava_1_5 "${arguments[@]}" "$@"

@@ -1,9 +1,15 @@
 #!/usr/bin/env bash
-# FastV on LLaVA-NeXT. See lib/run_eval.sh for every setting.
+# FastV on LLaVA-NeXT: what configs/fastv/llava_next.yaml says, next to the dense model.
+# Made by `python scripts/generate` from scripts/generate/eval_scripts.py. lib/run_eval.sh explains every variable.
 #
-#   bash scripts/eval/fastv_llava_next.sh
-#       no GPU, no weights needed: the embedded model (a small LLaVA-OneVision) and benchmark, table and pictures
-#   PRETRAINED=liuhaotian/llava-v1.6-vicuna-7b TASKS=gqa,mme,pope NUM_PROCESSES=8 bash scripts/eval/fastv_llava_next.sh
-#       on 8 GPUs
-CONFIG=fastv/llava_next
+# No GPU, no weights needed: the embedded model (a small LLaVA-OneVision) and benchmark, table and pictures:
+#     bash scripts/eval/fastv_llava_next.sh
+# On 8 GPUs:
+#     PRETRAINED=liuhaotian/llava-v1.6-vicuna-7b TASKS=gqa,mme,pope NUM_PROCESSES=8 \
+#         bash scripts/eval/fastv_llava_next.sh
+# METHODS=levels: FastV at all 5 levels that the config lists.
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/run_eval.sh"
+ensure_env
+arguments_of_environment
+cd "$ROOT"
+exec "$PY" -m lmms_eval_accelerate.compare --config fastv/llava_next "${arguments[@]}" "$@"

@@ -1,9 +1,15 @@
 #!/usr/bin/env bash
-# FastV on LLaVA-OneVision. See lib/run_eval.sh for every setting.
+# FastV on LLaVA-OneVision: what configs/fastv/llava_onevision.yaml says, next to the dense model.
+# Made by `python scripts/generate` from scripts/generate/eval_scripts.py. lib/run_eval.sh explains every variable.
 #
-#   bash scripts/eval/fastv_llava_ov.sh
-#       no GPU, no weights needed: the embedded model and benchmark, dense against FastV, table and pictures
-#   PRETRAINED=lmms-lab/llava-onevision-qwen2-7b-ov TASKS=videomme NUM_PROCESSES=8 bash scripts/eval/fastv_llava_ov.sh
-#       on 8 GPUs
-CONFIG=fastv/llava_onevision
+# No GPU, no weights needed: the embedded model and benchmark, table and pictures:
+#     bash scripts/eval/fastv_llava_ov.sh
+# On 8 GPUs:
+#     PRETRAINED=lmms-lab/llava-onevision-qwen2-7b-ov TASKS=videomme NUM_PROCESSES=8 \
+#         bash scripts/eval/fastv_llava_ov.sh
+# METHODS=levels: FastV at all 4 levels that the config lists.
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/run_eval.sh"
+ensure_env
+arguments_of_environment
+cd "$ROOT"
+exec "$PY" -m lmms_eval_accelerate.compare --config fastv/llava_onevision "${arguments[@]}" "$@"

@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
-# FastV on LLaVA-Video. See lib/run_eval.sh for every setting.
+# FastV on LLaVA-Video: what configs/fastv/llava_video.yaml says, next to the dense model.
+# Made by `python scripts/generate` from scripts/generate/eval_scripts.py. lib/run_eval.sh explains every variable.
 #
-#   bash scripts/eval/fastv_llava_video.sh
-#       no GPU, no weights needed: the embedded model and benchmark, dense against FastV, table and pictures
-#   PRETRAINED=lmms-lab/LLaVA-Video-7B-Qwen2 TASKS=videomme NUM_PROCESSES=8 bash scripts/eval/fastv_llava_video.sh
-#       on 8 GPUs
-CONFIG=fastv/llava_video
+# No GPU, no weights needed: the embedded model and benchmark, table and pictures:
+#     bash scripts/eval/fastv_llava_video.sh
+# On 8 GPUs:
+#     PRETRAINED=lmms-lab/LLaVA-Video-7B-Qwen2 TASKS=videomme NUM_PROCESSES=8 bash scripts/eval/fastv_llava_video.sh
+# METHODS=levels: FastV at all 3 levels that the config lists.
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/run_eval.sh"
+ensure_env
+arguments_of_environment
+cd "$ROOT"
+exec "$PY" -m lmms_eval_accelerate.compare --config fastv/llava_video "${arguments[@]}" "$@"

@@ -1,8 +1,8 @@
-# Evaluate one method on one model family through the lmms-eval command line, next to the dense model.
-# Sourced by scripts/eval/<method>_<model>.sh, which set CONFIG (a file of configs/ without its suffix).
+# What the scripts in scripts/eval/ share: environment variables become arguments of
+# `python -m lmms_eval_accelerate.compare`, which runs one method on one model next to the dense model. Source it.
 #
-# Without PRETRAINED: the embedded tiny model and benchmark (a model of the llava package; scripts for others set NEEDS,
-# an example of a checkpoint, and end with exit code 2).
+# Without PRETRAINED: the embedded tiny model and benchmark (a model of the llava package; scripts for models of
+# transformers end with exit code 2).
 # With PRETRAINED: that checkpoint, on all GPUs asked for.
 #
 #   PRETRAINED        checkpoint folder or hub name
@@ -18,32 +18,36 @@
 #   OUTPUT            folder for the results; that of an interrupted comparison goes on where it stopped
 #   BATCH_SIZE, MODEL_ARGS (extra k=v,k=v), DRY_RUN=1 (print the commands only)
 #   FULL=1            embedded benchmark: the full sets instead of the quick subset
+#   PYTHON, VENV      see lib/common.sh
 
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-if [[ -n "${NEEDS:-}" && -z "${PRETRAINED:-}" ]]; then
-    printf 'error: %s needs a checkpoint, e.g. PRETRAINED=%s.\n' "$CONFIG" "$NEEDS" >&2
-    exit 2
-fi
-ensure_env
-cd "$ROOT"
 
-arguments=(--config "$CONFIG")
-add() { [[ -z "$2" ]] || arguments+=("$1" "$2"); }
-add --pretrained "${PRETRAINED:-}"
-add --tasks "${TASKS:-}"
-add --methods "${METHODS:-}"
-add --retention-ratio "${RETENTION_RATIO:-}"
-add --limit "${LIMIT:-}"
-add --num-processes "${NUM_PROCESSES:-}"
-add --num-machines "${NUM_MACHINES:-}"
-add --machine-rank "${MACHINE_RANK:-}"
-add --main-process-ip "${MAIN_PROCESS_IP:-}"
-add --main-process-port "${MAIN_PROCESS_PORT:-}"
-add --batch-size "${BATCH_SIZE:-}"
-add --model-args "${MODEL_ARGS:-}"
-add --gpus-per-model "${GPUS_PER_MODEL:-}"
-add --data "${DATA:-}"
-add --output "${OUTPUT:-}"
-[[ -z "${DRY_RUN:-}" ]] || arguments+=(--dry-run)
-[[ -z "${FULL:-}" ]] || arguments+=(--full)
-exec "$PY" -m lmms_eval_accelerate.compare.cli "${arguments[@]}" "$@"
+# needs_checkpoint CONFIG EXAMPLE: ends the script if no checkpoint is given; nothing is set up before.
+needs_checkpoint() {
+    if [[ -z "${PRETRAINED:-}" ]]; then
+        printf 'error: %s needs a checkpoint, e.g. PRETRAINED=%s.\n' "$1" "$2" >&2
+        exit 2
+    fi
+}
+
+# arguments_of_environment: sets the array `arguments` from the variables above.
+arguments_of_environment() {
+    arguments=(--batch-size "${BATCH_SIZE:-1}")
+    add() { [[ -z "$2" ]] || arguments+=("$1" "$2"); }
+    add --pretrained "${PRETRAINED:-}"
+    add --tasks "${TASKS:-}"
+    add --methods "${METHODS:-}"
+    add --retention-ratio "${RETENTION_RATIO:-}"
+    add --limit "${LIMIT:-}"
+    add --num-processes "${NUM_PROCESSES:-}"
+    add --num-machines "${NUM_MACHINES:-}"
+    add --machine-rank "${MACHINE_RANK:-}"
+    add --main-process-ip "${MAIN_PROCESS_IP:-}"
+    add --main-process-port "${MAIN_PROCESS_PORT:-}"
+    add --model-args "${MODEL_ARGS:-}"
+    add --gpus-per-model "${GPUS_PER_MODEL:-}"
+    add --data "${DATA:-}"
+    add --output "${OUTPUT:-}"
+    [[ -z "${DRY_RUN:-}" ]] || arguments+=(--dry-run)
+    [[ -z "${FULL:-}" ]] || arguments+=(--full)
+}

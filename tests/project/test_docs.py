@@ -65,7 +65,7 @@ def test_scripts_name_existing_configs():
     assert scripts
     for script in scripts:
         subprocess.run(["bash", "-n", str(script)], check=True)
-        name = re.search(r"^CONFIG=(\S+)$", script.read_text(encoding="utf-8"), re.MULTILINE)[1]
+        name = re.search(r"^exec .* --config (\S+) ", script.read_text(encoding="utf-8"), re.MULTILINE)[1]
         assert (CONFIG_DIR / f"{name}.yaml").is_file()
 
 

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# FasterVLM on LLaVA-OneVision: what configs/fastervlm/llava_onevision.yaml says, next to the dense model.
+# Made by `python scripts/generate` from scripts/generate/eval_scripts.py. lib/run_eval.sh explains every variable.
+#
+# No GPU, no weights needed: the embedded model and benchmark, table and pictures:
+#     bash scripts/eval/fastervlm_llava_onevision.sh
+# On 8 GPUs:
+#     PRETRAINED=lmms-lab/llava-onevision-qwen2-7b-ov TASKS=videomme NUM_PROCESSES=8 \
+#         bash scripts/eval/fastervlm_llava_onevision.sh
+# METHODS=levels: FasterVLM at all 5 levels that the config lists.
+source "$(dirname "${BASH_SOURCE[0]}")/../lib/run_eval.sh"
+ensure_env
+arguments_of_environment
+cd "$ROOT"
+exec "$PY" -m lmms_eval_accelerate.compare --config fastervlm/llava_onevision "${arguments[@]}" "$@"
