@@ -47,7 +47,7 @@ def _package(package: Path) -> Iterator[str]:
 
 
 def sentence(path: Path) -> str:
-    """First sentence of a file's docstring, on one line and without its full stop; nothing without file or docstring."""
+    """First sentence of a file's docstring on one line, without full stop; nothing without file or docstring."""
     said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) if path.is_file() else None
     if not said:
         return ""

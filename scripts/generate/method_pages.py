@@ -3,7 +3,7 @@
 They stand between a marker and ``<!-- end -->``; everything else on a page is written by hand. What is generated comes
 from the method's class, from ``configs/`` and from the table of model families, so that no page can disagree with them.
 
-``files()`` gives their whole new content by path relative to the project's folder; ``python scripts/generate`` writes it.
+``files()`` gives the whole new content by path relative to the project's folder; ``python scripts/generate`` writes it.
 """
 
 from __future__ import annotations
