@@ -14,7 +14,7 @@ EXTRAS = {
     "flash-attn": ["flash-attn>=2.7"],
     "lora": ["peft>=0.15"],
     "plots": ["matplotlib>=3.9", "plotly>=6"],
-    "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "matplotlib>=3.9", "plotly>=6"],
+    "dev": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9", "matplotlib>=3.9", "plotly>=6"],
 }
 
 setup(

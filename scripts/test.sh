@@ -1,7 +1,14 @@
 #!/usr/bin/env bash
-# Set up the environment and run all tests. Arguments go to pytest, e.g. `bash scripts/test.sh -k fastvid`.
+# Set up the environment and run all tests, several files at a time. Arguments go to pytest:
+# `bash scripts/test.sh -k fastvid`; `-n 0` runs everything in one process, `-n 8` in eight.
 source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
 ensure_env
 cd "$ROOT"
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-exec "$PY" -m pytest "$@"
+workers=()
+if "$PY" -c 'import xdist' 2>/dev/null; then  # an interpreter of your own (PYTHON=) may lack it
+    # a file stays in one process, which shares its fixtures; the order is that of tests/conftest.py
+    workers=(-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+fi
+exec "$PY" -m pytest "${workers[@]}" "$@"

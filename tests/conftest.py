@@ -1,5 +1,6 @@
 """Shared fixtures: offline, few threads, every tiny model loaded once in float32."""
 
+import collections
 import os
 
 from tests.support.paths import GOLDEN
@@ -13,6 +14,15 @@ import PIL
 import pytest
 
 CHECKPOINTS = GOLDEN / "checkpoints"
+
+
+def pytest_collection_modifyitems(config, items):
+    """In several processes (scripts/test.sh) the files that take long come first, so that none is left for the end."""
+    if not hasattr(config, "workerinput"):
+        return
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    count = collections.Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -count[item.path], str(item.path)))
 
 
 @pytest.fixture(scope="session", autouse=True)
