@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from accelerate_methods.registry.configs import config_names, read_config, read_model
+from accelerate_methods.registry.models import families_of
 from accelerate_methods.registry.names import method_class
 
 #: scripts of these methods are also known by the short name of LLaVA-OneVision, "fastvid_llava_ov.sh"
 SHORT_NAMES = ("dycoke", "fastervlm", "fastv", "fastvid", "prunevid", "visionzip")
-#: tasks of the methods' papers, for the example in the header
-VIDEO_TASKS, IMAGE_TASKS = "videomme", "gqa,mme,pope"
 
 TEMPLATE = """\
 #!/usr/bin/env bash
@@ -48,14 +47,14 @@ def script(config: str, name: str) -> str:
     model = content["model"]
     title = method_class(content["method"]).title
     call = f"bash scripts/eval/{name}.sh"
-    video = any(key in model for key in ("max_frames_num", "max_num_frames", "fps"))
+    (family, *_) = families_of(config.partition("/")[2])
     native = model["family"] == "hf"
     examples = []
     if not native:  # the embedded model is one of the llava package
         small = " (a small LLaVA-OneVision)" if model["family"] == "llava" else ""
         examples += [f"No GPU, no weights needed: the embedded model{small} and benchmark, table and pictures:"]
         examples += [f"    {call}"]
-    setting = f"PRETRAINED={model['pretrained']} TASKS={VIDEO_TASKS if video else IMAGE_TASKS} NUM_PROCESSES=8"
+    setting = f"PRETRAINED={model['pretrained']} TASKS={family.tasks} NUM_PROCESSES=8"
     line = f"    {setting} {call}"
     examples += ["On 8 GPUs:", *([line] if len(line) <= 116 else [f"    {setting} \\", f"        {call}"])]
     if content.get("levels"):

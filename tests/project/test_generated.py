@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from accelerate_methods.registry import names
-from accelerate_methods.registry.compatibility import FAMILIES, why_not
-from accelerate_methods.registry.configs import config_names, model_names, read_model
+from accelerate_methods.registry.compatibility import why_not
+from accelerate_methods.registry.configs import config_names, model_names
+from accelerate_methods.registry.models import families_of
 from accelerate_methods.registry.names import method_class
 from tests.support.paths import ROOT
 
@@ -67,21 +68,13 @@ def test_help_of_the_generator_is_quick():
     assert python("-c", code).stdout.rstrip().endswith("[]")
 
 
-def families(model: str) -> list:
-    """The families that a model of configs/models belongs to."""
-    content = read_model(model)
-    wanted = content.get("model_class")
-    fit = [f for f in FAMILIES if f.key == content["family"] and (wanted is None or wanted in f.classes)]
-    return [f for f in fit if f.name == content["title"]] or fit
-
-
 def test_every_method_that_a_model_can_run_has_a_config():
     missing = []
     for name in names.built_in():
         if method_class(name).baseline:
             continue
         for model in set(model_names()) - {"embedded"}:
-            if any(why_not(method_class(name), f) is None for f in families(model)):
+            if any(why_not(method_class(name), f) is None for f in families_of(model)):
                 missing.append((name, model))
     wanted = {key for key in missing if key not in WITHOUT_CONFIG}
     there = {tuple(name.split("/")) for name in config_names()}

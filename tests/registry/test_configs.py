@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from accelerate_methods.registry import configs
-from accelerate_methods.registry.compatibility import FAMILIES
 from accelerate_methods.registry.configs import config_names, model_names, read_config, read_model
+from accelerate_methods.registry.families import FAMILIES
 from accelerate_methods.registry.pipeline import resolve
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from tests.support.paths import ROOT
