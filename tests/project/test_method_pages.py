@@ -38,9 +38,7 @@ def test_a_page_says_the_same_things_in_the_same_order(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_says_where_it_comes_from(name):
     method = method_class(name)
-    assert re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{7,40}", method.code), (
-        "code: owner/name@commit of the official release"
-    )
+    assert re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{7,40}", method.code), "code: owner/name@commit"
     assert method.paper and method.licence
 
 
@@ -61,12 +59,11 @@ def test_cited_steps_are_on_the_page():
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "methods.md"], ids=lambda p: p.stem)
 def test_examples_name_methods_and_parameters_that_are_there(page):
     asked = []
-    known = {
-        "model": object(),
-        "accelerate_methods": SimpleNamespace(
-            accelerate=lambda _, name, **params: asked.append(resolve(name, **params))
-        ),
-    }
+
+    def accelerate(_, name, **params):
+        asked.append(resolve(name, **params))
+
+    known = {"model": object(), "accelerate_methods": SimpleNamespace(accelerate=accelerate)}
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     for block in blocks:
         exec(block, known)
