@@ -1,7 +1,8 @@
-"""What runs of one process share: the weights, and the folder in which a run's answers are kept as they come.
+"""What the harness and a model tell each other beside ``--model_args``, and what runs of one process share.
 
 lmms-eval makes the model from its arguments alone, and everything among them counts as a setting. What only says how a
-run is carried out comes from here instead. Without a session (plain ``lmms-eval``) nothing is shared or kept.
+run is carried out goes this way instead, as does what the model says of itself for the run's summary. Without a session
+(plain ``lmms-eval``, library use) nothing is shared, kept or told.
 """
 
 from __future__ import annotations
@@ -11,20 +12,35 @@ import contextvars
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lmms_eval_accelerate.runs.folder import RunFolder
 
 
 @dataclasses.dataclass
 class Session:
-    """Attributes:
-    journal: folder of the run's answers (see ``journal.py``), or None.
-    weights: (what was loaded with which arguments, the model) that was used last, if runs share it.
-    share: whether to keep the weights for the next run.
+    """
+    Attributes:
+        folder: of the run that is going on; None where a command of somebody else started it.
+        journal: folder of the run's answers (see ``models/journal.py``), or None.
+        share: whether to keep the weights for the next run.
+        weights: (what was loaded with which arguments, the model) that was used last, if runs share it.
+        settings: of the run's model, everything that can change an answer; written by the model.
+        checkpoint: what its weights look like; written by the model.
     """
 
+    folder: RunFolder | None = None
     journal: Path | None = None
     share: bool = False
     weights: tuple[Any, Any] | None = None
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    checkpoint: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def begin(self, folder: RunFolder, journal: Path | None) -> None:
+        """Another run begins; what the model before said of itself is not of this one."""
+        self.folder, self.journal = folder, journal
+        self.settings, self.checkpoint = {}, {}
 
 
 _current: contextvars.ContextVar[Session] = contextvars.ContextVar("session")

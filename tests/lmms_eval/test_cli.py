@@ -15,6 +15,7 @@ pytest.importorskip("lmms_eval_accelerate")
 
 from lmms_eval_accelerate import cli
 from lmms_eval_accelerate.runs import folder as runs
+from lmms_eval_accelerate.runs import summary
 
 from tests.support.lmms_tasks import document, standard_tasks, write_tasks
 from tests.support.paths import CHECKPOINTS
@@ -144,7 +145,7 @@ def test_two_runs_never_share_a_folder(tmp_path, monkeypatch) -> None:
 )
 def test_results_without_numbers_are_a_failure(values, says) -> None:
     with pytest.raises(runs.RunError, match=says):
-        runs.check_scores({"results": values})
+        summary.check_scores({"results": values})
 
 
 def test_config_file_of_several_runs_is_refused(tmp_path, capsys) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 from accelerate_methods.stages.errors import MethodError
 from lmms_eval_accelerate.benchmarks import layout
 from lmms_eval_accelerate.benchmarks.catalog import Benchmark, Part
+from lmms_eval_accelerate.embedded import QUESTIONS
 
-_PLUGIN, _EASY_VQA = "lmms_eval_accelerate", "easy_vqa"
+_EASY_VQA = "easy_vqa"  # dataset and package
 
 
 @dataclasses.dataclass
@@ -133,13 +134,8 @@ def _parquet():
 
 
 def _check_embedded(finding: Finding) -> None:
-    if importlib.util.find_spec(_PLUGIN) is None:
-        finding.missing.append("the plugin: pip install -e lmms-eval")
-        return
-    folder = Path(importlib.util.find_spec(_PLUGIN).origin).parent / "tasks" / finding.benchmark.dataset
-    finding.places.append(folder)
-    name = "full" if finding.benchmark.name.endswith("_full") else "quick"
-    file = folder / "data" / f"{name}.jsonl"
+    file = QUESTIONS[finding.benchmark.task]
+    finding.places.append(file.parent)
     if file.is_file():
         finding.documents = sum(1 for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
     else:

@@ -1,10 +1,8 @@
-"""Side by side: the summaries of several runs as one table, as JSON and Markdown, and as a curve."""
+"""Side by side: the summaries of several runs as one table, as JSON and as Markdown."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,12 @@ from rich.console import Group
 from rich.table import Table
 
 from lmms_eval_accelerate.report.loyalty import kl_text, loyalty
-from lmms_eval_accelerate.report.results import Run
-
-DENSE = "dense"
+from lmms_eval_accelerate.report.results import DENSE, Run
+from lmms_eval_accelerate.runs import files
 
 
 @dataclasses.dataclass
-class Row:
+class TaskResult:
     """One setting on one task. Costs are means per sample over all ranks, without the warm-up calls.
 
     ``prefill_ms`` is the language model's prefill, ``compress_ms`` the method's own work before it; ``speedup``
@@ -54,12 +51,12 @@ class Row:
         return self.tokens_after / self.tokens_before if self.tokens_before else 1.0
 
 
-def read(folders: Mapping[str, Path]) -> list[Row]:
+def read(folders: Mapping[str, Path]) -> list[TaskResult]:
     """Rows from the ``summary.json`` and the samples files of every setting, in the order of the settings."""
-    found: list[Row] = []
+    found: list[TaskResult] = []
     runs: dict[str, Run] = {}
     for setting, folder in folders.items():
-        report = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        report = files.read_json(folder / files.SUMMARY)
         runs[setting] = Run(folder, report)
         for task, metrics in report["tasks"].items():
             costs = report["costs"]["by_task"].get(task)
@@ -81,9 +78,9 @@ def read(folders: Mapping[str, Path]) -> list[Row]:
     return found
 
 
-def _row(setting: str, task: str, metrics: Mapping[str, float], costs: Mapping[str, Any]) -> Row:
+def _row(setting: str, task: str, metrics: Mapping[str, float], costs: Mapping[str, Any]) -> TaskResult:
     metric, score = next(iter(metrics.items()))
-    return Row(
+    return TaskResult(
         setting=setting,
         task=task,
         metric=metric,
@@ -110,7 +107,7 @@ _NOTE = (
 )
 
 
-def _cells(row: Row) -> dict[str, str]:
+def _cells(row: TaskResult) -> dict[str, str]:
     """What a row shows, by column. Fractions are shown in per cent, scores on another scale (MME) as they are."""
     scale = 100.0 if row.score <= 1.0 else 1.0
     relative = row.setting != DENSE
@@ -128,31 +125,31 @@ def _cells(row: Row) -> dict[str, str]:
     }
 
 
-def _grid(rows_of_task: list[Row]) -> dict[str, list[str]]:
+def _grid(rows_of_task: list[TaskResult]) -> dict[str, list[str]]:
     """The columns of one task's table, top to bottom."""
     cells = [_cells(row) for row in rows_of_task]
     columns = {name: [here[name] for here in cells] for name in cells[0]}
     return {name: column for name, column in columns.items() if name not in _LOYAL or any(column)}
 
 
-def _note(found: list[Row]) -> str:
+def _note(found: list[TaskResult]) -> str:
     shown = {name for here in _by_task(found).values() for name in _grid(here)}
     return "; ".join([_NOTE, *(text for name, text in _LOYAL.items() if name in shown)])
 
 
-def _by_task(found: list[Row]) -> dict[str, list[Row]]:
-    tasks: dict[str, list[Row]] = {}
+def _by_task(found: list[TaskResult]) -> dict[str, list[TaskResult]]:
+    tasks: dict[str, list[TaskResult]] = {}
     for row in found:
         tasks.setdefault(row.task, []).append(row)
     return tasks
 
 
-def _title(task: str, rows_of_task: list[Row]) -> str:
+def _title(task: str, rows_of_task: list[TaskResult]) -> str:
     first = rows_of_task[0]
     return f"{task}: {first.metric}, n={first.samples}, {first.tokens_before:.0f} visual tokens"
 
 
-def tables(found: list[Row]) -> Group:
+def tables(found: list[TaskResult]) -> Group:
     """The comparison for the terminal, a table per task."""
     views: list[Table | str] = []
     for task, here in _by_task(found).items():
@@ -169,7 +166,7 @@ def tables(found: list[Row]) -> Group:
     return Group(*views, _note(found))
 
 
-def markdown(found: list[Row]) -> str:
+def markdown(found: list[TaskResult]) -> str:
     """The same as Markdown."""
     lines: list[str] = []
     for task, here in _by_task(found).items():
@@ -181,46 +178,14 @@ def markdown(found: list[Row]) -> str:
     return "\n".join([*lines, f"({_note(found)})", ""])
 
 
-def write(found: list[Row], folder: Path) -> None:
+def write(found: list[TaskResult], folder: Path) -> None:
     """``comparison.json`` and ``comparison.md``."""
     content = [{**dataclasses.asdict(row), "kept": row.kept} for row in found]
-    (folder / "comparison.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (folder / "comparison.md").write_text(markdown(found), encoding="utf-8")
+    files.write_json(folder / files.COMPARISON, content)
+    files.write_text(folder / files.COMPARISON_TEXT, markdown(found))
 
 
-def cut_tasks(found: list[Row]) -> dict[str, list[Row]]:
+def cut_tasks(found: list[TaskResult]) -> dict[str, list[TaskResult]]:
     """Tasks on which every setting but the dense one dropped tokens (a video method leaves images alone)."""
     tasks = {t: [r for r in here if r.setting != DENSE] for t, here in _by_task(found).items()}
     return {t: _by_task(found)[t] for t, others in tasks.items() if others and all(r.kept < 1 for r in others)}
-
-
-def _method(row: Row) -> str:
-    """The method of ``name``, ``name@ratio`` or ``name(parameters)``."""
-    return re.split(r"[@(]", row.setting)[0]
-
-
-def draw_curve(found: list[Row], path: Path) -> Path:
-    """Accuracy against the share of visual tokens kept; a line per method, a panel per task of :func:`cut_tasks`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = cut_tasks(found)
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.8), squeeze=False)
-    for axis, (task, here) in zip(axes[0], panels.items(), strict=True):
-        for row in here:
-            if row.setting == DENSE:
-                axis.axhline(100 * row.score, color="0.5", linestyle="--", linewidth=1, label=DENSE)
-        methods = dict.fromkeys(_method(row) for row in here if row.setting != DENSE)
-        for method in methods:
-            points = sorted((100 * r.kept, 100 * r.score) for r in here if _method(r) == method)
-            # a line between points of one run each: no more is claimed
-            axis.plot(*zip(*points, strict=True), marker="o", label=method)
-        axis.set(title=task, xlabel="visual tokens kept (%)", ylabel="accuracy (%)")
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path

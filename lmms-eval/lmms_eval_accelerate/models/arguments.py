@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from accelerate_methods.registry import compatibility
 from accelerate_methods.registry.configs import read_config
 from accelerate_methods.registry.pipeline import Pipeline, resolve
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
+from lmms_eval_accelerate.model_args import meant
 
 #: Arguments of every family with their defaults. Families add theirs and change defaults.
 COMMON: dict[str, Any] = {
@@ -93,7 +93,7 @@ def parse_arguments(
     Raises:
         UnknownNameError, MethodError: with the allowed names or values.
     """
-    given = {key: _none(value) for key, value in given.items()}
+    given = {key: meant(value) for key, value in given.items()}
     config = given.get("config")
     section = _model_section(config, family, defaults) if config is not None else {}
     spec = _method_spec(model_id, default_method, given.get("method"), config)
@@ -106,19 +106,6 @@ def parse_arguments(
     values["method"], values["config"] = pipeline.name, config
     _finish(values)
     return Arguments(model_id, family, values, pipeline)
-
-
-def _none(value: Any) -> Any:
-    # lmms-eval leaves "none" a string and lists and mappings JSON text
-    if isinstance(value, str):
-        if value.lower() in ("none", "null"):
-            return None
-        if value[:1] in "{[" and value[-1:] in "}]":
-            try:
-                return json.loads(value)
-            except json.JSONDecodeError as error:
-                raise MethodError(f"model argument {value!r} looks like JSON but is not: {error}") from error
-    return value
 
 
 def _model_section(config: Any, family: str, defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,14 +26,14 @@ from lmms_eval_accelerate.manifest import FAMILIES
 from lmms_eval_accelerate.models import loading, prompts
 from lmms_eval_accelerate.models.arguments import COMMON, Arguments, parse_arguments
 from lmms_eval_accelerate.models.batching import cut, generation_arguments, grouped, is_padding, until_end
+from lmms_eval_accelerate.models.costs import Costs, sample_costs, skipped_costs, summarise
 from lmms_eval_accelerate.models.failing import failing_loudly
 from lmms_eval_accelerate.models.first_token import FirstToken
+from lmms_eval_accelerate.models.journal import Journal
 from lmms_eval_accelerate.models.placement import Placement, place_process
+from lmms_eval_accelerate.models.provenance import Provenance
 from lmms_eval_accelerate.models.question import Question
 from lmms_eval_accelerate.models.visuals import VisualError
-from lmms_eval_accelerate.runs.costs import Costs, sample_costs, skipped_costs, summarise
-from lmms_eval_accelerate.runs.journal import Journal
-from lmms_eval_accelerate.runs.provenance import Provenance
 
 _SHAPE = ("hidden_size", "num_hidden_layers", "vocab_size")
 
@@ -53,10 +53,6 @@ class Accelerated(lmms):
     without: ClassVar[frozenset[str]] = frozenset()
     #: whether ``generate`` returns the prompt in front of the answer
     prompt_in_output: ClassVar[bool] = False
-    #: settings of the model made last, for the run's summary
-    last_settings: ClassVar[dict[str, Any]] = {}
-    #: what its weights look like
-    last_checkpoint: ClassVar[dict[str, Any]] = {}
 
     # -- start -------------------------------------------------------------------------------------------------------
 
@@ -87,13 +83,14 @@ class Accelerated(lmms):
         self.prompt_model = self.args.prompt_model
         self._acceleration = self._prepare(loaded)
         mean, std = self.normalisation()
-        self._provenance = Provenance(self.args.save_provenance, self._rank, self.args.pipeline.name, mean, std)
+        self._provenance = Provenance(self.args.save_provenance, self.args.pipeline.name, mean, std)
         self.settings = {**self.args.to_dict(), "dtype": str(self.model.dtype), "device": _device_name(self._device)}
         self.settings |= self.more_settings()
         self.settings["adaptations"] = dict(getattr(self._acceleration, "adaptations", {}))
-        Accelerated.last_settings = {**self.settings, "world_size": self._world_size}
+        here = session.current()
+        here.settings = {**self.settings, "world_size": self._world_size}
         shape = {key: getattr(self.text_config, key, None) for key in _SHAPE}
-        Accelerated.last_checkpoint = {"model_type": self.config.model_type, **shape, **self.more_shape()}
+        here.checkpoint = {"model_type": self.config.model_type, **shape, **self.more_shape()}
         logger.info(f"{self.model_id}: {self.args.pipeline.describe()} on {self.settings['device']}")
 
     def _set_ranks(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lmms_eval.api.instance import GenerationResult
 
-from lmms_eval_accelerate.runs.costs import Costs
+from lmms_eval_accelerate.models.costs import Costs
 
 
 @dataclasses.dataclass

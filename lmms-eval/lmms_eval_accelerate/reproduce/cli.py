@@ -21,21 +21,21 @@ from rich.console import Console
 from rich.markup import escape
 
 from accelerate_methods.stages.errors import MethodError
-from lmms_eval_accelerate import ROOT
+from lmms_eval_accelerate import embedded
 from lmms_eval_accelerate.benchmarks.catalog import Benchmark, require_judge
 from lmms_eval_accelerate.benchmarks.check import require
+from lmms_eval_accelerate.model_args import absolute, pairs
 from lmms_eval_accelerate.reproduce import folders, guards, leaderboard, outcome, render
-from lmms_eval_accelerate.reproduce.arguments import absolute, pairs
+from lmms_eval_accelerate.reproduce.choice import EMBEDDED, Choices, ChosenPart, select
 from lmms_eval_accelerate.reproduce.plan import Unit, hub_commits, plan
-from lmms_eval_accelerate.reproduce.selection import EMBEDDED, EMBEDDED_MODEL, Choices, Selection, select
 from lmms_eval_accelerate.reproduce.tables import available, load
+from lmms_eval_accelerate.runs.files import ANSWERS, LAUNCH, OUTCOME, OUTCOME_TEXT, PLAN, RUNS, write_json, write_text
 from lmms_eval_accelerate.runs.fingerprint import code_hash, short_hash, versions
-from lmms_eval_accelerate.runs.launch import PLAN, LaunchError, Machines, default_processes, execute, shell_prefix
+from lmms_eval_accelerate.runs.launch import LaunchError, Machines, default_processes
+from lmms_eval_accelerate.runs.request import Run
+from lmms_eval_accelerate.runs.runner import Runner
 
 OUTPUTS = Path("outputs") / "reproduce"
-OUTCOME, MARKDOWN = "outcome.json", "outcome.md"
-LAUNCH = "launch"  # folder of the plan and the log of what was started
-ANSWERS = "answers"  # where a run keeps its answers until it is complete
 FILE_WIDTH = 120  # where the output is no terminal
 EMBEDDED_TABLE = "embedded"
 
@@ -88,18 +88,19 @@ def _reproduce(argv: list[str], console: Console) -> int:
     machines = _machines(args, choices, selections)
     output = (args.output or _default_output(choices, machines)).expanduser().resolve()
     units = plan(selections, choices, machines, output)
+    runner = Runner(machines, output / LAUNCH, choices.data, console)
     if args.dry_run:
         if choices.data is not None and (missing := _missing(columns, choices.data)):
             print(f"# warning: {missing}")
-        _print_plan(units, machines, output, choices)
+        _print_plan(units, runner, output)
         return 0
     if choices.data is not None and (missing := _missing(columns, choices.data)):
         raise MethodError(missing)
     for warning in dict.fromkeys(w for b in columns.values() for w in guards.limit(b, choices.limit)):
         _warn(warning, console)
     with folders.locked(output, machines.machine_rank, lambda text: _warn(text, console)):
-        _run(units, machines, output, choices, console)
-        if machines.machine_rank != 0:
+        _run(units, runner, choices, output)
+        if not runner.evaluates:
             console.print(f"done; the machine of rank 0 evaluates the results in {output}", soft_wrap=True)
             return 0
         try:
@@ -108,10 +109,10 @@ def _reproduce(argv: list[str], console: Console) -> int:
             console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             console.print(f"The runs are done and kept in {output}; they could not be evaluated.", soft_wrap=True)
             return 1
-        folders.write_json(output / OUTCOME, made)
-        (output / MARKDOWN).write_text(render.markdown(made), encoding="utf-8")
+        write_json(output / OUTCOME, made)
+        write_text(output / OUTCOME_TEXT, render.markdown(made))
     render.show(made, console)
-    console.print(f"everything is in {output} ({OUTCOME}, {MARKDOWN}, runs/)", highlight=False, soft_wrap=True)
+    console.print(f"everything is in {output} ({OUTCOME}, {OUTCOME_TEXT}, {RUNS}/)", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -128,37 +129,31 @@ def _missing(columns: Mapping[str, Benchmark], data: Path) -> str:
     return ""
 
 
-def _run(units: list[Unit], machines: Machines, output: Path, choices: Choices, console: Console) -> None:
-    done = [unit for unit in units if folders.is_done(unit)]
-    pending = [unit for unit in units if unit not in done]
+def _run(units: list[Unit], runner: Runner, choices: Choices, output: Path) -> None:
+    done = {unit.folder for unit in units if folders.is_done(unit)}
     count = f"{len(units)} runs of table {choices.table}, {len(done)} of them there already"
-    console.print(f"{count}; {output}", highlight=False, soft_wrap=True)
-    # machines that do not see the same files in time must still be told the same list; rank 0 decides what is skipped
-    wanted = units if machines.machines > 1 else pending
-    if not wanted:
-        return
-    if machines.machine_rank == 0:
-        for unit in pending:
-            folders.note(unit)
-    execute([unit.run() for unit in wanted], machines, output / LAUNCH, console, choices.data)
+    runner.console.print(f"{count}; {output}", highlight=False, soft_wrap=True)
+    by_folder = {unit.folder: unit for unit in units}
+
+    def note(run: Run) -> None:
+        folders.note(by_folder[run.output])
+
+    runner.run([unit.run() for unit in units], lambda run: run.output in done, note)
 
 
-def _print_plan(units: list[Unit], machines: Machines, output: Path, choices: Choices) -> None:
+def _print_plan(units: list[Unit], runner: Runner, output: Path) -> None:
     """What would be run: a command per unit that does it alone, and the one command that does them all."""
-    prefix = shell_prefix(machines, choices.data)
-    done = [unit for unit in units if folders.is_done(unit)]
+    done = {unit.folder for unit in units if folders.is_done(unit)}
     print(f"# {len(units)} runs, {len(done)} of them there already; output {output}")
     for number, unit in enumerate(units, 1):
         begun = (unit.folder / ANSWERS).is_dir()
-        state = "there already, is used" if unit in done else "begun, is continued" if begun else "is run"
-        command = machines.command([*unit.argv, "--output_path", str(unit.folder), "--resume"])
-        print(f"\n# {number}. {unit.part}: {unit.name} ({state})\n{prefix}{shlex.join(command)}")
-    command = machines.command(["--runs", str(output / LAUNCH / PLAN)])
+        state = "there already, is used" if unit.folder in done else "begun, is continued" if begun else "is run"
+        print(f"\n# {number}. {unit.part}: {unit.name} ({state})\n{runner.command(unit.run())}")
     print(f"\n# what is started for all of them, with one loading of the weights ({LAUNCH}/{PLAN} is written then):")
-    print(prefix + shlex.join(command))
+    print(runner.command_of_all())
 
 
-def _columns(selections: Sequence[Selection]) -> dict[str, Benchmark]:
+def _columns(selections: Sequence[ChosenPart]) -> dict[str, Benchmark]:
     """What will be measured: column title -> benchmark."""
     runnable = [selection for selection in selections if not selection.part.not_run]
     return {column.title: column.benchmark for selection in runnable for column in selection.columns}
@@ -203,9 +198,9 @@ def _about(argv: list[str], machines: Machines, units: list[Unit]) -> dict[str, 
     }
 
 
-def _machines(args: argparse.Namespace, choices: Choices, selections: Sequence[Selection]) -> Machines:
+def _machines(args: argparse.Namespace, choices: Choices, selections: Sequence[ChosenPart]) -> Machines:
     own = choices.pretrained or next(s.part.model["pretrained"] for s in selections if not s.part.not_run)
-    tiny = own == EMBEDDED or Path(own).expanduser().resolve() == (ROOT / EMBEDDED_MODEL).resolve()
+    tiny = own == EMBEDDED or Path(own).expanduser().resolve() == embedded.MODEL.resolve()
     return Machines(
         processes=args.nproc or (1 if tiny else default_processes(args.gpus_per_model)),
         machines=args.num_machines,

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate_methods.stages.errors import MethodError
-from lmms_eval_accelerate.report.results import SUMMARY
 from lmms_eval_accelerate.reproduce.plan import Unit
+from lmms_eval_accelerate.runs import files, runner
+from lmms_eval_accelerate.runs.files import SUMMARY, UNIT
 
-UNIT, LOCK = "unit.json", "lock"
 #: model arguments that a run's summary holds in another form, or not at all
 _REWRITTEN = ("method", "config", "dtype", "torch_dtype", "device", "device_map", "max_batch_size", "model_name")
 #: packages that every run's summary names
@@ -114,7 +114,7 @@ def _plain(value: Any) -> Any:
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     """Which entries of two identities differ."""
-    keys = [k for k in {**expected, **found} if found.get(k) != expected.get(k)]
+    keys = runner.differing(found, expected)
     return "; ".join(f"{k} {found.get(k)!r} / {expected.get(k)!r}" for k in keys) or "nothing"
 
 
@@ -130,7 +130,7 @@ def note(unit: Unit) -> None:
         "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "identity": unit.identity,
     }
-    write_json(unit.folder / UNIT, content)
+    files.write_json(unit.folder / UNIT, content)
 
 
 @contextlib.contextmanager
@@ -143,21 +143,19 @@ def locked(output: Path, rank: int = 0, say: Callable[[str], None] = print) -> I
     Raises:
         FolderError: another command holds it.
     """
-    import fcntl
-
     output.mkdir(parents=True, exist_ok=True)
-    path = output / (LOCK if rank == 0 else f"{LOCK}.{rank}")
+    path = output / (files.LOCK if rank == 0 else f"{files.LOCK}.{rank}")
     with path.open("a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            missing = files.lock(file)
         except BlockingIOError:
             file.seek(0)
             raise FolderError(
                 f"another reproduce command is at work in {output} ({file.read().strip() or 'unknown'}); "
                 "wait for it or choose another --output."
             ) from None
-        except OSError as error:
-            say(f"no lock on {output} ({error.strerror or error}): see to it that no second command works there.")
+        if missing:
+            say(f"no lock on {output} ({missing}): see to it that no second command works there.")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -165,14 +163,5 @@ def locked(output: Path, rank: int = 0, say: Callable[[str], None] = print) -> I
 
 
 def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FolderError(f"cannot read {path}: {error}") from error
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all: a kill leaves the old file."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
-    part.replace(path)
+    """The content of a file of this command; :class:`FolderError` with its name if it cannot be read."""
+    return files.read_json(path, FolderError)

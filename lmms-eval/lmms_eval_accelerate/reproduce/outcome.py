@@ -18,11 +18,11 @@ from lmms_eval_accelerate.report.loyalty import loyalty
 from lmms_eval_accelerate.report.results import Run, Sample
 from lmms_eval_accelerate.reproduce import guards
 from lmms_eval_accelerate.reproduce.breakdown import Breakdown, break_down, interval, read_lines, standard_error
+from lmms_eval_accelerate.reproduce.choice import Choices, ChosenPart
 from lmms_eval_accelerate.reproduce.folders import read_summary
 from lmms_eval_accelerate.reproduce.means import derived, relative, share
 from lmms_eval_accelerate.reproduce.plan import Unit
 from lmms_eval_accelerate.reproduce.schema import PRINTED_RELATIVE, Column, Row, Table
-from lmms_eval_accelerate.reproduce.selection import Choices, Selection
 
 KIND, SCHEMA = "reproduction", 1
 _COSTS = (
@@ -45,7 +45,7 @@ class Result:
 
 
 def evaluate(
-    table: Table, selections: Sequence[Selection], choices: Choices, about: Mapping[str, Any]
+    table: Table, selections: Sequence[ChosenPart], choices: Choices, about: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The outcome of finished units.
 
@@ -75,7 +75,7 @@ def evaluate(
     }
 
 
-def _part(selection: Selection, choices: Choices, warnings: list[str]) -> dict[str, Any]:
+def _part(selection: ChosenPart, choices: Choices, warnings: list[str]) -> dict[str, Any]:
     part, other_model = selection.part, choices.other_model(selection.part)
     cells: dict[tuple[str, str], dict[str, Any]] = {}
     baselines = []
@@ -130,7 +130,7 @@ def _same_encoding(row: Row) -> bool:
     return not row.pipeline.signals and not {"sample", "encode"} & set(row.pipeline.stages)
 
 
-def _guarded(selection: Selection, row: Row, column: Column, result: Result, choices: Choices) -> list[str]:
+def _guarded(selection: ChosenPart, row: Row, column: Column, result: Result, choices: Choices) -> list[str]:
     """What the guards say of one result."""
     part, benchmark, summary = selection.part, column.benchmark, result.summary
     where = f"{row.name} on {column.title}"
@@ -158,7 +158,7 @@ def _column(column: Column) -> dict[str, Any]:
     }
 
 
-def _row(row: Row, selection: Selection, cells: Mapping[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
+def _row(row: Row, selection: ChosenPart, cells: Mapping[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
     own = {column.title: cells[row.name, column.title] for column in selection.columns}
     left_out = derived(selection.columns)
     pairs = [(cell, cells[selection.part.dense.name, title]) for title, cell in own.items() if title not in left_out]

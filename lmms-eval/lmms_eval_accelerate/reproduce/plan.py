@@ -16,14 +16,15 @@ from typing import Any
 
 from accelerate_methods.registry.pipeline import resolve
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
-from lmms_eval_accelerate import ROOT
+from lmms_eval_accelerate import ROOT, embedded
 from lmms_eval_accelerate.benchmarks.catalog import Benchmark
-from lmms_eval_accelerate.reproduce.arguments import split_arguments
+from lmms_eval_accelerate.reproduce.choice import EMBEDDED, Choices, ChosenPart, check_extra
 from lmms_eval_accelerate.reproduce.schema import Column, Part, Row
-from lmms_eval_accelerate.reproduce.selection import EMBEDDED, EMBEDDED_MODEL, Choices, Selection, check_extra
 from lmms_eval_accelerate.reproduce.tables import MODEL_KEYS
+from lmms_eval_accelerate.runs.files import RUNS
 from lmms_eval_accelerate.runs.fingerprint import checkpoint_facts, code_hash, short_hash, versions
-from lmms_eval_accelerate.runs.launch import Machines, Run, gpus
+from lmms_eval_accelerate.runs.launch import Machines, gpus
+from lmms_eval_accelerate.runs.request import Request, Run
 
 #: model arguments that no table decides, and those that have an option of this command
 _OF_THE_RUN = ("device", "device_map", "on_error", "save_provenance")
@@ -66,7 +67,7 @@ class Unit:
         return Run(self.name, self.folder, self.argv)
 
 
-def plan(selections: list[Selection], choices: Choices, machines: Machines, output: Path) -> list[Unit]:
+def plan(selections: list[ChosenPart], choices: Choices, machines: Machines, output: Path) -> list[Unit]:
     """All units, dense first within a model and units of one model together; fills ``selection.units``.
 
     Raises:
@@ -137,13 +138,9 @@ def _unit(
         "judge": judge_facts() if measured.needs_judge else None,
     }
     identity = json.loads(json.dumps(identity, default=str))
-    argv = (
-        *("--model", identity["model"], "--model_args", ",".join(f"{k}={_text(k, v)}" for k, v in arguments.items())),
-        *("--tasks", measured.task, "--batch_size", str(choices.batch_size)),
-        *(("--limit", str(choices.limit)) if choices.limit is not None else ()),
-        *choices.extra,
-    )
-    folder = output / "runs" / measured.task / f"{row.folder}_{short_hash(identity)}"
+    limits = {"batch_size": choices.batch_size, "limit": choices.limit}
+    argv = Request(identity["model"], arguments, measured.task, **limits, extra=choices.extra).argv()
+    folder = output / RUNS / measured.task / f"{row.folder}_{short_hash(identity)}"
     weights = short_hash([identity["model"], common])
     return Unit(part.name, row.name, measured.task, argv, identity, folder, row.dense, weights, measured.tasks)
 
@@ -153,7 +150,8 @@ def _model_arguments(part: Part, choices: Choices) -> dict[str, Any]:
     pretrained = choices.pretrained or part.model["pretrained"]
     table = {k: v for k, v in part.model.items() if k not in ("family", "pretrained")}
     if pretrained == EMBEDDED:
-        pretrained = str(ROOT / EMBEDDED_MODEL)
+        embedded.require_model()
+        pretrained = str(embedded.MODEL)
         if not gpus():
             table.pop("dtype", None)  # half precision is slower than float32 on a CPU
     folder = Path(pretrained).expanduser()
@@ -182,7 +180,7 @@ def _check_method(row: Row, arguments: Mapping[str, Any]) -> None:
 def data_facts(data: Path | None, measured: Benchmark) -> Any:
     """What identifies a benchmark's data: names and sizes of its files in a data folder, or that it is the hub's."""
     if measured.embedded:
-        return None  # its files are part of the code's hash, and come with a pinned package
+        return None  # they come with the project and a pinned package
     if data is None:
         return "hub"
     files = []
@@ -220,20 +218,3 @@ def device() -> str:
     import torch
 
     return torch.cuda.get_device_name(0)
-
-
-def _text(key: str, value: Any) -> str:
-    """A value as it is written in ``--model_args``."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if value is None:
-        return "none"
-    if isinstance(value, (list, tuple, dict)):
-        return json.dumps(value)
-    text = str(value)
-    if split_arguments(f"{text},next") != [text, "next"]:
-        raise MethodError(
-            f"model argument {key}={text!r}: lmms-eval cannot read a comma outside brackets and quotes in a value, nor "
-            "one of these that is left open."
-        )
-    return text

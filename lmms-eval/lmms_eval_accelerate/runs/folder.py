@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import datetime
 import json
-import math
 import re
 import shlex
 import shutil
 from pathlib import Path
 from typing import Any, TextIO
 
+from lmms_eval_accelerate.runs import files
+from lmms_eval_accelerate.runs.files import ANSWERS, CLAIM, EFFICIENCY, FAILED, PROVENANCE, SUMMARY
 from lmms_eval_accelerate.runs.fingerprint import code_hash, short_hash
-
-CLAIM, FAILED, SUMMARY, EFFICIENCY = "run.json", "failed.json", "summary.json", "efficiency.json"
-ANSWERS = "answers"
 
 
 class RunError(RuntimeError):
@@ -105,6 +102,16 @@ class RunFolder:
         """Where the answers are kept until the run is complete."""
         return self.path / ANSWERS
 
+    @property
+    def provenance(self) -> Path:
+        """Where the tokens that a method kept in the first documents are saved."""
+        return self.path / PROVENANCE
+
+    @property
+    def started(self) -> str | None:
+        """When the run began, which tells its files from those that a failed attempt left in the same folder."""
+        return _read(self.path / CLAIM).get("started")
+
     def release(self) -> None:
         """Give the folder up (a listing, or a failure: the same path may be used again)."""
         if self.rank == 0:
@@ -117,67 +124,20 @@ class RunFolder:
         """Write down why; the answers stay for ``--resume``."""
         if self.rank == 0:
             claim = _read(self.path / CLAIM)
-            reason = {"error": type(error).__name__, "reason": str(error), **claim}
-            (self.path / FAILED).write_text(json.dumps(reason, indent=2) + "\n", encoding="utf-8")
+            files.write_json(self.path / FAILED, {"error": type(error).__name__, "reason": str(error), **claim})
             self.release()
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write ``summary.json`` and ``efficiency.json``: with them the run is complete."""
+        files.write_json(self.path / EFFICIENCY, summary["costs"])
+        files.write_json(self.path / SUMMARY, summary)
+        shutil.rmtree(self.answers, ignore_errors=True)  # the samples files hold them all
+        self._unlock()
 
     def _unlock(self) -> None:
         if self.lock is not None:
             self.lock.close()
             self.lock = None
-
-    def finish(self, outcome: dict[str, Any], options: argparse.Namespace) -> None:
-        """Check the results and write ``summary.json`` and ``efficiency.json``; print them.
-
-        Raises:
-            RunError: no results, or a task without a number.
-        """
-        from lmms_eval_accelerate.runs import summary
-
-        results, samples = outcome.get("results"), outcome.get("samples")
-        if not results:
-            raise RunError("lmms-eval returned no results.")
-        if not list(self.path.rglob("*_results.json")):
-            raise RunError(f"lmms-eval wrote no results file below {self.path}.")
-        if not options.predict_only:
-            check_scores(results)
-        report = summary.build(results, samples or {}, options)
-        dump(self.path / EFFICIENCY, report["costs"])
-        dump(self.path / SUMMARY, report)
-        shutil.rmtree(self.answers, ignore_errors=True)  # the samples files hold them all
-        self._unlock()
-        summary.show(report, self.path)
-
-
-def check_scores(results: dict[str, Any]) -> None:
-    """Every task must have at least one number, and none may be NaN."""
-    groups = set(results.get("group_subtasks", {}))
-    for task, values in results.get("results", {}).items():
-        numbers = scores(values)
-        if not numbers and not (task in groups and results["group_subtasks"][task]):
-            raise RunError(f"task {task} has no score (found: {values}); for submission tasks add --allow_no_score.")
-        bad = [name for name, number in numbers.items() if math.isnan(number)]
-        if bad:
-            raise RunError(f"task {task}: {', '.join(bad)} is NaN.")
-    if not results.get("results"):
-        raise RunError("no task has results.")
-
-
-def scores(values: dict[str, Any]) -> dict[str, float]:
-    """Metrics of one task without standard errors and bookkeeping; ``exact_match,none`` becomes ``exact_match``."""
-    numbers = {}
-    for key, value in values.items():
-        name, _, kind = key.partition(",")
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and kind and "stderr" not in name:
-            numbers[name if kind == "none" else key] = float(value)
-    return numbers
-
-
-def dump(path: Path, value: Any) -> None:
-    """All of it or nothing, also if the process is killed."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 def finished(folder: Path, argv: list[str]) -> bool:
@@ -214,23 +174,20 @@ def _check_same(path: Path, before: dict[str, str], now: dict[str, str]) -> None
 
 
 def _locked(path: Path) -> TextIO | None:
-    """Hold ``path`` as long as this process lives.
+    """Hold ``path`` as long as this process lives; None on a system or file system without locks.
 
     Raises:
         RunError: another process holds it.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
     file = path.open("r+", encoding="utf-8")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        missing = files.lock(file)
+    except BlockingIOError:
         file.close()
-        if isinstance(error, BlockingIOError):
-            raise RunError(f"{path.parent} is being written by a run that is still going on.") from None
-        return None  # a file system without locks
+        raise RunError(f"{path.parent} is being written by a run that is still going on.") from None
+    if missing:
+        file.close()
+        return None
     return file
 
 

@@ -2,7 +2,7 @@
 
 The command is ``python -m lmms_eval_accelerate --runs PLAN`` below whatever starts the processes: nothing for one
 process, ``accelerate launch`` on GPUs, ``torchrun`` on CPUs. It loads the weights once and switches methods between the
-runs. This module imports neither lmms-eval nor the plugin.
+runs. This module imports neither lmms-eval nor a model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import dataclasses
 import importlib.util
-import json
 import os
 import re
 import shlex
@@ -29,9 +28,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from accelerate_methods.registry import plugins
 from accelerate_methods.stages.errors import MethodError
+from lmms_eval_accelerate.runs.files import LOG, PLAN, of_machine, write_json
+from lmms_eval_accelerate.runs.request import MODULE, Run
 
-MODULE = "lmms_eval_accelerate"
-PLAN, LOG = "plan.json", "log.txt"
 TAIL = 40  # lines of the log that an error shows
 
 #: what the started command prints for us to follow it: begin, end and reuse of run i of n
@@ -46,19 +45,6 @@ class LaunchError(RuntimeError):
     def __init__(self, message: str, tail: Sequence[str] = ()):
         super().__init__(message)
         self.tail = list(tail)
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One setting on its tasks: arguments of ``lmms-eval-accelerate`` without the output folder."""
-
-    name: str
-    output: Path
-    argv: tuple[str, ...]
-
-    def command(self) -> list[str]:
-        """The command that does this run alone, in one process."""
-        return [sys.executable, "-m", MODULE, *self.argv, "--output_path", str(self.output)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,14 +117,9 @@ def write_plan(runs: Sequence[Run], folder: Path, machine_rank: int = 0) -> Path
     """PLAN.json as ``--runs`` reads it; every machine has its own, as they may share the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = [{"name": r.name, "output_path": str(r.output), "argv": list(r.argv)} for r in runs]
-    path = folder / _of_machine(PLAN, machine_rank)
-    path.write_text(json.dumps({"runs": entries}, indent=2) + "\n", encoding="utf-8")
+    path = folder / of_machine(PLAN, machine_rank)
+    write_json(path, {"runs": entries})
     return path
-
-
-def _of_machine(name: str, rank: int) -> str:
-    stem, dot, suffix = name.rpartition(".")
-    return name if rank == 0 else f"{stem}_{rank}{dot}{suffix}"
 
 
 def execute(
@@ -165,7 +146,7 @@ def execute(
     command = machines.command(["--runs", str(write_plan(runs, folder, machines.machine_rank).resolve())])
     cwd, more = _surroundings(machines, data)
     environment = {**os.environ, **plugins.environment(), "PYTHONUNBUFFERED": "1", "COLUMNS": "160", **more}
-    log_path = folder / _of_machine(LOG, machines.machine_rank)
+    log_path = folder / of_machine(LOG, machines.machine_rank)
     tail: collections.deque[str] = collections.deque(maxlen=TAIL)
     with log_path.open("a", encoding="utf-8", buffering=1) as log, _Follower(len(runs), console) as follower:
         log.write(shlex.join(command) + "\n")

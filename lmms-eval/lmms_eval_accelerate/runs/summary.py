@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lmms_eval_accelerate.models.costs import summarise
 from lmms_eval_accelerate.runs.answer_checks import check
-from lmms_eval_accelerate.runs.costs import summarise
 from lmms_eval_accelerate.runs.fingerprint import checkpoint_facts, code_hash, short_hash, versions
-from lmms_eval_accelerate.runs.folder import scores
+from lmms_eval_accelerate.runs.folder import RunError
+from lmms_eval_accelerate.session import Session
 
 _SHOWN = 6  # tasks of which each gets a column
 _ROWS = {
@@ -33,11 +35,44 @@ _ROWS = {
 }
 
 
-def build(results: dict[str, Any], samples: dict[str, list[dict]], options: argparse.Namespace) -> dict[str, Any]:
-    """Everything about a run that can be said without git. ``samples`` are those of all ranks."""
-    from lmms_eval_accelerate.models.engine import Accelerated
+def check_scores(results: dict[str, Any]) -> None:
+    """Every task must have at least one number, and none may be NaN.
 
-    settings = Accelerated.last_settings
+    Raises:
+        RunError: with the task.
+    """
+    groups = set(results.get("group_subtasks", {}))
+    for task, values in results.get("results", {}).items():
+        numbers = scores(values)
+        if not numbers and not (task in groups and results["group_subtasks"][task]):
+            raise RunError(f"task {task} has no score (found: {values}); for submission tasks add --allow_no_score.")
+        bad = [name for name, number in numbers.items() if math.isnan(number)]
+        if bad:
+            raise RunError(f"task {task}: {', '.join(bad)} is NaN.")
+    if not results.get("results"):
+        raise RunError("no task has results.")
+
+
+def scores(values: dict[str, Any]) -> dict[str, float]:
+    """Metrics of one task without standard errors and bookkeeping; ``exact_match,none`` becomes ``exact_match``."""
+    numbers = {}
+    for key, value in values.items():
+        name, _, kind = key.partition(",")
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and kind and "stderr" not in name:
+            numbers[name if kind == "none" else key] = float(value)
+    return numbers
+
+
+def build(
+    results: dict[str, Any], samples: dict[str, list[dict]], options: argparse.Namespace, run: Session
+) -> dict[str, Any]:
+    """Everything about a run that can be said without git.
+
+    Args:
+        samples: those of all ranks.
+        run: what the run's model said of itself.
+    """
+    settings = run.settings
     by_task = {task: _costs(entries) for task, entries in samples.items()}
     costs = {
         "overall": _overall(by_task, results),
@@ -57,7 +92,7 @@ def build(results: dict[str, Any], samples: dict[str, list[dict]], options: argp
         "limit": results.get("config", {}).get("limit"),
         "date": results.get("date"),
         "task_info": _task_info(results),
-        "checkpoint": {**Accelerated.last_checkpoint, **checkpoint_facts(settings.get("pretrained", ""))},
+        "checkpoint": {**run.checkpoint, **checkpoint_facts(settings.get("pretrained", ""))},
         "warnings": _warnings(samples, results.get("configs", {})),
         "versions": versions(),
         "code": code_hash(),

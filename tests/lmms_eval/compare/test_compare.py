@@ -17,7 +17,9 @@ from tests.support.paths import ROOT
 pytest.importorskip("lmms_eval")
 
 from lmms_eval_accelerate.compare import cli as compare
+from lmms_eval_accelerate.compare import pictures
 from lmms_eval_accelerate.compare import table as comparison
+from lmms_eval_accelerate.compare.comparison import Comparison, comparison_of
 from lmms_eval_accelerate.report.loyalty import pack
 from lmms_eval_accelerate.runs import launch
 
@@ -29,11 +31,15 @@ from accelerate_methods.registry.settings import Setting, has_budget
 from accelerate_methods.registry.settings import settings_of as parse_settings
 
 
-def plan_of(*argv: str) -> compare.Plan:
-    return compare._plan(compare._parser().parse_args(list(argv)))
+def plan_of(*argv: str) -> Comparison:
+    return comparison_of(compare.wanted_of(compare.parser().parse_args(list(argv))))
 
 
-def command_of(plan: compare.Plan, setting: Setting) -> list[str]:
+def machines_of(*argv: str) -> launch.Machines:
+    return compare.machines_of(compare.parser().parse_args(list(argv)))
+
+
+def command_of(plan: Comparison, setting: Setting) -> list[str]:
     return plan.run(setting).command()
 
 
@@ -157,8 +163,8 @@ def test_every_config_makes_a_run(config):
 
 def test_number_of_processes_defaults_to_the_gpus_but_for_the_embedded_model(monkeypatch):
     monkeypatch.setattr(launch, "gpus", lambda: 4)
-    assert plan_of("--pretrained", "org/model").machines.processes == 4 and plan_of().machines.processes == 1
-    assert plan_of("--pretrained", "org/model", "--gpus-per-model", "2").machines.processes == 2
+    assert machines_of("--pretrained", "org/model").processes == 4 and machines_of().processes == 1
+    assert machines_of("--pretrained", "org/model", "--gpus-per-model", "2").processes == 2
 
 
 def test_dry_run_prints_commands_and_runs_nothing(tmp_path, capsys):
@@ -319,7 +325,7 @@ def test_markdown_json_and_curve(found, tmp_path):
     assert json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))[2]["tokens_after"] == 64
     from PIL import Image
 
-    picture = Image.open(comparison.draw_curve(found, tmp_path / "curve.png")).convert("RGB")
+    picture = Image.open(pictures.draw_curve(found, tmp_path / "curve.png")).convert("RGB")
     colours = {c for n, c in picture.getcolors(1 << 20) if n > 50 and len(set(c)) > 1}
     assert colours, "the method's line is drawn in colour"
 

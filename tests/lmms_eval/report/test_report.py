@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -411,13 +412,18 @@ def test_reading_needs_neither_harness_nor_plotly() -> None:
 
 
 @pytest.fixture()
-def run_folder(tmp_path, monkeypatch) -> Path:
+def run_folder(tmp_path) -> Iterator[Path]:
     """As if lmms-eval-accelerate had claimed it for this process."""
+    pytest.importorskip("lmms_eval_accelerate")
+    from lmms_eval_accelerate.runs.folder import RunFolder
+    from lmms_eval_accelerate.session import session
+
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps({"started": "2026-01-01T00:00:00"}))
-    monkeypatch.setattr(sys, "argv", ["lmms-eval-accelerate", "--output_path", str(folder)])
-    return folder
+    with session() as shared:
+        shared.begin(RunFolder(folder, rank=0), journal=None)
+        yield folder
 
 
 @pytest.mark.parametrize("method", ["fastvid", "random_prefill", "dense"])
@@ -465,14 +471,14 @@ def test_provenance_needs_a_run_folder(tmp_path, monkeypatch) -> None:
     pytest.importorskip("lmms_eval")
     pytest.importorskip("lmms_eval_accelerate")
     from lmms_eval_accelerate.models import model_class
-    from lmms_eval_accelerate.runs.provenance import output_folder
+    from lmms_eval_accelerate.models.provenance import run_folder
 
     from accelerate_methods.stages.errors import MethodError
 
     for arguments in ([], ["--output_path", str(tmp_path)]):
         monkeypatch.setattr(sys, "argv", ["lmms-eval", *arguments])
         with pytest.raises(MethodError, match="lmms-eval-accelerate"):
-            output_folder(rank=0)
+            run_folder()
     with pytest.raises(MethodError, match="save_provenance"):
         model_class("llava_onevision_accelerated").parse(pretrained="x", save_provenance="some")
 

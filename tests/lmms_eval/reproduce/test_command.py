@@ -16,10 +16,12 @@ import time
 from pathlib import Path
 
 import pytest
-from lmms_eval_accelerate.reproduce import arguments, cli, folders, plan
+from lmms_eval_accelerate import model_args as arguments
+from lmms_eval_accelerate.reproduce import cli, folders, plan
+from lmms_eval_accelerate.reproduce.choice import Choices, select
 from lmms_eval_accelerate.reproduce.folders import FolderError
-from lmms_eval_accelerate.reproduce.selection import Choices, select
 from lmms_eval_accelerate.reproduce.tables import available, load
+from lmms_eval_accelerate.runs import launch
 from lmms_eval_accelerate.runs.launch import LaunchError, Machines
 
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
@@ -246,7 +248,7 @@ def test_values_are_split_as_lmms_eval_splits_them():
     read = arguments.pairs("model_name=/x/b=c,max_frames_num=8,force_sample=True,until=[,x=1e-3")
     assert read == {"model_name": "/x/b=c", "max_frames_num": 8, "force_sample": True, "until": "[,x=1e-3"}
     assert arguments.pairs("a=1e-3,b=none") == {"a": 0.001, "b": "none"}
-    assert plan._text("model_base", "/x/b=c") == "/x/b=c"
+    assert arguments.written("model_base", "/x/b=c") == "/x/b=c"
 
 
 def checkpoint_folder(path: Path, **config) -> str:
@@ -320,7 +322,7 @@ def test_rows_that_need_more_layers_are_left_out():
     ],
 )
 def test_names_of_checkpoints(given, name):
-    from lmms_eval_accelerate.reproduce.selection import model_name
+    from lmms_eval_accelerate.reproduce.choice import model_name
 
     assert model_name(given) == name
 
@@ -445,7 +447,7 @@ def command(table, tmp_path, monkeypatch):
         return cli.main([str(table), *arguments])
 
     command.started, command.units, command.fail = [], [], None
-    monkeypatch.setattr(cli, "execute", started)
+    monkeypatch.setattr(launch, "execute", started)
     monkeypatch.setattr(cli, "plan", remembered)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
@@ -505,8 +507,6 @@ def test_dry_run_prints_commands_that_can_be_pasted(command, capsys, tmp_path):
 
 
 def test_dry_run_of_many_gpus_and_local_data(command, capsys, tmp_path, monkeypatch):
-    from lmms_eval_accelerate.runs import launch
-
     monkeypatch.setattr(launch, "gpus", lambda: 8)
     (tmp_path / "data").mkdir()
     assert command("--dry-run", "--nproc", "8", "--num-machines", "2", "--main-process-ip", "h", "--data", "data") == 0
@@ -546,7 +546,7 @@ def test_errors_come_before_any_run(command, capsys, arguments, message):
 def test_missing_data_is_named_before_any_run(tmp_path, capsys, monkeypatch):
     path = write_table(tmp_path / "t", columns={"VideoMME": "{benchmark: videomme}"})
     (tmp_path / "data").mkdir()
-    monkeypatch.setattr(cli, "execute", lambda *args: pytest.fail("a run was started"))
+    monkeypatch.setattr(launch, "execute", lambda *args: pytest.fail("a run was started"))
     words = [str(path), "--output", str(tmp_path / "out"), "--data", str(tmp_path / "data")]
     assert cli.main(words) == 2
     assert "data is missing: videomme" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -15,9 +15,9 @@ import pytest
 from lmms_eval_accelerate.benchmarks.catalog import benchmark
 from lmms_eval_accelerate.reproduce import guards, leaderboard, means, outcome, render
 from lmms_eval_accelerate.reproduce.breakdown import Breakdown, break_down, interval, standard_error
+from lmms_eval_accelerate.reproduce.choice import Choices, select
 from lmms_eval_accelerate.reproduce.plan import plan
 from lmms_eval_accelerate.reproduce.schema import Column
-from lmms_eval_accelerate.reproduce.selection import Choices, select
 from lmms_eval_accelerate.reproduce.tables import load
 from lmms_eval_accelerate.runs.launch import Machines
 from rich.console import Console

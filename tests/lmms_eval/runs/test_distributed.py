@@ -20,7 +20,8 @@ pytest.importorskip("lmms_eval")
 pytest.importorskip("lmms_eval_accelerate")
 
 from lmms_eval_accelerate.runs import launch
-from lmms_eval_accelerate.runs.launch import Machines, Run, write_plan
+from lmms_eval_accelerate.runs.launch import Machines, write_plan
+from lmms_eval_accelerate.runs.request import Run
 
 from tests.support.lmms_tasks import document, standard_tasks, write_tasks
 from tests.support.paths import CHECKPOINTS

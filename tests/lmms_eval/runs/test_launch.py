@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from lmms_eval_accelerate.runs import launch
-from lmms_eval_accelerate.runs.launch import LaunchError, Machines, Run, execute
+from lmms_eval_accelerate.runs.launch import LaunchError, Machines, execute
+from lmms_eval_accelerate.runs.request import Run
 from rich.console import Console
 
 from accelerate_methods.stages.errors import MethodError

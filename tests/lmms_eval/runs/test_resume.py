@@ -17,12 +17,12 @@ pytest.importorskip("lmms_eval")
 pytest.importorskip("lmms_eval_accelerate")
 
 from lmms_eval.api.instance import GenerationResult, Instance
+from lmms_eval_accelerate.models.costs import Costs
+from lmms_eval_accelerate.models.journal import Journal
 from lmms_eval_accelerate.models.question import Likelihood
 from lmms_eval_accelerate.runs import folder as runs
-from lmms_eval_accelerate.runs import many
-from lmms_eval_accelerate.runs.costs import Costs
+from lmms_eval_accelerate.runs import series
 from lmms_eval_accelerate.runs.folder import RunError, RunFolder
-from lmms_eval_accelerate.runs.journal import Journal
 
 from tests.support.lmms_tasks import document, standard_tasks, write_tasks, write_video
 from tests.support.paths import CHECKPOINTS
@@ -133,7 +133,7 @@ SAME = '{"name": "a", "output_path": "o", "argv": []}'
 def test_a_bad_plan_is_refused(tmp_path, content, capsys):
     (tmp_path / "plan.json").write_text(content)
     with pytest.raises(SystemExit) as stop:
-        many.main([str(tmp_path / "plan.json")])
+        series.main([str(tmp_path / "plan.json")])
     assert stop.value.code == 2 and "plan.json" in capsys.readouterr().err
 
 

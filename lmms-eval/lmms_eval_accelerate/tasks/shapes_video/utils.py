@@ -6,9 +6,7 @@ import string
 from collections import defaultdict
 from typing import Any
 
-from lmms_eval_accelerate import ASSETS
-
-CLIPS = ASSETS / "shapes_video" / "clips"
+from lmms_eval_accelerate.embedded import CLIPS
 
 
 def doc_to_visual(doc: dict[str, Any]) -> list[str]:

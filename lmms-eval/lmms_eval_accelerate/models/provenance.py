@@ -11,7 +11,6 @@ A run's folder gets ``provenance/<task>/<doc id>.npz`` with, for the document's 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +21,13 @@ from PIL import Image
 
 from accelerate_methods.engine.recording import ItemRecord, RequestRecord
 from accelerate_methods.stages.errors import MethodError
-from lmms_eval_accelerate.runs.folder import CLAIM
+from lmms_eval_accelerate import session
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
 
-FOLDER = "provenance"
+    from lmms_eval_accelerate.runs.folder import RunFolder
+
 THUMBNAILS, SIDE = 16, 168  # frames per video, pixels
 
 
@@ -38,12 +38,12 @@ class Provenance:
         mean, std: per colour, that the questions' pictures were normalised with.
     """
 
-    def __init__(self, count: int, rank: int, method: str, mean: Sequence[float], std: Sequence[float]):
+    def __init__(self, count: int, method: str, mean: Sequence[float], std: Sequence[float]):
         self.count, self.method = count, method
         self._mean = torch.tensor(mean)[:, None, None]
         self._std = torch.tensor(std)[:, None, None]
         self._open: set[tuple[str, Any]] = set()
-        self._folder = output_folder(rank) / FOLDER if count else None
+        self._run = run_folder() if count else None
 
     def choose(self, requests: Iterable[Instance]) -> None:
         """The documents with the lowest numbers, whatever the order in which they are answered."""
@@ -65,7 +65,7 @@ class Provenance:
                 self._write(*question.document, items, question.pictures)
 
     def _write(self, task: str, doc_id: Any, items: list[ItemRecord], pictures: Sequence[torch.Tensor]) -> None:
-        folder = self._folder / task
+        folder = self._run.provenance / task
         folder.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, np.ndarray] = {}
         for number, item in enumerate(items):
@@ -78,7 +78,7 @@ class Provenance:
             if picture is not None and len(picture) % len(item.owner) == 0:
                 shown = picture[:: len(picture) // len(item.owner)]
                 arrays[f"frames_{number}"] = self._draw(shown, folder / f"{doc_id}_{number}.jpg")
-        meta = {"task": task, "doc_id": doc_id, "method": self.method, "started": _started(self._folder.parent)}
+        meta = {"task": task, "doc_id": doc_id, "method": self.method, "started": self._run.started}
         meta["items"] = [_describe(item) for item in items]
         np.savez_compressed(folder / f"{doc_id}.npz", meta=np.array(json.dumps(meta, default=_plain)), **arrays)
 
@@ -95,24 +95,16 @@ class Provenance:
         return shown
 
 
-def output_folder(rank: int) -> Path:
+def run_folder() -> RunFolder:
     """The folder of the run that this process belongs to.
 
-    lmms-eval tells a model nothing about it; the command line that ``lmms-eval-accelerate`` hands on does.
-
     Raises:
-        MethodError: another command, or library use.
+        MethodError: it has none: another command than ``lmms-eval-accelerate``, or library use.
     """
-    given = next((value for flag, value in zip(sys.argv, sys.argv[1:], strict=False) if flag == "--output_path"), None)
-    if given is None or (rank == 0 and not (Path(given) / CLAIM).is_file()):
+    folder = session.current().folder
+    if folder is None:
         raise MethodError("save_provenance= needs a run's own folder; start the run with lmms-eval-accelerate.")
-    return Path(given)
-
-
-def _started(folder: Path) -> str | None:
-    """When the run began, which tells its files from those that a failed attempt left in the same folder."""
-    claim = folder / CLAIM
-    return json.loads(claim.read_text(encoding="utf-8"))["started"] if claim.is_file() else None
+    return folder
 
 
 def _describe(item: ItemRecord) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from typing import Any
 from lmms_eval.api.instance import GenerationResult, Instance
 from loguru import logger
 
+from lmms_eval_accelerate.models.costs import Costs
 from lmms_eval_accelerate.models.question import Likelihood
-from lmms_eval_accelerate.runs.costs import Costs
 
 _COUNTS = ("input_tokens", "output_tokens", "reasoning_tokens")
 

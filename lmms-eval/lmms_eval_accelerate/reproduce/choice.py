@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
-from lmms_eval_accelerate import ROOT
+from lmms_eval_accelerate import embedded
 from lmms_eval_accelerate.reproduce import guards
 from lmms_eval_accelerate.reproduce.schema import DENSE, Column, Part, Row, Table
 
 if TYPE_CHECKING:
     from lmms_eval_accelerate.reproduce.plan import Unit
 
-EMBEDDED = "embedded"
-EMBEDDED_MODEL = "assets/tiny-llava-onevision"
-EMBEDDED_FAMILIES = ("llava_onevision", "llava_video")
+EMBEDDED = "embedded"  # in place of a checkpoint: the embedded model
 #: arguments of lmms-eval's command line that this command sets itself, and what to use instead
 _OURS = {
     **{"--model": "the table", "--model_args": "--model-args", "--tasks": "--columns", "--limit": "--limit"},
@@ -60,7 +58,7 @@ class Choices:
 
 
 @dataclasses.dataclass
-class Selection:
+class ChosenPart:
     """The chosen rows and columns of one part."""
 
     part: Part
@@ -70,7 +68,7 @@ class Selection:
     units: dict[tuple[str, str], Unit] = dataclasses.field(default_factory=dict)
 
 
-def select(table: Table, choices: Choices) -> list[Selection]:
+def select(table: Table, choices: Choices) -> list[ChosenPart]:
     """The parts with the chosen rows (dense always among them) and columns.
 
     Raises:
@@ -91,7 +89,7 @@ def select(table: Table, choices: Choices) -> list[Selection]:
         there = [column for column in part.columns if column.title in columns]
         only_dense = bool(wanted - {DENSE}) and len(here) == 1
         if (there or part.not_run) and not only_dense:
-            chosen.append(Selection(part, here, there))
+            chosen.append(ChosenPart(part, here, there))
     if not any(selection.columns for selection in chosen if not selection.part.not_run):
         raise MethodError(f"no part of table {table.name} that can be run has both the chosen rows and columns.")
     if choices.pretrained is not None:
@@ -109,7 +107,7 @@ def model_name(pretrained: str) -> str:
 
 def given_config(pretrained: str) -> dict[str, Any]:
     """``config.json`` of a given checkpoint folder; empty for a hub name."""
-    path = (ROOT / EMBEDDED_MODEL if pretrained == EMBEDDED else Path(pretrained).expanduser()) / "config.json"
+    path = (embedded.MODEL if pretrained == EMBEDDED else Path(pretrained).expanduser()) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
@@ -142,7 +140,7 @@ def _check_given(choices: Choices, parts: list[Part]) -> None:
             )
 
 
-def _fitting(selection: Selection, choices: Choices) -> Selection:
+def _fitting(selection: ChosenPart, choices: Choices) -> ChosenPart:
     """Rows whose methods name layers that the given checkpoint lacks are not run, with the reason."""
     layers = given_config(choices.pretrained).get("num_hidden_layers")
     if not isinstance(layers, int):
@@ -166,10 +164,10 @@ def _fitting(selection: Selection, choices: Choices) -> Selection:
 
 
 def _fit_for_embedded(parts: list[Part], table: Table) -> list[Part]:
-    fit = [part for part in parts if part.family in EMBEDDED_FAMILIES and not part.not_run]
+    fit = [part for part in parts if part.family in embedded.FAMILIES and not part.not_run]
     if not fit:
         raise MethodError(
-            f"the embedded model runs as {' or '.join(EMBEDDED_FAMILIES)}; table {table.name} needs "
+            f"the embedded model runs as {' or '.join(embedded.FAMILIES)}; table {table.name} needs "
             f"{', '.join(dict.fromkeys(str(p.family) for p in parts))}. Choose another table or part."
         )
     return fit

@@ -1,4 +1,4 @@
-"""``lmms-eval-accelerate --runs PLAN.json``: many runs in one process (group), with one loading of the weights.
+"""``lmms-eval-accelerate --runs PLAN.json``: a series of runs in one process (group), with one loading of the weights.
 
 PLAN.json is ``{"runs": [{"name": ..., "output_path": ..., "argv": [arguments of lmms-eval-accelerate]}]}``. A run whose
 folder holds a summary is there already; one that was begun goes on where it stopped. The first failure ends everything.
@@ -12,14 +12,13 @@ import argparse
 import contextlib
 import datetime
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from accelerate_methods.stages.errors import MethodError
-from lmms_eval_accelerate import cli
+from lmms_eval_accelerate.runs.evaluation import alone, complain, own_options, rank, run_evaluation
 from lmms_eval_accelerate.runs.folder import RunError, finished
 from lmms_eval_accelerate.runs.launch import MARKS
 from lmms_eval_accelerate.session import session
@@ -38,7 +37,7 @@ def main(argv: list[str]) -> None:
                 _mark("reused", number, len(runs), run["name"])
                 continue
             _mark("begin", number, len(runs), run["name"])
-            cli.one([*run["argv"], "--output_path", run["output_path"], "--resume"], shared)
+            run_evaluation([*run["argv"], "--output_path", run["output_path"], "--resume"], shared)
             _mark("end", number, len(runs), run["name"])
 
 
@@ -60,24 +59,24 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def _finished(run: dict[str, Any]) -> bool:
     """Whether a run is there already; one of other arguments or code in its folder ends everything."""
-    if cli.rank() != 0:
+    if rank() != 0:
         return False  # the first process says
     try:
-        _, passed = cli.own_options(run["argv"])
+        _, passed = own_options(run["argv"])
         return finished(Path(run["output_path"]), passed)
     except (RunError, MethodError) as error:
-        cli.complain(error)
+        complain(error)
         raise SystemExit(1) from error
 
 
 def _mark(what: str, number: int, total: int, name: str) -> None:
-    if cli.rank() == 0:
+    if rank() == 0:
         print(MARKS[what].format(number, total, name), flush=True)
 
 
 def _from_first(value: Any) -> Any:
     """The first process's value on all: they must agree, and only one of them may see its files in time."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if alone():
         return value
     import torch.distributed as dist
 

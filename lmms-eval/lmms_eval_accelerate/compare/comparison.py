@@ -1,0 +1,166 @@
+"""What a comparison runs: which model and tasks, and what is asked for each setting."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate_methods.registry.configs import CONFIG_DIR, read_config
+from accelerate_methods.registry.families import keys
+from accelerate_methods.registry.settings import Setting
+from accelerate_methods.stages.errors import MethodError
+from lmms_eval_accelerate import ROOT, embedded
+from lmms_eval_accelerate.models.arguments import COMMON, HF
+from lmms_eval_accelerate.runs.files import COMPARISON_PLAN, read_json, write_json
+from lmms_eval_accelerate.runs.fingerprint import checkpoint_facts, code_hash, versions
+from lmms_eval_accelerate.runs.launch import Machines
+from lmms_eval_accelerate.runs.request import Request, Run
+from lmms_eval_accelerate.runs.runner import differing
+
+EMBEDDED_FAMILY = "llava_onevision"
+EMBEDDED_ARGS = {"max_frames_num": 16, "save_provenance": 4}
+EMBEDDED_CONFIG = "embedded"  # configs/<method>/embedded.yaml: where a method's own values do not fit a tiny model
+
+
+class NoCheckpointError(MethodError):
+    """The config's model cannot be the embedded one, and no other was named."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Everything that the runs share.
+
+    Attributes:
+        config: name of the config whose model, and method, are compared.
+        pretrained: folder or hub name.
+        tasks: names with commas between them.
+        model_args: arguments of the model for every run.
+    """
+
+    family: str
+    config: str
+    pretrained: str
+    tasks: str
+    output: Path
+    model_args: Mapping[str, Any]
+    limit: str | None = None
+    batch_size: str = "1"
+
+    def run(self, setting: Setting) -> Run:
+        """What lmms-eval-accelerate is asked for one setting."""
+        arguments = {"pretrained": self.pretrained, **self.model_args}
+        if setting.method is not None:
+            config = self.config_of(setting.method)
+            if config is None:
+                arguments["method"] = setting.method
+            else:
+                arguments |= {"config": config, **self._not_from(config)}
+            arguments |= dict(setting.params)
+        request = Request(f"{self.family}_accelerated", arguments, self.tasks, self.batch_size, self.limit or None)
+        return Run(setting.label, self.output / setting.folder, request.argv())
+
+    def _not_from(self, config: str) -> dict[str, Any]:
+        """Arguments that only the config of another method sets: back to their defaults, all runs share one setting."""
+        if self.family != "hf" or config == self.config:
+            return {}
+        own = {"family", "pretrained", *self.model_args}
+        return {key: {**COMMON, **HF}[key] for key in read_config(config)["model"] if key not in own}
+
+    def config_of(self, method: str) -> str | None:
+        """The config that holds a method's parameters for this model, or None: then its defaults."""
+        model = Path(self.config).name
+        names = [EMBEDDED_CONFIG, model, EMBEDDED_FAMILY] if self.pretrained == str(embedded.MODEL) else [model]
+        paths = {name: CONFIG_DIR / method / f"{name}.yaml" for name in names}
+        fit = [n for n, path in paths.items() if path.is_file() and read_config(path)["model"]["family"] == self.family]
+        return f"{method}/{fit[0]}" if fit else None
+
+    def take_output(self, runs: Sequence[Run], machines: Machines, data: Path | None) -> None:
+        """Make the output folder, or make sure that it is of the same runs.
+
+        Raises:
+            MethodError: it is of others, or holds something else.
+        """
+        file = self.output / _plan_name(machines.machine_rank)
+        wanted = {
+            "runs": {run.name: [str(run.output), *run.argv] for run in runs},
+            "checkpoint": checkpoint_facts(self.pretrained),
+            "data": str(data) if data else None,
+            "gpus_per_model": machines.gpus_per_model,
+            "versions": versions(),
+            "code": code_hash(),
+        }
+        if file.is_file():
+            if other := differing(read_json(file), wanted):
+                raise MethodError(
+                    f"{self.output} holds another comparison ({file.name}: other {', '.join(other)}); choose another "
+                    "--output."
+                )
+        elif self.output.is_dir() and any(self.output.iterdir()) and machines.machines == 1:
+            raise MethodError(f"{self.output} is not empty and holds no comparison; choose another --output.")
+        self.output.mkdir(parents=True, exist_ok=True)
+        write_json(file, wanted)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What the user asked for. None: what the config, or the embedded benchmark, says.
+
+    Attributes:
+        full: the full sets of the embedded benchmark.
+    """
+
+    config: str
+    pretrained: str | None = None
+    tasks: str | None = None
+    model_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    output: Path | None = None
+    limit: str | None = None
+    batch_size: str = "1"
+    full: bool = False
+
+
+def comparison_of(wanted: Wanted) -> Comparison:
+    """
+    Raises:
+        NoCheckpointError: see there.
+        MethodError: files of the embedded model or tasks are missing.
+    """
+    model = read_config(wanted.config)["model"]
+    tasks, model_args = wanted.tasks, dict(wanted.model_args)
+    if wanted.pretrained is None and model["family"] == "hf":
+        raise NoCheckpointError(f"{wanted.config} needs a checkpoint, e.g. PRETRAINED={model['pretrained']}.")
+    if wanted.pretrained is None:
+        embedded.require_model()
+        model = model if model["family"] == "llava_video" else {**model, "family": EMBEDDED_FAMILY}
+        model_args = {**EMBEDDED_ARGS, **model_args}
+        tasks = tasks or ("shapes_video_full,easy_vqa_full" if wanted.full else "shapes_video,easy_vqa")
+    else:
+        # the setting of the paper for every method that is compared, not only for the one whose config this is
+        model_args = {k: v for k, v in model.items() if k not in ("family", "pretrained")} | model_args
+    tasks = tasks or keys()[model["family"]][0].tasks
+    embedded.require_tasks(tasks)
+    stamp = time.strftime("%Y%m%d_%H%M%S")
+    output = wanted.output or ROOT / "outputs" / f"{wanted.config.replace('/', '_')}_{stamp}"
+    return Comparison(
+        family=model["family"],
+        config=wanted.config,
+        pretrained=_absolute(wanted.pretrained) if wanted.pretrained else str(embedded.MODEL),
+        tasks=tasks,
+        output=Path(output).resolve(),
+        model_args=model_args,
+        limit=wanted.limit,
+        batch_size=wanted.batch_size,
+    )
+
+
+def _plan_name(machine_rank: int) -> str:
+    return COMPARISON_PLAN if machine_rank == 0 else f"{machine_rank}_{COMPARISON_PLAN}"
+
+
+def _absolute(pretrained: str) -> str:
+    """A folder by its full path (the runs may have another working directory), a hub name as it is."""
+    folder = Path(pretrained).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else pretrained

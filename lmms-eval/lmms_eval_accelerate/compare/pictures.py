@@ -1,0 +1,69 @@
+"""The pictures of a comparison: accuracy against what was kept, and what a method keeps of one clip."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from accelerate_methods.registry.settings import Setting
+from lmms_eval_accelerate.compare.comparison import Comparison
+from lmms_eval_accelerate.compare.table import TaskResult, cut_tasks
+from lmms_eval_accelerate.report.results import DENSE
+
+
+def draw_curve(found: list[TaskResult], path: Path) -> Path:
+    """Accuracy against the share of visual tokens kept; a line per method, a panel per task of :func:`cut_tasks`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = cut_tasks(found)
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.8), squeeze=False)
+    for axis, (task, here) in zip(axes[0], panels.items(), strict=True):
+        for row in here:
+            if row.setting == DENSE:
+                axis.axhline(100 * row.score, color="0.5", linestyle="--", linewidth=1, label=DENSE)
+        methods = dict.fromkeys(_method(row) for row in here if row.setting != DENSE)
+        for method in methods:
+            points = sorted((100 * r.kept, 100 * r.score) for r in here if _method(r) == method)
+            # a line between points of one run each: no more is claimed
+            axis.plot(*zip(*points, strict=True), marker="o", label=method)
+        axis.set(title=task, xlabel="visual tokens kept (%)", ylabel="accuracy (%)")
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _method(row: TaskResult) -> str:
+    """The method of ``name``, ``name@ratio`` or ``name(parameters)``."""
+    return re.split(r"[@(]", row.setting)[0]
+
+
+def draw_clip(comparison: Comparison, setting: Setting, video: Path, path: Path) -> Path:
+    """Which visual tokens of ``video`` the method of ``setting`` keeps, drawn over its frames."""
+    import torch
+    from transformers.utils import logging
+
+    import accelerate_methods
+    from accelerate_methods.visualize import draw_kept_tokens
+    from llava.constants import IMAGE_TOKEN_INDEX
+    from llava.model.builder import load_pretrained_model
+    from llava.video_utils import load_video
+
+    logging.disable_progress_bar()
+    _, model, processor, _ = load_pretrained_model(
+        comparison.pretrained, device_map="auto", torch_dtype="auto" if torch.cuda.is_available() else "float32"
+    )
+    frames = load_video(str(video), num_frames=int(comparison.model_args["max_frames_num"])).frames
+    pixels = processor.preprocess(frames, return_tensors="pt")["pixel_values"]
+    spec = comparison.config_of(setting.method) or setting.method
+    method = accelerate_methods.accelerate(model, spec, **dict(setting.params))
+    with method, accelerate_methods.record() as requests, torch.no_grad():
+        model(torch.tensor([[IMAGE_TOKEN_INDEX, 0]], device=model.device), images=[pixels], modalities=["video"])
+    item = requests[0].samples[0].items[0]
+    title = f"{setting.label}: {item.tokens_after} of {item.tokens_before} visual tokens of {Path(video).name}"
+    return draw_kept_tokens(frames, item, path, title)
