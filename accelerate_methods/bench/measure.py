@@ -18,7 +18,7 @@ from accelerate_methods.bench.inputs import Inputs, fed
 from accelerate_methods.engine import flops
 from accelerate_methods.engine.recording import RequestRecord, record
 from accelerate_methods.hosts import host_for
-from accelerate_methods.registry.compatibility import FAMILIES, why_not
+from accelerate_methods.registry import compatibility
 from accelerate_methods.registry.pipeline import Pipeline, resolve
 from accelerate_methods.registry.settings import Setting
 from accelerate_methods.stages.errors import MethodError
@@ -84,11 +84,8 @@ class Bench:
         acting = [m for m in pipeline.methods if self.inputs.modality in m.modalities]
         if pipeline.methods and not acting:
             raise MethodError(f"{pipeline.name} leaves {self.inputs.modality}s alone")
-        families = [f for f in FAMILIES if f.key == self.family]
-        for method in pipeline.methods:
-            reasons = [why_not(type(method), f) for f in families]
-            if families and all(reasons):
-                raise MethodError(f"{method.name} cannot run on {families[0].name}: {reasons[0]}")
+        if self.family is not None:
+            compatibility.check(pipeline, self.family)
 
     @contextlib.contextmanager
     def attached(self, row: Row) -> Iterator[None]:

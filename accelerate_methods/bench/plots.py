@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate_methods.bench.results import dense_row, flops_share, kept_share, middle, speed_up, title, work_ms
+from accelerate_methods.bench.results import dense_row, flops_share, kept_share, middle, speed_up, work_ms
+from accelerate_methods.bench.table import title
 from accelerate_methods.registry.settings import DENSE
 from accelerate_methods.stages.errors import MethodError
 
@@ -24,7 +25,7 @@ def draw(content: Mapping[str, Any], path: Path) -> list[Path]:
 
     rows = [r for r in content["rows"] if r["status"] == "ok" and r["samples"]["prefill_ms"]]
     drawn = []
-    for name, panels, draw_one in (
+    for name, panels, draw_panels in (
         ("retention", 2, _retention),
         ("stages", 1, _stages),
         ("speedup", 1, _speed_up),
@@ -32,7 +33,7 @@ def draw(content: Mapping[str, Any], path: Path) -> list[Path]:
         if name == "speedup" and dense_row(content) is None:
             continue
         figure, axes = plt.subplots(1, panels, figsize=(6.0 * panels + 1.6, 4.4), squeeze=False)
-        draw_one(axes[0], rows, dense_row(content))
+        draw_panels(axes[0], rows, dense_row(content))
         figure.suptitle("\n".join(textwrap.wrap(title(content), 75 * panels)), fontsize=8)
         figure.tight_layout()
         target = path.with_name(f"{path.stem}_{name}.png")

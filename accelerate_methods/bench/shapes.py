@@ -1,6 +1,6 @@
 """The official models as shapes: their configs, built with random weights right on the device.
 
-Sizes: specs/base.md section 1 and the config files of the checkpoints. Time and memory do not depend on the weights,
+Sizes: the config files of the checkpoints on the hub. Time and memory do not depend on the weights,
 as long as nothing overflows; what depends on content gets made-up features (``inputs.py``).
 """
 
@@ -57,7 +57,7 @@ class Shape:
 
     Attributes:
         language: "qwen" or "llama"; decoder: its config values; llava: those of the multimodal part.
-        family: key of ``compatibility.FAMILIES``.
+        family: key of its model family (``registry.families``).
         tower: hub name of a tower that the tree knows, or the config of a made-up one.
         frames: frames of a video, the setting of the official evaluations; 0 for models of images.
         image_size: (width, height) of the image.

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import accelerate_methods
-from accelerate_methods.bench import cli, measure, native, plots, results, shapes
+from accelerate_methods.bench import against_transformers, cli, measure, plots, results, shapes, table
 from accelerate_methods.bench.inputs import fed, make_inputs
+from accelerate_methods.bench.run import chosen
 from accelerate_methods.engine import flops
 from accelerate_methods.registry.settings import Setting, settings_of
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
@@ -126,10 +127,10 @@ def test_counted_runs_give_the_method_the_signals_that_it_always_gets(tmp_path):
     model, inputs = built(shapes.SHAPES["tiny"], tmp_path, frames=2)
     for method in ("visionzip", "fastvid"):
         with accelerate_methods.accelerate(model, method):
-            (plain,) = model.visual_items(inputs.pixels, ["video"])
+            (plain,) = model.encode(inputs.pixels, ["video"])
             counter = flops.MacCounter()
             with measure.counted_work(model, counter):
-                (counted,) = model.visual_items(inputs.pixels, ["video"])
+                (counted,) = model.encode(inputs.pixels, ["video"])
         assert plain.signals.keys() == counted.signals.keys() and plain.signals and counter.macs > 0
         for name, value in plain.signals.items():
             assert torch.equal(value, counted.signals[name])
@@ -151,13 +152,13 @@ def test_facts_of_the_stages(tmp_path):
 def test_made_up_features_look_like_a_video_to_the_methods(tmp_path):
     model, inputs = built(shapes.SHAPES["tiny"], tmp_path, frames=32)
     with fed(model, inputs), torch.no_grad():
-        (item,) = model.visual_items(inputs.pixels, ["video"])
+        (item,) = model.encode(inputs.pixels, ["video"])
     tokens = torch.nn.functional.normalize(item.features, dim=-1)
     along = (tokens[1:] * tokens[:-1]).sum(-1)  # the same place in the next frame
     elsewhere = (tokens[:, 1:] * tokens[:, :-1]).sum(-1)
     assert along.median() > 0.9 > elsewhere.median()
     with torch.no_grad():
-        (plain,) = model.visual_items(inputs.pixels, ["video"])
+        (plain,) = model.encode(inputs.pixels, ["video"])
     assert not torch.allclose(plain.features, item.features)
 
 
@@ -172,7 +173,7 @@ def test_images(tmp_path, name):
     assert all(row.ok for row in good), [row.status for row in good]
     # a method that acts on views projects only what stays
     assert rows["visionzip@0.25"].facts["tflops"]["projector"] < rows["dense"].facts["tflops"]["projector"] / 2
-    compared = native.compare(model, inputs, 1, 0)
+    compared = against_transformers.compare(model, inputs, 1, 0)
     if name == "llava-1.5-7b":
         assert compared["status"] == "ok" and compared["max_logit_difference"] < 1e-4
     else:
@@ -228,8 +229,8 @@ def test_numbers_of_a_row():
     assert results.compress_share(row, dense) == 3.0 / 40.0
     assert results.flops_share(row) == 0.2 and results.kept_share(row) == 0.5
     assert results.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == 1.0 and results.spread([1.0]) == 0.0
-    assert results._cells(row, dense)[8] == "4.00x (5.00x)"
-    assert results._cells(row, None)[8] == ""
+    assert table._cells(row, dense)[8] == "4.00x (5.00x)"
+    assert table._cells(row, None)[8] == ""
 
 
 def test_markdown_and_plots_without_a_dense_row(tmp_path):
@@ -240,7 +241,7 @@ def test_markdown_and_plots_without_a_dense_row(tmp_path):
         "machine": {"name": "machine", "threads": 1, "gpu": None},
         "rows": [failed, _row("some@0.5", [2.0] * 3, [6.0] * 3, 50, 2.0)],
     }
-    text = results.markdown(content)
+    text = table.markdown(content)
     assert "| dense | out of memory |" in text and "| some@0.5 | 50 (50.0%) | 20.0% |" in text
     assert [p.name for p in plots.draw(content, tmp_path / "r.json")] == ["r_retention.png", "r_stages.png"]
 
@@ -278,10 +279,10 @@ def test_bad_arguments_are_one_message(argv, message, capsys):
 
 
 def test_all_leaves_out_what_does_nothing_with_the_input():
-    labels = [s.label for s in cli.chosen("all@0.2", 0.1, "llava_onevision", "image")]
+    labels = [s.label for s in chosen("all@0.2", 0.1, "llava_onevision", "image")]
     assert labels[0] == "dense" and "fastv@0.2" in labels and "fastvid@0.2" not in labels
-    assert "fastvid@0.2" in [s.label for s in cli.chosen("all@0.2", 0.1, "llava_onevision", "video")]
-    named = cli.chosen("all@0.2, fastvid", 0.1, "llava_onevision", "image")
+    assert "fastvid@0.2" in [s.label for s in chosen("all@0.2", 0.1, "llava_onevision", "video")]
+    named = chosen("all@0.2, fastvid", 0.1, "llava_onevision", "image")
     assert Setting.of("fastvid", retention_ratio=0.1) in named  # whoever names it is told
 
 

@@ -44,7 +44,7 @@ def native_of(model: Any, inputs: Inputs) -> Any:
 
 
 def _native_name(name: str) -> str:
-    """Name of a tensor in transformers' class (specs/base.md section 14)."""
+    """Name of one of our tensors in transformers' class."""
     for ours, theirs in (
         ("model.vision_tower.vision_tower.", "model.vision_tower."),
         ("model.mm_projector.0.", "model.multi_modal_projector.linear_1."),
