@@ -10,6 +10,7 @@ framed), merged into another (dim), dropped before the language model (dark), or
 layer). Input: a video file, a folder with the frames of a video, an image, or several images. More: docs/visualize.md
 """
 
+# Nothing is imported here but what parsing the arguments takes: -h answers at once.
 from __future__ import annotations
 
 import argparse
@@ -18,10 +19,11 @@ import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from PIL import Image
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # works without installing the package
@@ -73,6 +75,8 @@ def read_input(paths: list[str], num_frames: int) -> Input:
 
 
 def _read_folder(folder: Path, num_frames: int) -> Input:
+    import numpy as np
+
     from llava.video_utils import uniform_frame_indices
 
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES)
@@ -86,6 +90,8 @@ def _read_folder(folder: Path, num_frames: int) -> Input:
 
 
 def _open(path: str | Path) -> Image.Image:
+    from PIL import Image
+
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
@@ -142,11 +148,12 @@ class Looker:
 
     @property
     def family(self) -> str:
-        """Key of the model family in ``accelerate_methods.registry.compatibility``."""
-        kind = self.model.get_vision_tower().hub_config.model_type
-        if kind != "siglip_vision_model":
-            return "llava"
-        return "llava_video" if getattr(self.model.config, "mm_newline_position", "") == "grid" else "llava_onevision"
+        """Key of the model family (``accelerate_methods.registry.families``)."""
+        from accelerate_methods.registry.families import FAMILIES
+        from llava.model.acceleration import facts_of
+
+        name = facts_of(self.model).name
+        return next(family.key for family in FAMILIES if family.name == name)
 
     def prepare(self, given: Input) -> Prepared:
         """Pixels and panels of an input, as the model's config wants it."""
@@ -272,6 +279,7 @@ def _template(model: Any) -> str:
 
 def visualize(args: argparse.Namespace) -> Path:
     from rich.console import Console
+    from rich.text import Text
 
     from accelerate_methods.visualize import draw_sheet, write_clip, write_page
 
@@ -290,9 +298,11 @@ def visualize(args: argparse.Namespace) -> Path:
     panels = [panel for item in prepared.panels for panel in item]
     overlays = []
     for choice in choices(args.method, looker.family, embedded):
-        with console.status(choice.label):
+        with console.status(Text(choice.label)):
             overlay = looker.look(prepared, args.question, choice, args.max_new_tokens)
-        console.print(f"[bold]{overlay.label}[/]: {overlay.counts()}; answer: {overlay.answer}", highlight=False)
+        said = Text(f"{overlay.label}: {overlay.counts()}; answer: {overlay.answer}")  # an answer may look like markup
+        said.stylize("bold", 0, len(overlay.label))
+        console.print(said)
         overlays.append(overlay)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     shown = overlays[1:] if args.no_dense and len(overlays) > 1 else overlays

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from accelerate_methods.visualize.cells import DROPPED, KEPT, LEFT, MERGED, NOWHERE, Overlay, Panel
-from accelerate_methods.visualize.painting import FRAME, OUTSIDE, SHADE, TINT, UNDER_TINT, layer_colour, legend
+from accelerate_methods.visualize.painting import EMPTY, FRAME, SHADE, TINT, UNDER_TINT, layer_colour, legend
 
 LONG_EDGE = 960  # pixels of a stored picture; many frames are stored smaller
 BUDGET = 12e6  # pixels of all stored pictures
@@ -35,7 +35,7 @@ def write_page(
         "shade": {str(state): shade for state, shade in SHADE.items()},
         "tint": [TINT, UNDER_TINT],
         "frame": FRAME,
-        "outside": OUTSIDE,
+        "empty": EMPTY,
     }
     swatches = "".join(
         f'<span><i style="background:rgb{colour};border-color:rgb{FRAME if framed else colour}"></i>'
@@ -177,14 +177,14 @@ function drawPanel(canvas, method, m, p) {
   const g = canvas.getContext("2d"), cells = method.cells[p];
   const xs = cells.xs.map((x) => Math.round(x * W)), ys = cells.ys.map((y) => Math.round(y * H));
   const R = ys.length - 1, C = xs.length - 1;
-  g.fillStyle = rgb(data.outside); g.fillRect(0, 0, W, H);
+  g.fillStyle = rgb(data.empty); g.fillRect(0, 0, W, H);
   g.save(); g.beginPath(); g.rect(xs[0], ys[0], xs[C] - xs[0], ys[R] - ys[0]); g.clip();
   g.imageSmoothingQuality = "high"; g.drawImage(pictures[p], 0, 0, W, H); g.restore();
   const at = (r, c) => r < 0 || c < 0 || r >= R || c >= C ? S.nowhere : stateAt(cells, r, c);
   for (let r = 0; r < R; r++) for (let c = 0; c < C; c++) {
     const s = at(r, c);
     if (s === S.kept || (!byId("shade").checked && s !== S.nowhere)) continue;
-    if (s === S.nowhere) g.fillStyle = rgb(data.outside);
+    if (s === S.nowhere) g.fillStyle = rgb(data.empty);
     else if (s === S.left) {
       const [tint, under] = data.tint;
       g.fillStyle = rgb(data.colours[cells.left[r][c]].map((v) => v * tint / (1 - under)), 1 - under);

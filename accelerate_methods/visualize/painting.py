@@ -20,7 +20,7 @@ FRAME = (255, 204, 0)
 #: tint of tokens that left inside the LLM, from its first layer to its last; drawn over the picture at these weights
 LAYER_COLOURS = ((76, 60, 170), (170, 50, 130), (226, 88, 80), (250, 160, 90))
 TINT, UNDER_TINT = 0.5, 0.4
-OUTSIDE = (232, 232, 232)
+EMPTY = (232, 232, 232)
 INK, GREY, PAPER = (24, 24, 27), (100, 100, 108), (255, 255, 255)
 
 
@@ -52,10 +52,10 @@ def paint(
     for gone in np.unique(cells.left[states == LEFT]):
         here = (states == LEFT) & (cells.left == gone)
         scale[here], added[here] = UNDER_TINT, TINT * np.array(layer_colour(int(gone), num_layers))
-    scale[states == NOWHERE], added[states == NOWHERE] = 0.0, OUTSIDE
+    scale[states == NOWHERE], added[states == NOWHERE] = 0.0, EMPTY
     row, column = (np.repeat(np.arange(len(e) - 1), np.diff(e)) for e in (ys, xs))
     out = np.empty((height, width, 3), dtype=np.float32)
-    out[:] = OUTSIDE
+    out[:] = EMPTY
     inside = slice(ys[0], ys[-1]), slice(xs[0], xs[-1])
     out[inside] = pixels[inside] * scale[row][:, column] + added[row][:, column]
     if frame:
@@ -146,7 +146,7 @@ def legend(overlays: Sequence[Overlay]) -> list[tuple[tuple[int, int, int], bool
         text = f"dropped in the LLM, before layer {layer} (of 0 to {num_layers - 1})"
         entries.append((tuple(int(c) for c in colour), False, text))
     if NOWHERE in states:
-        entries.append((OUTSIDE, False, "no token"))
+        entries.append((EMPTY, False, "no token"))
     return entries
 
 

@@ -31,11 +31,11 @@ from accelerate_methods.visualize import (
     write_clip,
     write_page,
 )
-from accelerate_methods.visualize.painting import FRAME, OUTSIDE
+from accelerate_methods.visualize.painting import EMPTY, FRAME
 from tests.conftest import CHECKPOINTS
 from tests.support.paths import ROOT
 
-CLIP = ROOT / "lmms-eval" / "lmms_eval_accelerate" / "tasks" / "shapes_video" / "clips" / "0000.mp4"
+CLIP = ROOT / "assets" / "shapes_video" / "clips" / "0000.mp4"
 
 
 def script():
@@ -186,7 +186,7 @@ def test_pixels_of_every_state():
     pixels = np.asarray(paint(grey(), cells, (80, 80), num_layers=9))
     middle = pixels[20:80:40, 20:80:40]
     assert middle[0, 0].tolist() == [200] * 3 and middle[0, 1].tolist() == [90] * 3
-    assert middle[1, 0].tolist() == [36] * 3 and tuple(middle[1, 1]) == OUTSIDE
+    assert middle[1, 0].tolist() == [36] * 3 and tuple(middle[1, 1]) == EMPTY
     assert tuple(pixels[0, 20]) == FRAME and tuple(pixels[39, 20]) == FRAME  # the frame lies inside the kept cell
     assert tuple(pixels[40, 20]) == (36, 36, 36)
     assert (np.asarray(paint(grey(), cells, (80, 80), 9, frame=False)) != FRAME).any(-1).all()
