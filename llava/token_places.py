@@ -86,7 +86,7 @@ def token_cells(
     Args:
         model: as it was during the request: a method that makes the input smaller is still attached.
         panels: those of this item.
-        kind: "plain", "image" or "video", as in ``visual_items``.
+        kind: "plain", "image" or "video", as in :class:`llava.model.vision.VisualInput`.
         size: (width, height) of the image, for the any-resolution layout.
     """
     centres = _patch_centres(model, panels, kind)
@@ -94,7 +94,7 @@ def token_cells(
     if item.owner is None:
         raise MethodError("the request has no provenance; run it inside accelerate_methods.record().")
     if item.owner.shape[0] != views or views == 1 or kind == "video":  # tokens of the language model
-        centres = model._lay_out(centres, kind, size).features.flatten(0, 1)
+        centres = model.lay_out(centres, kind, size).features.flatten(0, 1)
     else:  # a method that acts on views: its tokens are patches
         centres = centres.flatten(0, 1)
     if len(centres) != item.owner.numel():

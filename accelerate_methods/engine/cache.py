@@ -125,7 +125,7 @@ def check_whole(keys: Tensor, length: int) -> None:
 
 
 def grown(mask: Tensor, total: int, new: int, fill: bool) -> Tensor:
-    """A mask over a layer's cache, extended to ``total`` keys: what was cached since, and the ``new`` ones of this call."""
+    """A mask over a layer's cache, extended to ``total`` keys: those cached since, and this call's ``new`` ones."""
     mask = mask[:, : total - new]  # generate may have cropped the cache
     return torch.cat([mask, mask.new_full((mask.shape[0], total - mask.shape[1]), fill)], dim=1)
 

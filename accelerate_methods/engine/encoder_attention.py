@@ -7,6 +7,7 @@ half precision makes no ties among hundreds of small numbers.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from typing import Any
 
@@ -17,6 +18,35 @@ from accelerate_methods.stages.errors import MethodError
 
 ENCODER_SIGNALS = frozenset({"cls_attention", "received_attention", "key_states"})
 CHUNK_BYTES = 256 * 2**20  # what the attention maps alive at a time may take
+
+
+@dataclasses.dataclass
+class Encoded:
+    """One run of a CLIP or SigLIP tower over V views.
+
+    Attributes:
+        hidden: [V, S + P, M] output of the layer whose output is the visual feature: S special tokens, then P patches.
+        special_tokens: S (1 for the CLS token of CLIP, 0 for SigLIP).
+        before: [V, S + P, M] input of that layer, from which signals are computed; None once nobody will ask for any.
+    """
+
+    hidden: Tensor
+    special_tokens: int
+    before: Tensor | None
+
+    def __getitem__(self, views: slice) -> Encoded:
+        before = None if self.before is None else self.before[views]
+        return Encoded(self.hidden[views], self.special_tokens, before)
+
+    @property
+    def patches(self) -> Tensor:
+        """[V, P, M]."""
+        return self.hidden[:, self.special_tokens :]
+
+    @property
+    def special(self) -> Tensor | None:
+        """[V, S, M], None for a tower without special tokens."""
+        return self.hidden[:, : self.special_tokens] if self.special_tokens else None
 
 
 @torch.no_grad()

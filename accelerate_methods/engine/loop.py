@@ -97,8 +97,8 @@ def run_decoder(
     """
     if past_key_values is not None and not isinstance(past_key_values, DynamicCache):
         raise MethodError(
-            f"{pipeline.name} needs a DynamicCache (layers may differ in length), got {type(past_key_values).__name__}; "
-            "do not set cache_implementation."
+            f"{pipeline.name} needs a DynamicCache (layers may differ in length), got "
+            f"{type(past_key_values).__name__}; do not set cache_implementation."
         )
     if attention_mask is not None and attention_mask.dim() != 2:
         raise MethodError(f"the decoder loop takes a 2-D padding mask, got {attention_mask.dim()}-D.")

@@ -15,8 +15,13 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from accelerate_methods.engine.sequences import VisualSequence
+    from accelerate_methods.stages.compress import VisualItem
 
 _active: ContextVar[list[RequestRecord] | None] = ContextVar("accelerate_methods_recorder", default=None)
 
@@ -50,6 +55,24 @@ class ItemRecord:
     left_at: torch.Tensor | None = None
     num_layers: int = 0
     info: dict[str, object] = dataclasses.field(default_factory=dict)
+
+
+def item_record(
+    item: VisualItem, sequence: VisualSequence, *, tokens_after: int, start: int = 0, rows: torch.Tensor | None = None
+) -> ItemRecord:
+    """Record of ``item``, of which ``sequence`` goes to the language model; the rest as in :class:`ItemRecord`."""
+    return ItemRecord(
+        modality=item.modality,
+        tokens_before=item.full_tokens or item.num_tokens,
+        tokens_after=tokens_after,
+        start=start,
+        rows=rows,
+        grid=item.grid if item.views is None else item.views.grid,
+        owner=sequence.owner,
+        positions=sequence.positions,
+        kept=sequence.stands,
+        info=sequence.info,
+    )
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""Put visual tokens in the place of their placeholders and pad the batch (specs/base.md section 7.5)."""
+"""Put visual tokens in the place of their placeholders and pad the batch (docs/llava_tree.md, "The prompt")."""
 
 from __future__ import annotations
 
@@ -9,10 +9,27 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from accelerate_methods.engine.devices import moved
 from accelerate_methods.engine.prompt import PromptLayout
 from accelerate_methods.engine.sequences import VisualSequence
 from accelerate_methods.stages.prefill import VisualSpan
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+
+
+@dataclasses.dataclass
+class Prompts:
+    """The text side of a batch, as the model's callers give it.
+
+    Attributes:
+        input_ids: [B, n] with one IMAGE_TOKEN_INDEX per visual item, in the order of the items.
+        attention_mask: [B, n] of padding, or None; labels: [B, n], or None.
+        padding_side: "left" or "right"; None for that of the config.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None = None
+    labels: Tensor | None = None
+    padding_side: str | None = None
 
 
 @dataclasses.dataclass
@@ -80,28 +97,34 @@ def splice(
         raise ValueError(
             f"the prompts hold {placeholders} <image> placeholders but {len(sequences)} images or videos were given."
         )
-    rows: list[_Row] = []
+    built: list[_Sample] = []
     used = 0
-    for sample in range(input_ids.shape[0]):
-        row = _Row(original_positions)
-        ids = input_ids[sample][keep[sample]]
-        targets = None if labels is None else labels[sample][keep[sample]]
+    for number in range(input_ids.shape[0]):
+        sample = _Sample(original_positions)
+        ids = input_ids[number][keep[number]]
+        targets = None if labels is None else labels[number][keep[number]]
         holes = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
         bounds = [-1, *holes, ids.shape[0]]
         texts = [ids[a + 1 : b] for a, b in pairwise(bounds)]
         embedded = embed(torch.cat(texts)).split([len(t) for t in texts])
         for piece, (start, end) in enumerate(pairwise(bounds)):
-            row.add_text(embedded[piece], None if targets is None else targets[start + 1 : end])
+            sample.add_text(embedded[piece], None if targets is None else targets[start + 1 : end])
             if piece < len(holes):
-                row.add_visual(sequences[used], used)
+                sample.add_visual(sequences[used], used)
                 used += 1
         if not holes and dummies:
             used += 1
-        rows.append(row.finished(max_length))
-    return _pad(rows, padding_side)
+        built.append(sample.finished(max_length))
+    return _pad(built, padding_side)
 
 
-class _Row:
+def beside_text(sequence: VisualSequence, device: torch.device) -> VisualSequence:
+    """The sequence on the device of the text's embeddings (under a device map not always the tower's)."""
+    parts = ("tokens", "positions", "is_content")
+    return dataclasses.replace(sequence, **{name: moved(getattr(sequence, name), device) for name in parts})
+
+
+class _Sample:
     """One sample under construction."""
 
     def __init__(self, original_positions: bool):
@@ -139,7 +162,7 @@ class _Row:
         self.length += count
         self.dense_length += dense
 
-    def finished(self, max_length: int | None) -> _Row:
+    def finished(self, max_length: int | None) -> _Sample:
         dtype = self.embeds[0].dtype
         for name in ("embeds", "labels", "positions", "visual"):
             joined = torch.cat([part.to(dtype) if name == "embeds" else part for part in getattr(self, name)])
@@ -163,19 +186,19 @@ def _shifted(spans: list[VisualSpan], by: int) -> list[VisualSpan]:
     return [dataclasses.replace(span, start=span.start + by) for span in spans]
 
 
-def _pad(rows: list[_Row], side: str) -> Spliced:
-    longest = max(row.length for row in rows)
+def _pad(samples: list[_Sample], side: str) -> Spliced:
+    longest = max(sample.length for sample in samples)
 
     def padded(name: str, value: float) -> Tensor:
         out = []
-        for row in rows:
-            tensor = getattr(row, name)
-            fill = tensor.new_full((longest - row.length, *tensor.shape[1:]), value)
+        for sample in samples:
+            tensor = getattr(sample, name)
+            fill = tensor.new_full((longest - sample.length, *tensor.shape[1:]), value)
             out.append(torch.cat([fill, tensor] if side == "left" else [tensor, fill]))
         return torch.stack(out)
 
-    device = rows[0].embeds.device
-    lengths = torch.tensor([row.length for row in rows], device=device)[:, None]
+    device = samples[0].embeds.device
+    lengths = torch.tensor([sample.length for sample in samples], device=device)[:, None]
     slots = torch.arange(longest, device=device)[None]
     return Spliced(
         inputs_embeds=padded("embeds", 0.0),
@@ -183,8 +206,8 @@ def _pad(rows: list[_Row], side: str) -> Spliced:
         mask=slots >= longest - lengths if side == "left" else slots < lengths,
         position_ids=padded("positions", 0),
         visual=padded("visual", False),
-        lengths=[row.length for row in rows],
-        dense_lengths=[row.dense_length for row in rows],
-        items=[row.items for row in rows],
-        spans=[_shifted(row.spans, longest - row.length if side == "left" else 0) for row in rows],
+        lengths=[sample.length for sample in samples],
+        dense_lengths=[sample.dense_length for sample in samples],
+        items=[sample.items for sample in samples],
+        spans=[_shifted(sample.spans, longest - sample.length if side == "left" else 0) for sample in samples],
     )

@@ -148,7 +148,7 @@ def test_image_with_tiles_on_a_model(tiny, name, side, patches, merge):
     with torch.no_grad(), accelerate_methods.accelerate(model, "fastervlm", retention_ratio=0.1, merge=merge):
         embeds = model.prepare_multimodal(ids, None, None, [pixels], "image", [size]).inputs_embeds[0]
         features = model.encode_images(pixels)
-        views = model.visual_items([pixels], ["image"], [size])[0].views
+        views = model.encode([pixels], ["image"], [size])[0].views
     kept = top_indices(views.signal("cls_attention", "received_attention"), round(patches * 0.1))
     base = features[0, kept[0]]
     torch.testing.assert_close(embeds[2 : 2 + len(base)], base)

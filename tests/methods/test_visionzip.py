@@ -247,7 +247,7 @@ def test_image_with_tiles_on_a_tower_without_cls(tiny):
     ids = torch.tensor([[1, 5, -200, 7]])
     with torch.no_grad(), accelerate_methods.accelerate(model, "visionzip", dominant=9, contextual=3):
         embeds = model.prepare_multimodal(ids, None, None, [pixels], "image", [size]).inputs_embeds[0]
-        views = model.visual_items([pixels], ["image"], [size])[0].views
+        views = model.encode([pixels], ["image"], [size])[0].views
         zipped = zip_tokens(views.features, views.signal("received_attention"), views.signal("key_states"), 9, 3)
         expected = model.project(torch.cat([zipped.kept[0], zipped.merged[0]]))
         last = model.project(zipped.merged[1:].flatten(0, 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import inspect
 from contextvars import ContextVar
 from typing import Any
@@ -10,42 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import ModelOutput
 
 from accelerate_methods.engine import recording
 from accelerate_methods.engine.devices import moved
 from accelerate_methods.engine.loop import DecoderOutput, needs_loop, run_decoder
+from accelerate_methods.engine.prompt import PromptLayout
 from accelerate_methods.engine.sequences import VisualSequence, compressed_sequence
-from accelerate_methods.hosts.native.family import Call, Family, Seen
+from accelerate_methods.hosts.native.family import Call, Family
 from accelerate_methods.hosts.native.prompt import CutPrompt, PromptItem, cut_prompt
+from accelerate_methods.hosts.native.watching import Forward, VisionWatch
+from accelerate_methods.hosts.native.wrapping import Wrappers
 from accelerate_methods.registry.pipeline import Pipeline
+from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.signals import resolve_signal
 from accelerate_methods.stages.views import ViewCompressMethod
 
 _STATE = "accelerate_prompt"  # attribute of a cache: what its prompt was
 _REQUEST = "accelerate_request"  # attribute of a cache: the record of its request
-_SEEN = "accelerate_seen"  # key in the vision side's output, which may be copied: how it came about
-_KINDS = ("image", "video")
-
-
-class _Forward:
-    """What is remembered of one ``forward`` between the wrappers."""
-
-    def __init__(self, arguments: dict[str, Any]):
-        self.arguments = arguments
-        self.request: recording.RequestRecord | None = None
-        #: what the vision side did for this prompt, or ahead of it (``generate`` of newer transformers)
-        self.seen: dict[str, Seen] = {}
-        #: kinds of item whose features come from somewhere else
-        self.unseen: list[str] = []
-        for kind, output in (arguments.get("mm_encoder_outputs") or {}).items():
-            if getattr(output, _SEEN, None) is not None:
-                self.seen[kind] = getattr(output, _SEEN)
-            elif output is not None:
-                self.unseen.append(kind)
-        self.cut: CutPrompt | None = None
-        self.output: DecoderOutput | None = None
 
 
 class NativeAcceleration:
@@ -64,87 +46,22 @@ class NativeAcceleration:
         method = pipeline.compress
         acts = isinstance(method, ViewCompressMethod)
         self._on_views = family.views & method.modalities if acts else frozenset()
-        self._now: ContextVar[_Forward | None] = ContextVar("accelerate_forward", default=None)
-        self._seeing: ContextVar[Seen | None] = ContextVar("accelerate_seeing", default=None)
-        #: record of a request whose images were encoded ahead of its forward
-        self._ahead: ContextVar[recording.RequestRecord | None] = ContextVar("accelerate_ahead", default=None)
+        self._now: ContextVar[Forward | None] = ContextVar("accelerate_forward", default=None)
+        self._vision = VisionWatch(model, family, self._now)
+        self._wrappers = Wrappers()
         self._signature = inspect.signature(model.forward)
-        self._undo: list[Any] = []
 
     # -- on and off --------------------------------------------------------------------------------------------------
 
     def install(self) -> None:
-        self._outer = self._wrap(self.model, "forward", self._forward)
-        self._inner = self._wrap(self.family.language, "forward", self._decode)
-        self._prepare_inputs = self._wrap(self.model, "prepare_inputs_for_generation", self._later_turn)
-        for kind in _KINDS:
-            if hasattr(self.model.model, f"get_{kind}_features"):
-                self._watch(kind)
-        self._undo += [handle.remove for handle in self.family.watch(self._encoded)]
+        wrap = self._wrappers.wrap
+        self._outer = wrap(self.model, "forward", self._forward)
+        self._inner = wrap(self.family.language, "forward", self._decode)
+        self._prepare_inputs = wrap(self.model, "prepare_inputs_for_generation", self._later_turn)
+        self._vision.install(self._wrappers)
 
     def remove(self) -> None:
-        while self._undo:
-            self._undo.pop()()
-
-    def _wrap(self, module: nn.Module, name: str, wrapper: Any) -> Any:
-        """Put ``wrapper`` in the place of a method, on this object only; returns what was there."""
-        before, own = getattr(module, name), module.__dict__.get(name)
-
-        @functools.wraps(before)  # generate reads signatures
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            return wrapper(*args, **kwargs)
-
-        setattr(module, name, wrapped)
-
-        def undo() -> None:
-            if own is None:
-                delattr(module, name)
-            else:  # e.g. accelerate's, of a model that is spread over devices
-                setattr(module, name, own)
-
-        self._undo.append(undo)
-        return before
-
-    # -- vision side -------------------------------------------------------------------------------------------------
-
-    def _watch(self, kind: str) -> None:
-        """Remember how the features of images (or videos) came about, with them and for the forward around."""
-        name = f"get_{kind}_features"
-        signature = inspect.signature(getattr(self.model.model, name))
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            if self._seeing.get() is not None:  # videos of a family whose videos are encoded as images
-                return before(*args, **kwargs)
-            arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
-            seen = Seen({**arguments, **arguments.pop("kwargs", {})})
-            now = self._now.get()
-            request = self._request_ahead() if now is None else now.request
-            token = self._seeing.set(seen)
-            try:
-                with recording.stage(request, "vision", self.model.device):
-                    output = before(*args, **kwargs)
-            finally:
-                self._seeing.reset(token)
-            if now is not None:
-                now.seen[kind] = seen
-            elif isinstance(output, ModelOutput):
-                output[_SEEN] = seen
-            return output
-
-        before = self._wrap(self.model.model, name, watched)
-
-    def _request_ahead(self) -> recording.RequestRecord | None:
-        """The record of the request whose images and videos are being encoded before its forward."""
-        request = self._ahead.get()
-        if not recording.listens_to(request):  # none yet, or left behind by a request that came to nothing
-            request = recording.new_request()
-            self._ahead.set(request)
-        return request
-
-    def _encoded(self, encoded: Any) -> None:
-        seen = self._seeing.get()
-        if seen is not None:
-            seen.encoded.append(encoded)
+        self._wrappers.remove()
 
     # -- generate ----------------------------------------------------------------------------------------------------
 
@@ -167,12 +84,11 @@ class NativeAcceleration:
         arguments = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         arguments |= arguments.pop("kwargs", {})
         cache = arguments.get("past_key_values")
-        now = _Forward(arguments)
+        now, ahead = Forward(arguments), self._vision.take_request()
         if now.seen:
-            now.request = self._ahead.get()
+            now.request = ahead
         elif cache is None or not cache.get_seq_length():
             now.request = recording.new_request()
-        self._ahead.set(None)
         visuals = bool(now.seen) or any(v is not None for k, v in arguments.items() if k.startswith("pixel_values"))
         if visuals:
             self._check(arguments)
@@ -240,7 +156,7 @@ class NativeAcceleration:
             mask = _mask_behind(cut, kwargs)
             return self._plain(self._run(kwargs, kwargs["inputs_embeds"], attention_mask=mask, **more))
 
-    def _prefill(self, now: _Forward, kwargs: dict[str, Any]) -> Any:
+    def _prefill(self, now: Forward, kwargs: dict[str, Any]) -> Any:
         embeds = kwargs["inputs_embeds"]
         with recording.stage(now.request, "compress", embeds.device):
             # a model over several devices gets these as the caller has them
@@ -248,7 +164,7 @@ class NativeAcceleration:
             ids, mask, positions = moved(as_given, embeds.device)
             call = Call(ids, embeds, now.seen, now.arguments, self._wanted, self._on_views)
             items = self.family.items(call) if now.seen else []
-            sequences = [self._sequence(item) for item in items]
+            sequences = [self._sequence(found.item) for found in items]
             cut = now.cut = cut_prompt(
                 embeds, mask, positions, items, sequences, self.pipeline.positions == "original"
             )
@@ -264,10 +180,8 @@ class NativeAcceleration:
                     cut.embeds,
                     attention_mask=cut.valid if cut.padded else None,
                     position_ids=cut.positions,
-                    layout=cut.layout,
+                    layout=self._layout(cut, kwargs),
                     request=request,
-                    added=[cut.taken(part) for part in self.family.added(kwargs)],
-                    next_position=cut.next_position,
                 )
                 output = self._plain(now.output)
             else:
@@ -280,6 +194,10 @@ class NativeAcceleration:
             setattr(cache, _STATE, cut.without_embeds() if needs_loop(self.pipeline) else None)
             setattr(cache, _REQUEST, request)
         return output
+
+    def _layout(self, cut: CutPrompt, kwargs: dict[str, Any]) -> PromptLayout:
+        added = [cut.taken(part) for part in self.family.added(kwargs)]
+        return dataclasses.replace(cut.layout, added=added, next_position=cut.next_position)
 
     def _run(self, kwargs: dict[str, Any], embeds: Tensor, **more: Any) -> DecoderOutput:
         for name in ("output_attentions", "output_hidden_states"):
@@ -299,8 +217,7 @@ class NativeAcceleration:
         """What the language model itself would return: some models hand on whatever they find."""
         return BaseModelOutputWithPast(output.last_hidden_state, output.past_key_values)
 
-    def _sequence(self, placed: PromptItem) -> VisualSequence:
-        item = placed.item
+    def _sequence(self, item: VisualItem) -> VisualSequence:
         item.signals = moved(item.signals, item.features.device)
         return compressed_sequence(item, self.pipeline.compress, self.family.project)
 
@@ -322,18 +239,6 @@ def _describe(
         recording.SampleRecord(dense_length=dense, length=length)
         for dense, length in zip(cut.dense, cut.layout.lengths, strict=True)
     ]
-    for placed, sequence, rows in zip(items, sequences, cut.rows, strict=True):
-        item = placed.item
-        request.samples[placed.sample].items.append(
-            recording.ItemRecord(
-                modality=item.modality,
-                tokens_before=item.num_tokens,
-                tokens_after=sequence.num_content,
-                rows=rows,
-                grid=item.grid if item.views is None else item.views.grid,
-                owner=sequence.owner,
-                positions=sequence.positions,
-                kept=sequence.stands,
-                info=sequence.info,
-            )
-        )
+    for found, sequence, rows in zip(items, sequences, cut.rows, strict=True):
+        record = recording.item_record(found.item, sequence, tokens_after=sequence.num_content, rows=rows)
+        request.samples[found.sample].items.append(record)

@@ -2,36 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-from accelerate_methods.engine.encoder_attention import ENCODER_SIGNALS, encoder_signals
+from accelerate_methods.engine.encoder_attention import ENCODER_SIGNALS, Encoded, encoder_signals
 from accelerate_methods.stages.errors import MethodError
-
-
-@dataclasses.dataclass
-class Encoded:
-    """One run of the encoder.
-
-    Attributes:
-        before: [V, S, M] input of the layer whose output is the feature; hidden: [V, S, M] that output.
-        special: rows in front of the patches (1 for the CLS token of CLIP).
-    """
-
-    before: Tensor
-    hidden: Tensor
-    special: int
-
-    @property
-    def patches(self) -> Tensor:
-        """[V, P, M]."""
-        return self.hidden[:, self.special :]
-
-    def __getitem__(self, views: slice) -> Encoded:
-        return dataclasses.replace(self, before=self.before[views], hidden=self.hidden[views])
 
 
 class ClipTower:
@@ -80,7 +57,7 @@ class ClipTower:
         def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             before = args[0] if args else kwargs["hidden_states"]
             hidden = output[0] if isinstance(output, tuple) else output
-            seen(Encoded(before.detach(), hidden, self.special))
+            seen(Encoded(hidden, self.special, before.detach()))
 
         return self.layer.register_forward_hook(hook, with_kwargs=True)
 

@@ -7,7 +7,6 @@ structure is built right away and ``from_pretrained`` fills it) or from the towe
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Collection
 from typing import Any
 
@@ -16,36 +15,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, SiglipVisionModel
 
 from accelerate_methods.engine.devices import computes_on, own_weights
-from accelerate_methods.engine.encoder_attention import encoder_signals
+from accelerate_methods.engine.encoder_attention import Encoded, encoder_signals
 from accelerate_methods.hosts.tower_files import TowerError, VisionConfig, tower_config, tower_file, tower_weights
-
-
-@dataclasses.dataclass
-class Encoded:
-    """What a tower gives for V views.
-
-    Attributes:
-        hidden: [V, S + P, M] output of the selected layer: S special tokens, then P patches.
-        special_tokens: S.
-        before: [V, S + P, M] input of that layer, from which signals are computed where a method asks for some; None
-            once it is known that none does.
-    """
-
-    hidden: Tensor
-    special_tokens: int
-    before: Tensor | None
-
-    def __getitem__(self, views: slice) -> Encoded:
-        before = None if self.before is None else self.before[views]
-        return Encoded(self.hidden[views], self.special_tokens, before)
-
-    @property
-    def patches(self) -> Tensor:
-        return self.hidden[:, self.special_tokens :]
-
-    @property
-    def special(self) -> Tensor | None:
-        return self.hidden[:, : self.special_tokens] if self.special_tokens else None
 
 
 class VisionTower(nn.Module):

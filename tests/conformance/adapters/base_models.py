@@ -1,9 +1,8 @@
-"""Adapters for the model side of the base contracts (specs/base.md section 16)."""
+"""The LLaVA tree without a method: tower, projector, pooling, layouts, splicing, whole models, loading by name."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,24 +11,9 @@ from torch import Tensor
 
 from accelerate_methods.engine.sequences import uncompressed
 from accelerate_methods.hosts.layouts import image_item, pool_2d, video_item
-from llava.model.builder import check_model_name, load_pretrained_model, name_family, official_dispatch
+from llava.model.builder import check_model_name, name_family, official_dispatch
 from llava.model.checkpoint import CheckpointError
-
-
-@lru_cache(maxsize=4)
-def _load(folder: str):
-    return load_pretrained_model(folder, device_map="cpu", torch_dtype="float32", attn_implementation="sdpa")
-
-
-def load_tiny(params: dict[str, Any], context: Any):
-    """The named tiny checkpoint in float32 with the case's config changes (undone when the next case loads it)."""
-    _, model, _, _ = _load(str(context.checkpoint(params["checkpoint"])))
-    saved = model.__dict__.setdefault("_saved_config", dict(model.config.__dict__))
-    model.config.__dict__.clear()
-    model.config.__dict__.update(saved)
-    for key, value in (params.get("overwrite_config") or {}).items():
-        setattr(model.config, key, value)
-    return model
+from tests.conformance.adapters.whole_models import load_tiny
 
 
 def pixels(inputs: dict[str, Tensor]) -> list[Tensor]:

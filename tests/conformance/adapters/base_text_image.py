@@ -1,4 +1,4 @@
-"""Adapters from golden vectors to `llava`'s text and image utilities (spec base sections 2, 3, 9, 10 and 16).
+"""Adapters from golden vectors to `llava`'s text and image utilities (docs/differences.md has what differs).
 
 ADAPTERS: (method, stage) -> fn(inputs, params, context) -> outputs under the golden names without "out.".
 TEXT_CHECKS: section of text.json -> fn(section, context) -> one (name, ok, detail) per item.

@@ -1,4 +1,4 @@
-"""Adapters for FasterVLM's contracts (specs/fastervlm.md section 8)."""
+"""FasterVLM: the encoder's attention, and what is left of anyres images in the official layouts."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from accelerate_methods.hosts.layouts import flat_item, image_item
 from accelerate_methods.ops.select import top_indices
 from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.views import Views
-from tests.conformance.adapters.base_models import load_tiny
+from tests.conformance import vocabulary
+from tests.conformance.adapters import shared, whole_models
+from tests.conformance.adapters.whole_models import load_tiny
 
 
 def select(inputs, params, context):
-    scores = inputs["cls_attn"].float().mean(1)
-    kept = top_indices(scores, params["keep"])
-    mask = torch.zeros(scores.shape, dtype=torch.uint8).scatter_(1, kept, 1)
-    return {"scores": scores, "kept_index": kept, "mask": mask}
+    method = vocabulary.method_of(context, params)
+    scores = vocabulary.signals_of(method, inputs)["cls_attention"]
+    return shared.compress(inputs, params, context) | {"scores": scores}
 
 
 def vision(inputs, params, context):
@@ -104,66 +105,25 @@ def _source_index(sequence: VisualSequence, item: VisualItem) -> Tensor:
     return source
 
 
-def video(inputs, params, context):
-    features, keep = inputs["features"].float(), params["keep_per_frame"]
-    frames, per_frame, width = features.shape
-    item = VisualItem(
-        modality="video",
-        features=features,
-        positions=torch.arange(frames * per_frame).view(frames, per_frame),
-        length=frames * per_frame,
-        signals={"cls_attention": inputs["cls_attn"].float().mean(1)},
-    )
-    compressed = accelerate_methods.get("fastervlm", tokens_per_view=keep).compress(item)
-    kept = compressed.positions.view(frames, -1) - item.positions[:, :1]
-    return {"tokens": compressed.tokens.view(frames, -1, width), "kept_index": kept}
-
-
 def e2e(inputs, params, context):
-    model = load_tiny(params, context)
-    tower = model.get_vision_tower()
-    small = inputs["pixel_small"].float()
-    factor = tower.image_size // small.shape[-1]
-    pixels, ids = small.repeat_interleave(factor, 2).repeat_interleave(factor, 3), inputs["input_ids"]
-    spatial = params["merge"].startswith("spatial")
-    merge = "spatial_unpad" if params["merge"].startswith("spatial_unpad") else "spatial"
-    shared: dict[str, Any] = {"images": pixels}
-    if spatial:
+    model, named = load_tiny(params, context), params["merge"]
+    merge = "spatial_unpad" if named.startswith("spatial_unpad") else "spatial"
+    method = accelerate_methods.get("fastervlm", tokens_per_view=params["keep"], merge=merge)
+    if named.startswith("spatial"):
         columns, rows = params["grid_wh"]
-        model.config.image_grid_pinpoints = [[columns * tower.image_size, rows * tower.image_size]]
-        shared = {"images": [pixels], "image_sizes": [tuple(params["image_size_wh"])], "modalities": ["image"]}
-    with accelerate_methods.accelerate(model, "fastervlm", tokens_per_view=params["keep"], merge=merge):
-        views = [item.views for item in model.visual_items(shared["images"], ["image"], shared.get("image_sizes"))]
-        scores = torch.cat([v.signal("cls_attention") for v in views])
-        embeds = model.prepare_multimodal(
-            ids, None, None, shared["images"], shared.get("modalities", "image"), shared.get("image_sizes")
-        ).inputs_embeds
-        logits = model(input_ids=ids, **shared).logits
-        generated = model.generate(
-            ids,
-            **shared,
-            do_sample=False,
-            max_new_tokens=params["new_tokens"],
-            eos_token_id=None,
-            pad_token_id=0,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-    return {
-        "inputs_embeds": embeds[0],
-        "kept_index": top_indices(scores, params["keep"]),
-        "scores": scores,
-        "visual_tokens": torch.tensor(embeds.shape[1] - int((ids >= 0).sum())),
-        "prefill_logits": logits[0, -1],
-        "gen_ids": generated.sequences[0],
-        "gen_logits": torch.cat(generated.logits),
-    }
+        side = model.get_vision_tower().image_size
+        model.config.image_grid_pinpoints = [[columns * side, rows * side]]
+        params = params | {"image_sizes": [params["image_size_wh"]]}
+    question = whole_models.ask(inputs, params, context, model=model, method=method)
+    with accelerate_methods.accelerate(model, method):
+        scores = torch.cat([item.views.signal("cls_attention") for item in question.items()])
+        out = whole_models.answer(question)
+    return out | {"kept_index": top_indices(scores, params["keep"]), "scores": scores}
 
 
 ADAPTERS = {
     ("fastervlm", "select"): select,
     ("fastervlm", "vision"): vision,
     ("fastervlm", "assemble"): assemble,
-    ("fastervlm", "video"): video,
     ("fastervlm", "e2e"): e2e,
 }

@@ -1,8 +1,7 @@
-"""Adapters for FastV's contracts (specs/fastv.md section 9)."""
+"""FastV: how many stay, and the decoder loop in every variant of the official release (docs/methods/fastv.md)."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from accelerate_methods.engine.recording import RequestRecord
 from accelerate_methods.fastv import FastV, last_token_scores
 from accelerate_methods.registry.pipeline import Pipeline
 from accelerate_methods.stages.prefill import VisualSpan
-from tests.conformance.adapters.base_models import load_tiny
+from tests.conformance import vocabulary
+from tests.conformance.adapters import shared, whole_models
 from tests.conformance.runner import OWN_GOLDEN
 
 _ARCHITECTURES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
@@ -29,25 +29,8 @@ def keep_count(inputs, params, context):
 
 
 def select(inputs, params, context):
-    """The method itself, on a step that knows the recorded attention row."""
-    attention, hidden = inputs["attn_last"].float(), inputs["hidden"]
-    length, start, count = attention.shape[1], params["image_start"], params["image_len"]
-    span = VisualSpan(start, count, "image", count)
-    block = torch.zeros(1, length, dtype=torch.bool)
-    block[0, start : span.end] = True
-    step = SimpleNamespace(
-        block=block, valid=None, lengths=[length], spans=[[span]], rows=None,
-        attention=lambda rows: attention[None, :, None],
-    )  # fmt: skip
-    selection = FastV(k=params["layer_k"], r=None, tokens_per_image=params["keep"]).prefill(step)
-    kept = torch.arange(length) if selection is None else selection.indices[0]
-    return {
-        "scores": last_token_scores(step)[0, start : span.end],
-        "kept_index": kept,
-        "position_ids": kept,
-        "hidden": hidden[kept],
-        "key_mask": torch.zeros(length, dtype=torch.long).index_fill(0, kept, 1),
-    }
+    step = vocabulary.prefill_step(inputs, params)
+    return shared.prefill(inputs, params, context) | {"scores": last_token_scores(step)[0, step.visual[0]]}
 
 
 def llm(inputs, params, context):
@@ -61,27 +44,16 @@ def llm(inputs, params, context):
 
 def e2e(inputs, params, context):
     """The whole model: what is spliced, the loop as in ``llm``, and the same ids from the model's own ``generate``."""
-    model = load_tiny(params, context)
-    small = inputs["pixel_small"].float()
-    images, ids = small.repeat_interleave(7, 2).repeat_interleave(7, 3), inputs["input_ids"]
-    method = _method(params)
-    with accelerate_methods.accelerate(model, method):
-        spliced = model.prepare_multimodal(ids, None, None, images, "image")
+    question = whole_models.ask(inputs, params, context, method=_method(params))
+    model = question.model
+    with accelerate_methods.accelerate(model, question.method):
+        spliced = question.splice()
         out = _run(model, spliced.inputs_embeds, spliced.spans[0][0], params)
         if params["variant"] == "drop_static_cache":
-            generated = model.generate(
-                ids,
-                images=images,
-                do_sample=False,
-                max_new_tokens=params["new_tokens"],
-                eos_token_id=None,
-                pad_token_id=0,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
-            if not torch.equal(generated.sequences[0], out["gen_ids"]):
-                raise AssertionError(f"generate gives {generated.sequences[0].tolist()}, the loop {out['gen_ids']}")
-            torch.testing.assert_close(torch.cat(generated.logits), out["gen_logits"], atol=1e-4, rtol=1e-4)
+            own = whole_models.answer(question)
+            if not torch.equal(own["gen_ids"], out["gen_ids"]):
+                raise AssertionError(f"generate gives {own['gen_ids'].tolist()}, the loop {out['gen_ids']}")
+            torch.testing.assert_close(own["gen_logits"], out["gen_logits"], atol=1e-4, rtol=1e-4)
     out["inputs_embeds"] = spliced.inputs_embeds[0]
     return out
 

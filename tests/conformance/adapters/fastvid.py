@@ -1,27 +1,19 @@
-"""Adapters for FastVID's contracts (specs/fastvid.md section 14)."""
+"""FastVID: its steps one by one (docs/methods/fastvid.md), and whole models with the signals that it read."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
 
 import accelerate_methods
-from accelerate_methods.engine.sequences import assemble
 from accelerate_methods.fastvid import plan_quotas
-from accelerate_methods.hosts.layouts import pool_2d, video_item
+from accelerate_methods.hosts.layouts import pool_2d
 from accelerate_methods.hosts.native.qwen_vl import frame_attention
 from accelerate_methods.hosts.pooling_head import SiglipPoolingHead
 from accelerate_methods.ops.density import density_peak_scores
 from accelerate_methods.ops.merge import merge_to_anchors
 from accelerate_methods.ops.segment import dynamic_segments
 from accelerate_methods.ops.select import mask_to_indices, top_mask
-from accelerate_methods.stages.compress import VisualItem
-from llava.model.checkpoint import load_config
-from llava.model.language_model.llava_qwen import LlavaQwenForCausalLM
-
-_HYPER_PARAMETERS = ("retention_ratio", "c", "tau", "d", "p", "beta", "ignore", "variant")
+from tests.conformance.adapters import shared, whole_models
 
 
 def dyseg(inputs, params, context):
@@ -76,25 +68,10 @@ def frame_quotas(inputs, params, context):
 
 
 def compress(inputs, params, context):
-    method = accelerate_methods.get("fastvid", **{k: params[k] for k in _HYPER_PARAMETERS if k in params})
-    features = inputs["features"].float()
-    out: dict[str, Any] = {}
-    if params["variant"] == "qwen2_5_vl":
-        frame_features = features.mean(dim=1)
-        out["global_features"] = frame_features
-    else:
-        frame_features = inputs["global_features"].float()
-    item = _item(features, inputs, params)
-    item.signals = {"frame_features": frame_features, "pooling_attention": inputs["attention"].float()}
-    compressed = method.compress(item)
-    sequence = assemble(item, compressed)
-    return out | {
-        "tokens": sequence.tokens,
-        "positions": sequence.positions,
-        "segment_sizes": torch.tensor(compressed.info["segment_sizes"]),
-        "salient_per_frame": torch.tensor(compressed.info["salient_per_frame"]),
-        "context_per_frame": torch.tensor(compressed.info["context_per_frame"]),
-    }
+    if params["variant"] == "qwen2_5_vl":  # no pooling head: a frame's feature is the mean of its tokens
+        mean = {"global_features": inputs["features"].float().mean(dim=1)}
+        return shared.compress(inputs | mean, params, context) | mean
+    return shared.compress(inputs, params, context)
 
 
 def qwen_frame_attention(inputs, params, context):
@@ -103,47 +80,12 @@ def qwen_frame_attention(inputs, params, context):
     return {"attention": frame_attention(query, key, unit)}
 
 
-def _item(features: Tensor, inputs: dict[str, Tensor], params: dict[str, Any]) -> VisualItem:
-    """A video in the newline layout of the case's variant."""
-    if params["variant"] == "llava_video":
-        return video_item(features, inputs["newline"].float(), "grid", "spatial_unpad")
-    frames, per_frame, _ = features.shape
-    positions = torch.arange(frames * per_frame).view(frames, per_frame)
-    return VisualItem(modality="video", features=features, positions=positions, length=frames * per_frame)
-
-
 def e2e(inputs, params, context):
-    """The whole model, loaded without the tokenizer's vocabulary cut, as the official run did."""
-    folder = context.checkpoint(params["checkpoint"])
-    config = load_config(LlavaQwenForCausalLM.config_class, folder)
-    for key, value in params["config_overrides"].items():
-        setattr(config, key, value)
-    model = LlavaQwenForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
-    factor = params["upsample"]
-    frames = inputs["frames_small"].float().repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    ids = inputs["input_ids"][None]
-    method = accelerate_methods.get("fastvid", **{k: params[k] for k in _HYPER_PARAMETERS if k in params})
-    with accelerate_methods.accelerate(model, method):
-        item = model.visual_items([frames], ["video"])[0]
-        spliced = model.prepare_multimodal(ids, None, None, [frames], params["modalities"])
-        logits = model(input_ids=ids, images=[frames], modalities=params["modalities"]).logits
-        generated = model.generate(
-            ids,
-            images=[frames],
-            modalities=params["modalities"],
-            do_sample=False,
-            max_new_tokens=params["max_new_tokens"],
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    return {
-        "positions": spliced.position_ids[0],
-        "llm_input": spliced.inputs_embeds[0, :: params["llm_input_stride"]],
-        "logits": logits[0, -1],
-        "generated": generated[0],
-        "global_features": item.signals["frame_features"],
-        "attention": item.signals["pooling_attention"],
-    }
+    question = whole_models.ask(inputs, params, context)
+    with accelerate_methods.accelerate(question.model, question.method):
+        signals = question.items()[0].signals
+        out = whole_models.answer(question)
+    return out | {"global_features": signals["frame_features"], "attention": signals["pooling_attention"]}
 
 
 ADAPTERS = {

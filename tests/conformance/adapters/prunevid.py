@@ -1,4 +1,4 @@
-"""Adapters for PruneVid's contracts (specs/prunevid.md section 11)."""
+"""PruneVid: its steps one by one, the second stage on recorded attention, whole models (docs/methods/prunevid.md)."""
 
 from __future__ import annotations
 
@@ -28,24 +28,14 @@ from accelerate_methods.prunevid import (
     static_similarity,
 )
 from accelerate_methods.registry.pipeline import Pipeline
-from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.prefill import VisualSpan
-from llava.model.checkpoint import load_config
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.language_model.llava_qwen import LlavaQwenForCausalLM
+from tests.conformance import vocabulary
+from tests.conformance.adapters import shared, whole_models
+from tests.conformance.vocabulary import RecordedStep
 
-_FIELDS = {"temporal_segment_ratio": "gamma", "cluster_ratio": "beta"}
+PARAMETERS = {"temporal_segment_ratio": "gamma", "cluster_ratio": "beta"}
 _SIZES = ("static_sizes", "dynamic_sizes", "window_sizes")
-
-
-def _params(params: dict[str, Any]) -> dict[str, Any]:
-    """A case's hyper-parameters under the names of our fields."""
-    renamed = {_FIELDS.get(key, key): value for key, value in params.items()}
-    return {key: value for key, value in renamed.items() if key in PruneVid.parameters()}
-
-
-def _method(params: dict[str, Any]) -> PruneVid:
-    return accelerate_methods.get("prunevid", **_params(params))
 
 
 def clusters(inputs, params, context):
@@ -86,25 +76,6 @@ def static_split(inputs, params, context):
     }
 
 
-def spatial_merge(inputs, params, context):
-    """One frame on its own is a scene whose tokens are all dynamic."""
-    return {"tokens": _method(params).compress(_item(inputs["x"].float()[None])).tokens}
-
-
-def compress(inputs, params, context):
-    compressed = _method(params).compress(_item(inputs["frames"].float()))
-    return {"tokens": compressed.tokens} | _sizes(compressed.info)
-
-
-def _item(frames: Tensor) -> VisualItem:
-    positions = torch.arange(frames.shape[0] * frames.shape[1]).view(frames.shape[:2])
-    return VisualItem(modality="video", features=frames, positions=positions, length=positions.numel())
-
-
-def _sizes(info: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: torch.tensor(info[name]) for name in _SIZES}
-
-
 def selection_scores(inputs, params, context):
     """The case holds the states after the norm and bare projections: the attention is computed here, not by a layer."""
     hidden = inputs["hidden"].float()
@@ -115,23 +86,8 @@ def selection_scores(inputs, params, context):
     key = key.repeat_interleave(heads // params["num_kv_heads"], 0)
     weights = (query @ key.transpose(1, 2) * dim**-0.5).softmax(-1)
     start, end = params["img_start"], params["img_end_inclusive"] + 1
-    step = _Weights(hidden, start, end, weights)
+    step = RecordedStep(hidden, start, end - start, weights)
     return {"scores": question_scores(step, [end])[0, start:end]}
-
-
-class _Weights:
-    """A prefill step of one sample whose attention weights are known."""
-
-    def __init__(self, hidden: Tensor, start: int, end: int, weights: Tensor):
-        self.hidden_states = hidden[None]
-        self.visual = torch.zeros(1, hidden.shape[0], dtype=torch.bool)
-        self.visual[:, start:end] = True
-        self.num_heads = weights.shape[0]
-        self._weights = weights
-
-    def attention(self, rows: Tensor, *, rotary: bool, causal: bool) -> Tensor:
-        assert not rotary and not causal
-        return self._weights[None, :, rows]
 
 
 def llm_select(inputs, params, context):
@@ -141,7 +97,7 @@ def llm_select(inputs, params, context):
     length = visual + rows
     full = torch.zeros(heads, length, length)
     full[:, visual:, :visual] = weights
-    step = _Weights(torch.zeros(length, 64), 0, visual, full)
+    step = RecordedStep(torch.zeros(length, 1), 0, visual, full)
     scores = question_scores(step, [visual])
     groups, start = [], 0
     for size in group_sizes({name: inputs[name].tolist() for name in _SIZES}):
@@ -176,7 +132,7 @@ class _Recorded(PruneVid):
 
 
 def _recorded(params: dict[str, Any]) -> _Recorded:
-    return _Recorded(**_params(params))
+    return _Recorded(**vocabulary.parameters_of("prunevid", params))
 
 
 def _language_model(params: dict[str, Any], weights: dict[str, Tensor]) -> LlamaForCausalLM:
@@ -248,46 +204,27 @@ def _pllava(params: dict[str, Any], context: Any) -> LlavaLlamaForCausalLM:
     return model
 
 
-def _onevision(params: dict[str, Any], context: Any) -> LlavaQwenForCausalLM:
-    folder = context.checkpoint(Path(params["checkpoint"]).name)
-    config = load_config(LlavaQwenForCausalLM.config_class, folder)
-    return LlavaQwenForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
-
-
 def e2e(inputs, params, context):
-    if params.get("model") == "llava_onevision":
-        model, placeholder = _onevision(params, context), params["image_token_id"]
-    else:
-        model, placeholder = _pllava(params, context), params["image_token_index"]
-    small = inputs["pixel_lowres"].float()
-    factor = model.get_vision_tower().image_size // small.shape[-1]
-    frames = small.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    ids = inputs["input_ids"][None]
-    ids = ids.masked_fill(ids == placeholder, -200)
+    onevision = params.get("model") == "llava_onevision"
+    model = (whole_models.load_whole_vocabulary if onevision else _pllava)(params, context)
     method, positions = _recorded(params), []
-    decoder = model.get_model()
+    question = whole_models.ask(inputs, params, context, model=model, method=method, modality="video")
+    rotary = model.get_model().rotary_emb
     with accelerate_methods.accelerate(model, method):
-        spliced = model.prepare_multimodal(ids, None, None, [frames], ["video"])
-        span = spliced.spans[0][0]
-        hook = decoder.rotary_emb.register_forward_pre_hook(lambda module, args: positions.append(args[1]))
+        span = question.splice().spans[0][0]
+        hook = rotary.register_forward_pre_hook(lambda module, args: positions.append(args[1]))
         try:
-            out = model.generate(
-                ids, images=[frames], modalities=["video"], do_sample=False, max_new_tokens=params["max_new_tokens"],
-                eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, output_logits=True,
-            )  # fmt: skip
+            out = whole_models.answer(question)
         finally:
             hook.remove()
-        cache = model(input_ids=ids, images=[frames], modalities=["video"], use_cache=True).past_key_values
     layers = range(model.config.num_hidden_layers)
     seen = method.seen[0]
     kept = torch.tensor([len(seen["keep"]) if i > params["selected_layer"] else span.num_content for i in layers])
-    return seen | _sizes(span.info) | {
-        "visual_tokens": spliced.inputs_embeds[0, span.start : span.start + span.num_content],
-        "kv_len_per_layer": torch.tensor([cache.get_seq_length(i) for i in layers]),
+    steps = [p.flatten() for p in positions if p.numel() == 1]
+    return out | seen | {name: torch.tensor(span.info[name]) for name in _SIZES} | {
+        "visual_tokens": out["inputs_embeds"][0, span.start : span.start + span.num_content],
         "visual_tokens_per_layer": kept,
-        "decode_position_ids": torch.cat([p.flatten() for p in positions[1:]]),
-        "logits_last": out.logits[0][0],
-        "generated_ids": out.sequences[0],
+        "decode_position_ids": torch.cat(steps),
     }  # fmt: skip
 
 
@@ -296,8 +233,7 @@ ADAPTERS = {
     ("prunevid", "refine_segments"): refine_segments,
     ("prunevid", "temporal_segmentation"): temporal_segmentation,
     ("prunevid", "static_split"): static_split,
-    ("prunevid", "spatial_merge"): spatial_merge,
-    ("prunevid", "compress"): compress,
+    ("prunevid", "spatial_merge"): shared.compress,
     ("prunevid", "selection_scores"): selection_scores,
     ("prunevid", "llm_select"): llm_select,
     ("prunevid", "e2e_llm"): e2e_llm,

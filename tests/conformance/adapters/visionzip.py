@@ -1,10 +1,9 @@
-"""Adapters for VisionZip's contracts (specs/visionzip.md section 8)."""
+"""VisionZip: which tokens dominate, which are merged into which, and where they stand in every official layout."""
 
 from __future__ import annotations
 
 import dataclasses
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from accelerate_methods.hosts.layouts import pool_2d, video_item
 from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.views import Views
 from accelerate_methods.visionzip import VisionZip, Zipped, by_score, zip_tokens, zipped_views
-from tests.conformance.adapters.base_models import load_tiny
+from tests.conformance.adapters import whole_models
 
 
 def _layer(inputs: dict[str, Tensor], heads: int) -> SimpleNamespace:
@@ -131,55 +130,24 @@ def qwen_vl_prune(inputs, params, context):
 
 
 def e2e(inputs, params, context):
-    model = load_tiny(params, context)
-    pixels = _upsampled(inputs["coarse"], model)
-    form = params["image_form"]
-    images = {"tensor": lambda: pixels, "list3": lambda: list(pixels), "stack": lambda: [pixels]}[form]()
-    sizes = params["image_sizes"]
-    shared = {"images": images, "image_sizes": None if sizes is None else [tuple(s) for s in sizes]}
-    method = _method(params)
-    with accelerate_methods.accelerate(model, method):
-        items = model.visual_items(images, ["image"] * len(images), shared["image_sizes"])
+    question = whole_models.ask(inputs, params, context)
+    method = question.method
+    with accelerate_methods.accelerate(question.model, method):
         kept = []
-        for views in (item.views for item in items):
+        for views in (item.views for item in question.items()):
             ranking, keys = views.signal("cls_attention"), views.signal("key_states")
             zipped = zip_tokens(views.features, ranking, keys, method.dominant - 1, method.contextual)
             kept.append(nn.functional.pad(zipped.dominant + 1, (1, 0)))
-        out = _run(model, inputs["input_ids"], **shared)
+        out = whole_models.answer(question)
     return out | {"keep_idx": torch.cat(kept)}
 
 
 def e2e_siglip_video(inputs, params, context):
-    model = load_tiny(params, context)
-    shared = {"images": [_upsampled(inputs["coarse"], model)], "modalities": ["video"]}
-    method = _method(params)
-    with accelerate_methods.accelerate(model, method):
-        zipped = _zipped(model.visual_items(shared["images"], ["video"])[0], method)
-        out = _run(model, inputs["input_ids"], **shared)
+    question = whole_models.ask(inputs, params, context)
+    with accelerate_methods.accelerate(question.model, question.method):
+        zipped = _zipped(question.items()[0], question.method)
+        out = whole_models.answer(question)
     return out | {"keep_idx": zipped.dominant, "target_idx": zipped.targets}
-
-
-def _method(params: dict[str, Any]) -> VisionZip:
-    return accelerate_methods.get("visionzip", dominant=params["dominant"], contextual=params["contextual"])
-
-
-def _upsampled(coarse: Tensor, model: Any) -> Tensor:
-    factor = model.get_vision_tower().image_size // coarse.shape[-1]
-    return coarse.float().repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-
-
-def _run(model: Any, ids: Tensor, images: Any, image_sizes: Any = None, modalities: Any = ("image",)) -> dict[str, Any]:
-    shared = {"images": images, "image_sizes": image_sizes, "modalities": modalities}
-    embeds = model.prepare_multimodal(ids, None, None, images, modalities, image_sizes).inputs_embeds
-    logits = model(input_ids=ids, **shared).logits[:, -1]
-    generated = model.generate(ids, **shared, do_sample=False, max_new_tokens=8, eos_token_id=None, pad_token_id=0)
-    visual = embeds.shape[1] - int((ids[0] >= 0).sum())
-    return {
-        "inputs_embeds": embeds,
-        "prefill_logits": logits,
-        "greedy_ids": generated,
-        "n_visual": torch.tensor(visual),
-    }
 
 
 ADAPTERS = {

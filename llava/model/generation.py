@@ -1,0 +1,212 @@
+"""``forward`` and ``generate`` of a causal LM with images: what happens around encode, compress and embed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, TypedDict, Unpack
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from accelerate_methods.engine import recording
+from accelerate_methods.engine.devices import computes_on, moved
+from accelerate_methods.engine.loop import DecoderOutput
+from accelerate_methods.engine.prompt import PromptLayout
+from accelerate_methods.engine.sequences import VisualSequence
+from accelerate_methods.stages.compress import VisualItem
+from llava.model.splice import Spliced, splice
+from llava.model.vision import has_images
+
+
+class ForwardArguments(TypedDict, total=False):
+    """What ``forward`` takes beside the arguments of every causal LM.
+
+    ``images``, ``image_sizes``, ``modalities``: as in ``generate``. ``return_dict=False`` gives a tuple;
+    ``dpo_forward`` gives (logits, labels). ``layout`` and ``request`` travel from ``generate`` to the decoder loop and
+    the recorder. Anything else goes to the decoder.
+    """
+
+    images: Any
+    image_sizes: Any
+    modalities: str | list[str]
+    use_cache: bool | None
+    output_attentions: bool | None
+    output_hidden_states: bool | None
+    return_dict: bool | None
+    dpo_forward: bool
+    cache_position: Tensor | None
+    layout: PromptLayout | None
+    request: recording.RequestRecord | None
+
+
+class MultimodalGeneration:
+    """Mixin in front of a transformers causal LM whose ``prepare_multimodal`` makes embeddings of images and text."""
+
+    #: pipeline attached to this object; an instance attribute, set and removed by the host
+    acceleration: Any = None
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[ForwardArguments],
+    ):
+        """Causal LM over the expanded sequence; ``images`` are spliced in when ``input_ids`` hold placeholders."""
+        visual = {name: kwargs.pop(name) for name in ("images", "image_sizes", "modalities") if name in kwargs}
+        layout, request = kwargs.pop("layout", None), kwargs.pop("request", None)
+        dpo_forward, return_dict = kwargs.pop("dpo_forward", False), kwargs.pop("return_dict", None)
+        kwargs.pop("cache_position", None)
+        for name in ("output_attentions", "output_hidden_states"):
+            if kwargs.get(name, ...) is None:
+                del kwargs[name]
+        if inputs_embeds is None and has_images(visual.get("images")) and input_ids.shape[1] > 1:
+            request = request or recording.new_request()
+            side = "left" if self._cuts_inside() else None
+            spliced = self.prepare_multimodal(
+                input_ids, attention_mask, labels, **visual, padding_side=side, request=request
+            )
+            inputs_embeds, input_ids = spliced.inputs_embeds, None
+            labels = None if labels is None else spliced.labels
+            attention_mask = spliced.mask.long() if len(set(spliced.lengths)) > 1 else None
+            position_ids = spliced.position_ids if self._gapped() or attention_mask is not None else None
+            layout = spliced.layout
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+        if self.acceleration is not None:
+            kwargs |= {"pipeline": self.acceleration.pipeline, "layout": layout, "request": request}
+        tokens = inputs_embeds if inputs_embeds is not None else input_ids
+        decoding = past_key_values is not None and past_key_values.get_seq_length() > 0
+        layers = self.config.num_hidden_layers
+        if request is not None and not decoding:
+            request.started(layers)
+        with _llm_stage(request, tokens, decoding):
+            outputs = self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+            hidden = outputs.last_hidden_state
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            # back to the first device, also so that the time of this stage covers the work on all of them
+            logits = moved(self.lm_head(hidden[:, kept]), tokens.device)
+        if request is not None and not decoding and not request.layer_tokens:  # the model's own forward: no layer cuts
+            request.layer_tokens = [[sample.length for sample in request.samples]] * layers
+        if labels is not None and isinstance(outputs, DecoderOutput):
+            labels = outputs.labels(labels)
+        if dpo_forward:
+            return logits, labels
+        result = CausalLMOutputWithPast(
+            loss=None if labels is None else self.loss_function(logits, labels, vocab_size=logits.shape[-1]),
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=getattr(outputs, "hidden_states", None),
+            attentions=getattr(outputs, "attentions", None),
+        )
+        return result if return_dict is None or return_dict else result.to_tuple()
+
+    def _gapped(self) -> bool:
+        return self.acceleration is not None and self.acceleration.pipeline.positions == "original"
+
+    def _cuts_inside(self) -> bool:
+        """Whether the sequence gets shorter between decoder layers."""
+        return self.acceleration is not None and self.acceleration.pipeline.prefill is not None
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        images: Any = None,
+        image_sizes: Any = None,
+        modalities: str | list[str] = ("image",),
+        **kwargs: Any,
+    ):
+        """transformers' ``generate``; returns new tokens only, also for text-only prompts.
+
+        ``inputs`` (or ``input_ids``) [B, n] may be padded on either side if ``attention_mask`` says so; samples of
+        different length are re-padded on the left, so that a batch gives the answers of its samples one by one.
+
+        Args:
+            images: [N, 3, S, S], or a list / 5-D tensor of images [3, S, S] or [V, 3, S, S] and videos [T, 3, S, S],
+                in the order of the placeholders of all prompts.
+            image_sizes: (width, height) of each, for any-resolution images.
+            modalities: "image" or "video" for each, or one for all.
+        """
+        if kwargs.get("inputs_embeds") is not None:
+            raise NotImplementedError("`inputs_embeds` is not supported; pass input ids and images.")
+        kwargs.pop("inputs_embeds", None)
+        kwargs.pop("position_ids", None)
+        inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if inputs is None:
+            raise ValueError("generate needs input ids: pass them first, as inputs= or as input_ids=.")
+        if kwargs.get("use_cache") is False:
+            # transformers would feed only the newest token to the second step: the prompt exists as embeddings alone
+            raise ValueError("generate needs the KV cache (use_cache=False is not possible with images as embeddings).")
+        attention_mask = kwargs.pop("attention_mask", None)
+        request = recording.new_request()
+        if has_images(images):
+            spliced = self.prepare_multimodal(
+                inputs, attention_mask, None, images, modalities, image_sizes, padding_side="left", request=request
+            )
+            if self.acceleration is not None:
+                kwargs["layout"] = spliced.layout
+        else:
+            spliced = self._text_only(inputs, attention_mask, request)
+        if request is not None:
+            kwargs["request"] = request
+        return super().generate(
+            inputs_embeds=spliced.inputs_embeds,
+            attention_mask=spliced.mask.long(),
+            position_ids=spliced.position_ids,
+            **kwargs,
+        )
+
+    def _text_only(self, inputs: Tensor, mask: Tensor | None, request: recording.RequestRecord | None) -> Spliced:
+        embed = self.get_model().embed_tokens
+        device = computes_on(embed)
+        mask = None if mask is None else mask.to(device)
+        spliced = splice(inputs.to(device), mask, None, [], embed, original_positions=False, padding_side="left")
+        if request is not None:
+            describe(request, [], [], spliced)
+        return spliced
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, layout: PromptLayout | None = None,
+        request: recording.RequestRecord | None = None, **kwargs: Any,
+    ):  # fmt: skip
+        # transformers looks for ``inputs_embeds`` in this signature before it accepts embeddings in generate, and for
+        # whatever else generate is given
+        more = {name: kwargs.pop(name, None) for name in ("images", "image_sizes")}
+        more |= {"layout": layout, "request": request}
+        prepared = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        return {**prepared, **{name: value for name, value in more.items() if value is not None}}
+
+
+@contextlib.contextmanager
+def _llm_stage(request: recording.RequestRecord | None, tokens: Tensor, decoding: bool) -> Iterator[None]:
+    if request is None:
+        yield
+        return
+    request.decode_steps += decoding
+    with request.span("decode" if decoding else "prefill", tokens.device):
+        yield
+
+
+def describe(
+    request: recording.RequestRecord,
+    items: Sequence[VisualItem],
+    sequences: Sequence[VisualSequence],
+    spliced: Spliced,
+) -> None:
+    """Fill the record of a request from what was spliced."""
+    for numbers, spans, length, dense in zip(
+        spliced.items, spliced.spans, spliced.lengths, spliced.dense_lengths, strict=True
+    ):
+        shrunk = sum((items[n].full_length or items[n].length) - items[n].length for n in numbers)
+        sample = recording.SampleRecord(dense_length=dense + shrunk, length=length)
+        for n, span in zip(numbers, spans, strict=False):  # a truncated prompt may have lost items
+            sample.items.append(
+                recording.item_record(items[n], sequences[n], tokens_after=span.num_content, start=span.start)
+            )
+        request.samples.append(sample)

@@ -1,0 +1,66 @@
+"""The images and videos of a request, as the vision side gets them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MODALITIES = ("image", "video", "text")
+
+
+@dataclasses.dataclass(frozen=True)
+class VisualInput:
+    """One image or video of a request.
+
+    Attributes:
+        kind: "video", "image", or "plain": an image out of a tensor [N, 3, S, S], whose tokens are the patches of its
+            one view, whatever the config says of layouts.
+        size: (width, height) of the original, which any-resolution layouts need; None if not given.
+        views: which of the request's views (frames of a video, tiles of an image) are its own.
+    """
+
+    kind: str
+    size: tuple[int, int] | None
+    views: slice
+
+
+def gather_visuals(
+    images: Any, modalities: list[str], image_sizes: Any, device: torch.device
+) -> tuple[Tensor, list[VisualInput]]:
+    """All views of a request as one batch [V, 3, S, S] on ``device``, and whose they are.
+
+    Args:
+        images: [N, 3, S, S] (N plain images), or a list / 5-D tensor of items, each [3, S, S] or [V, 3, S, S].
+        modalities: "image", "video" or "text" per item; items beyond the list are images.
+        image_sizes: (width, height) per item, or None.
+    """
+    for value in modalities:
+        if value not in _MODALITIES:
+            raise ValueError(f"modality {value!r} is not known; allowed: {', '.join(_MODALITIES)}.")
+    plain = isinstance(images, Tensor) and images.ndim == 4
+    views = [images] if plain else [v[None] if v.ndim == 3 else v for v in images]
+    pixels = torch.cat([v.to(device) for v in views])
+    counts = [1] * len(pixels) if plain else [len(v) for v in views]
+    kinds = ["plain"] * len(counts) if plain else [*modalities, *["image"] * len(counts)][: len(counts)]
+    # plain integers: the grid arithmetic is that of python floats
+    sizes = [] if image_sizes is None else [tuple(int(edge) for edge in size) for size in image_sizes]
+    sizes += [None] * (len(counts) - len(sizes))
+    visuals = [
+        VisualInput(kind, size, slice(end - count, end))
+        for kind, size, count, end in zip(kinds, sizes, counts, itertools.accumulate(counts), strict=False)
+    ]
+    return pixels, visuals
+
+
+def resized_like(tokens: Tensor, patch: int, side: int, full_side: int) -> Tensor:
+    """A meta tensor shaped as ``tokens`` [V, P, D] of views of ``side`` pixels would be at ``full_side`` pixels."""
+    special = tokens.shape[1] - (side // patch) ** 2
+    return torch.empty(tokens.shape[0], (full_side // patch) ** 2 + special, tokens.shape[2], device="meta")
+
+
+def has_images(images: Any) -> bool:
+    return images is not None and len(images) > 0
