@@ -83,7 +83,8 @@ _TABLE = Path(__file__).with_name("catalog.yaml")
 
 def _read(path: Path) -> dict[str, Benchmark]:
     found = {}
-    for name, fields in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, ten times as fast: every command waits for it
+    for name, fields in yaml.load(path.read_text(encoding="utf-8"), loader).items():
         parts = (
             Part(task=task, **{**part, "files": tuple(part["files"])})
             for task, part in fields.pop("subtasks", {}).items()

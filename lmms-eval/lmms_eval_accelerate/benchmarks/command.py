@@ -49,9 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         wanted = [benchmark(name) for name in options.names or BENCHMARKS]
         data = options.data.expanduser().resolve() if options.data else None
         if options.command == "prepare":
-            for one in wanted:
-                prepare(one, data, console)
-        findings = [check(one, data) for one in wanted]
+            for each in wanted:
+                prepare(each, data, console)
+        findings = [check(each, data) for each in wanted]
     except MethodError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

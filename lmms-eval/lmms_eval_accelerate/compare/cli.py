@@ -1,9 +1,4 @@
-"""Run the dense model and methods one after the other through the lmms-eval command line, and compare them.
-
-The weights are loaded once; every setting is a run of its own with its own output folder, and a failure names it. The
-same ``--output`` goes on where an interrupted comparison stopped. Ends with a table, ``comparison.json`` /
-``comparison.md`` and two pictures. ``--dry-run`` prints the commands.
-"""
+"""The command ``compare``: from arguments over runs to a table and pictures."""
 
 from __future__ import annotations
 
@@ -21,6 +16,7 @@ from accelerate_methods.stages.errors import MethodError
 from lmms_eval_accelerate import embedded
 from lmms_eval_accelerate.compare import pictures, table
 from lmms_eval_accelerate.compare.comparison import Comparison, NoCheckpointError, Wanted, comparison_of
+from lmms_eval_accelerate.compare.options import parser
 from lmms_eval_accelerate.model_args import pairs
 from lmms_eval_accelerate.runs.launch import LaunchError, Machines, default_processes
 from lmms_eval_accelerate.runs.runner import Runner
@@ -30,6 +26,7 @@ EMBEDDED_METHODS_FIXED = "dense {method} random@0.25 random@0.1"  # a method who
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command; a failure ends the process with exit code 1 (2: a checkpoint is needed), and its reason."""
     args = parser().parse_args(argv)
     try:
         _compare(args, Console())
@@ -121,28 +118,4 @@ def _pictures(
     drawn = next(iter(usual or of_config), None)
     if video is not None and drawn is not None:
         made.append(pictures.draw_clip(comparison, drawn, video, comparison.output / "kept_tokens.png"))
-    return made
-
-
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m lmms_eval_accelerate.compare", description=__doc__)
-    made.add_argument("--config", default="fastvid/llava_onevision", help="config whose method and setting are run")
-    made.add_argument("--pretrained", help="checkpoint; default: the embedded model and benchmark")
-    made.add_argument("--tasks", help="comma-separated lmms-eval tasks")
-    made.add_argument("--methods", help='e.g. "dense fastvid@0.25 dycoke(k=0.3)"; "levels"; "all"')
-    made.add_argument("--retention-ratio", type=float, help="for methods given without one (default: the config's)")
-    made.add_argument("--limit", help="documents per task")
-    made.add_argument("--batch-size", default="1")
-    made.add_argument("--model-args", default="", help="further model arguments, k=v,k=v")
-    made.add_argument("--output", type=Path, help="a new folder, or that of an interrupted comparison to go on with")
-    made.add_argument("--picture", type=Path, help="video on which the kept tokens are drawn")
-    made.add_argument("--num-processes", type=int, help="per machine; default: the visible GPUs (embedded: 1)")
-    made.add_argument("--num-machines", type=int, default=1)
-    made.add_argument("--machine-rank", type=int, default=0)
-    made.add_argument("--main-process-ip")
-    made.add_argument("--main-process-port")
-    made.add_argument("--gpus-per-model", type=int, default=1, help="GPUs over which a large model is spread")
-    made.add_argument("--data", type=Path, help="local data folder; runs offline on it (docs/benchmarks.md)")
-    made.add_argument("--full", action="store_true", help="embedded benchmark: the full sets")
-    made.add_argument("--dry-run", action="store_true", help="print the commands only")
     return made

@@ -9,11 +9,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
-from lmms_eval_accelerate.report import results, tables
-from lmms_eval_accelerate.report.accuracy import accuracy_sections
-from lmms_eval_accelerate.report.efficiency import bench_sections, join
 from lmms_eval_accelerate.report.results import ReportError
 
 PAGE, MARKDOWN, ACCURACY, EFFICIENCY = "report.html", "report.md", "accuracy.csv", "efficiency.csv"
@@ -27,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    from rich.console import Console
+
     console = Console()
     for path in written:
         console.print(f"{path}  ({path.stat().st_size / 1e6:.1f} MB)", soft_wrap=True, highlight=False)
@@ -43,11 +40,14 @@ def write(paths: Sequence[Path], output: Path, title: str, samples: int, argv: S
             raise ReportError(f"{output / name} exists; choose another --output.")
     if output.exists() and not output.is_dir():
         raise ReportError(f"--output {output} is not a folder.")
+    # here, so that -h is quick
+    from lmms_eval_accelerate.report import page, results, tables
+    from lmms_eval_accelerate.report.accuracy import accuracy_sections
+    from lmms_eval_accelerate.report.efficiency import bench_sections, join
+
     found = results.find(paths)
     sections, benches = accuracy_sections(found.runs), bench_sections(found.benches)
     join(sections, benches)
-    from lmms_eval_accelerate.report import page
-
     created = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     command = shlex.join(["python", "-m", "lmms_eval_accelerate.report", *argv])
     files = {

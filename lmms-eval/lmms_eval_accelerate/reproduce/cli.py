@@ -1,14 +1,8 @@
-"""``python -m lmms_eval_accelerate.reproduce TABLE``: a paper's table with our numbers beside it.
-
-Runs the dense model and the table's rows in the same setting, every row and task once, with one loading of the weights,
-and prints measured, published, difference and relative to dense with paired intervals. Everything is stored; the same
-command goes on where it stopped. ``leaderboard`` in TABLE's place makes the leaderboard from stored outcomes.
-"""
+"""The command ``reproduce``: from arguments over a table's runs to its outcome."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import os
 import shlex
@@ -27,6 +21,7 @@ from lmms_eval_accelerate.benchmarks.check import require
 from lmms_eval_accelerate.model_args import absolute, pairs
 from lmms_eval_accelerate.reproduce import folders, guards, leaderboard, outcome, render
 from lmms_eval_accelerate.reproduce.choice import EMBEDDED, Choices, ChosenPart, select
+from lmms_eval_accelerate.reproduce.options import own_and_extra, parser
 from lmms_eval_accelerate.reproduce.plan import Unit, hub_commits, plan
 from lmms_eval_accelerate.reproduce.tables import available, load
 from lmms_eval_accelerate.runs.files import ANSWERS, LAUNCH, OUTCOME, OUTCOME_TEXT, PLAN, RUNS, write_json, write_text
@@ -64,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _reproduce(argv: list[str], console: Console) -> int:
-    given, extra = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    args = _parser().parse_args(given)
+    given, extra = own_and_extra(argv)
+    args = parser().parse_args(given)
     if args.list or args.table is None:
         _list(args.table, console)
         return 0 if args.list else 2
@@ -234,44 +229,3 @@ def _list(name: str | None, console: Console) -> None:
         for column in part.columns:
             about = f"{column.benchmark.task}, {column.metric}"
             console.print(f"    column {column.title}  ({about})", markup=False, highlight=False, soft_wrap=True)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m lmms_eval_accelerate.reproduce",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Arguments after -- go to lmms-eval. Tables: " + ", ".join(available()),
-        allow_abbrev=False,
-    )
-    parser.add_argument("table", nargs="?", help="name of a file of configs/reproduce/, or a path; or 'leaderboard'")
-    parser.add_argument("--list", action="store_true", help="the tables, or the parts, rows and columns of TABLE")
-    parser.add_argument("--part", help="one part (model) of the table; default: all")
-    parser.add_argument(
-        "--rows", nargs="+", metavar="ROW", help="row names, or methods for all their rows; dense always"
-    )
-    parser.add_argument(
-        "--columns", nargs="+", metavar="COLUMN", help="column titles; default: all that can be measured"
-    )
-    parser.add_argument("--limit", type=_positive, help="first N documents per task; not the paper's numbers then")
-    parser.add_argument("--pretrained", help="another checkpoint (folder or hub name), or 'embedded': the tiny model")
-    parser.add_argument("--data", type=Path, help="local data folder (docs/benchmarks.md); the runs are offline then")
-    parser.add_argument("--output", type=Path, help="default: outputs/reproduce/<table>_<hash of the choices>")
-    parser.add_argument("--batch-size", type=_positive, default=1)
-    parser.add_argument("--model-args", default="", help="further model arguments of all rows, k=v,k=v")
-    parser.add_argument("--nproc", type=_positive, help="processes per machine (default: the visible GPUs)")
-    per_model = os.environ.get("GPUS_PER_MODEL", "1")
-    parser.add_argument("--gpus-per-model", type=_positive, default=per_model, help="GPUs per copy of a large model")
-    parser.add_argument("--num-machines", type=_positive, default=1)
-    parser.add_argument("--machine-rank", type=int, default=0)
-    parser.add_argument("--main-process-ip")
-    parser.add_argument("--main-process-port", type=_positive)
-    parser.add_argument("--dry-run", action="store_true", help="print the commands and what would be used again")
-    return parser
-
-
-def _positive(text: str) -> int:
-    with contextlib.suppress(ValueError):
-        if int(text) > 0:
-            return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")

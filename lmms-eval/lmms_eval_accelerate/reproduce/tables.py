@@ -24,18 +24,18 @@ from typing import Any
 import yaml
 
 from accelerate_methods.registry import compatibility
-from accelerate_methods.registry.configs import CONFIG_DIR, read_config
+from accelerate_methods.registry.configs import read_config
 from accelerate_methods.registry.pipeline import Pipeline, resolve
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
+from lmms_eval_accelerate import ROOT
 from lmms_eval_accelerate.benchmarks.catalog import benchmark
+from lmms_eval_accelerate.reproduce.options import FOLDER, available
 from lmms_eval_accelerate.reproduce.schema import DENSE, RELATIVE, Column, Part, Row, Table
 
 __all__ = [
     *("DENSE", "FOLDER", "MODEL_KEYS", "OTHER_KEYS", "Column", "Part", "Row", "Table", "TableError"),
     *("available", "load"),
 ]
-
-FOLDER = CONFIG_DIR / "reproduce"
 
 #: model arguments that a part may set: those of the lmms-eval plugin that belong to the setting
 _COMMON = (
@@ -72,11 +72,6 @@ _ROW_KEYS = (
 
 class TableError(MethodError):
     """A table file that cannot be used, in one line: file, part, row, and what is wrong."""
-
-
-def available() -> list[str]:
-    """Names of the tables that come with the project."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def load(table: str | Path) -> Table:
@@ -167,7 +162,7 @@ def _model(content: Any, not_run: bool, where: str) -> dict[str, Any]:
     if family not in MODEL_KEYS:
         raise TableError(f"{where}: {UnknownNameError('family', family, MODEL_KEYS)}")
     model = dict(_mapping(content, ("family", *MODEL_KEYS[family]), where, needed=("pretrained",)))
-    ours = CONFIG_DIR.parent / str(model["pretrained"])  # a checkpoint of the project, wherever the command is started
+    ours = ROOT / str(model["pretrained"])  # a checkpoint of the project, wherever the command is started
     return {**model, "pretrained": str(ours)} if ours.is_dir() else model
 
 

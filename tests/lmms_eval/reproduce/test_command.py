@@ -595,7 +595,7 @@ def test_the_tiny_model_gets_one_process(monkeypatch):
 
     def processes(**choices):
         chosen = Choices(**choices)
-        args = cli._parser().parse_args(["x"])
+        args = cli.parser().parse_args(["x"])
         return cli._machines(args, chosen, select(load(chosen.table), chosen)).processes
 
     assert processes(table="embedded") == processes(table="fastvid", pretrained="embedded") == 1
