@@ -104,7 +104,7 @@ class Problem:
 
 
 @dataclasses.dataclass
-class Plan:
+class Quotas:
     """Token quotas of every frame (host integers) and the merging problems that follow from them."""
 
     sizes: list[int]
@@ -126,7 +126,7 @@ def plan_quotas(
     variant: str,
     similarity: Sequence[float] = (),
     ignore: float = 1.0,
-) -> Plan:
+) -> Quotas:
     """Salient and context tokens of each frame (step 3).
 
     Args:
@@ -137,7 +137,7 @@ def plan_quotas(
 
     A context quota is clipped to the non-salient tokens of its frame, where the official code would stop.
     """
-    plan = Plan(list(sizes), [], [], [])
+    plan = Quotas(list(sizes), [], [], [])
     start = 0
     for length in sizes:
         if variant == "onevision":
@@ -207,7 +207,7 @@ def _quotas_static(
     return salient, context
 
 
-def context_mask(features: Tensor, salient: Tensor, plan: Plan, counts: Tensor, tie_noise: float = 0.0) -> Tensor:
+def context_mask(features: Tensor, salient: Tensor, plan: Quotas, counts: Tensor, tie_noise: float = 0.0) -> Tensor:
     """[F, N] mask of the density peaks among each anchor frame's non-salient tokens (step 5).
 
     Anchor frames with the same number of candidates are scored as one batch; other frames are not looked at.
@@ -232,7 +232,7 @@ def context_mask(features: Tensor, salient: Tensor, plan: Plan, counts: Tensor, 
     return mask
 
 
-def _merge(item: VisualItem, salient: Tensor, context: Tensor, plan: Plan, variant: str, beta: float) -> Compressed:
+def _merge(item: VisualItem, salient: Tensor, context: Tensor, plan: Quotas, variant: str, beta: float) -> Compressed:
     """Steps 6 and 7: merge into the context tokens, gather everything in order of position."""
     features, per_frame = item.features, item.tokens_per_frame
     kept_mask = (salient | context).flatten()

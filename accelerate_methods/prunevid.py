@@ -105,13 +105,13 @@ class PruneVid(CompressMethod, PrefillMethod):
         """Tokens that the spatial merge leaves of ``count`` (step 4)."""
         return count if count <= self.min_tokens else max(1, int(count * self.beta))
 
-    def plan(self, sizes: Sequence[int], static: Sequence[int], per_frame: int) -> Plan:
+    def plan(self, sizes: Sequence[int], static: Sequence[int], per_frame: int) -> MergePlan:
         """Groups of tokens that are merged among themselves, in output order (step 5).
 
         Args:
             sizes: frames of each scene; static: static positions of each scene.
         """
-        plan, start = Plan([], [], list(sizes), {}, 0), 0
+        plan, start = MergePlan([], [], list(sizes), {}, 0), 0
         for scene, (frames, still) in enumerate(zip(sizes, static, strict=True)):
             moving = per_frame - still
             groups = [(True, still, start), *((False, moving, start + i) for i in range(frames))]
@@ -125,7 +125,7 @@ class PruneVid(CompressMethod, PrefillMethod):
         return plan
 
     def _cluster(
-        self, source: Tensor, means: Tensor, static: Tensor, plan: Plan, noise: _Noise
+        self, source: Tensor, means: Tensor, static: Tensor, plan: MergePlan, noise: _Noise
     ) -> tuple[Tensor, Tensor]:
         """owner [F, N] of every token, and anchors [K]: the token (frame*N + position) where each output stands.
 
@@ -198,7 +198,7 @@ class PruneVid(CompressMethod, PrefillMethod):
 
 
 @dataclasses.dataclass
-class Plan:
+class MergePlan:
     """Sizes of a compressed video, all known to the host.
 
     Attributes:
