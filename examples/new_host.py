@@ -9,15 +9,20 @@ VipLLaVA projects the outputs of five layers of a CLIP tower at once. So methods
 
 from typing import Any
 
-from accelerate_methods.hosts.native import Call, ClipTower, Family, PromptItem, expected, placed, register_family
+from accelerate_methods.hosts.native import Call, ClipTower, Family, PromptItem, expected, locate_items, register_family
+from accelerate_methods.registry.families import ModelFamily
 from accelerate_methods.stages.compress import VisualItem
 
 
-@register_family("transformers.models.vipllava.modeling_vipllava")
+@register_family
 class VipLlava(Family):
-    name = "VipLLaVA"
-    classes = ("VipLlavaForConditionalGeneration",)
-    modalities = frozenset({"image"})
+    about = ModelFamily(
+        name="VipLLaVA",
+        classes=("VipLlavaForConditionalGeneration",),
+        module="transformers.models.vipllava.modeling_vipllava",
+        signals=frozenset({"cls_attention", "received_attention", "key_states"}),
+        modalities=frozenset({"image"}),
+    )
 
     def __init__(self, model: Any):
         super().__init__(model)  # refuses a model whose language model is not where it is expected
@@ -40,16 +45,16 @@ class VipLlava(Family):
         signals = self.tower.read(encoded, call.wanted)
         side = self.tower.side // self.tower.config.patch_size
         out = []
-        for place in placed(call.ids, self.config.image_token_id, [tokens] * images, "image"):
+        for at in locate_items(call.ids, self.config.image_token_id, [tokens] * images, "image"):
             item = VisualItem(
                 modality="image",
-                features=call.embeds[place.sample, place.rows][None],
-                positions=(place.rows - place.start)[None],
+                features=call.embeds[at.sample, at.rows][None],
+                positions=(at.rows - at.start)[None],
                 length=tokens,
                 grid=(side, side),
-                signals={name: value[place.number][None] for name, value in signals.items()},
+                signals={name: value[at.number][None] for name, value in signals.items()},
             )
-            out.append(PromptItem(place.sample, place.rows, place.start, place.end, item))
+            out.append(PromptItem(at.sample, at.rows, at.start, at.end, item))
         return out
 
 

@@ -1,8 +1,7 @@
 """From patch features to the visual tokens of the uncompressed sequence: pooling, newlines, any-resolution grids.
 
-Every function returns an :class:`VisualItem`, which separates content tokens from newlines
-and knows where each stands, so that a compression method can act before the sequence is laid out. Section numbers
-refer to specs/base.md.
+The layouts make a :class:`VisualItem`, which separates content tokens from newlines and knows where each stands, so that
+a compression method can act before the sequence is laid out. The rules are written down in docs/llava_tree.md.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ NEWLINE_POSITIONS = ("grid", "frame", "one_token", "no_token")
 
 
 def pool_2d(features: Tensor, mode: str, stride: int = 2) -> Tensor:
-    """[T, h*h, C] -> [T, h'*h', C]; h' is floor(h/stride) for average and max, ceil(h/stride) for bilinear (6)."""
+    """[T, h*h, C] -> [T, h'*h', C]; h' is floor(h/stride) for average and max, ceil(h/stride) for bilinear."""
     frames, patches, width = features.shape
     side = math.isqrt(patches)
     maps = features.view(frames, side, side, width).permute(0, 3, 1, 2)
@@ -39,7 +38,7 @@ def pool_2d(features: Tensor, mode: str, stride: int = 2) -> Tensor:
 
 
 def video_item(pooled: Tensor, newline: Tensor | None, position: str, merge_type: str) -> VisualItem:
-    """Pooled frames [T, q, D] with newlines by ``mm_newline_position`` (section 6)."""
+    """Pooled frames [T, q, D] with newlines by ``mm_newline_position``."""
     frames, per_frame, _ = pooled.shape
     side = math.isqrt(per_frame)
     device = pooled.device
@@ -88,7 +87,7 @@ def image_item(
     config: Any,
     unpad: Callable[[Tensor, tuple[int, int]], Tensor] | None = None,
 ) -> VisualItem:
-    """One image: [V, P, D] views -> its tokens by ``mm_patch_merge_type`` (sections 7.1 and 7.2).
+    """One image: [V, P, D] views -> its tokens by ``mm_patch_merge_type``.
 
     ``unpad`` takes the place of :func:`unpad_image`.
     """
@@ -212,7 +211,7 @@ def _max_tiles(aspect: Any) -> int | None:
 
 
 def unpad_image(features: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cut from a map [D, H, W] what padding to the grid's aspect ratio had added; ``size`` is (width, height) (7.3)."""
+    """Cut from a map [D, H, W] what padding to the grid's aspect ratio had added; ``size`` is (width, height)."""
     width, height = size
     rows, columns = features.shape[1:]
     if width / height > columns / rows:
@@ -225,7 +224,7 @@ def unpad_image(features: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _shrink_to(features: Tensor, budget: int) -> Tensor:
-    """Resize a map [D, H, W] with more than about ``budget`` cells (by a factor above 1.1) down to it (7.2 b)."""
+    """Resize a map [D, H, W] with more than about ``budget`` cells (by a factor above 1.1) down to it."""
     rows, columns = features.shape[1:]
     factor = math.sqrt(rows * columns / budget)
     if factor <= 1.1:

@@ -1,7 +1,7 @@
 """SigLIP's attention-pooling head as a side reader of patch features.
 
 LLaVA throws this head away. Applied to the features that go to the projector it gives one global feature per frame and
-a map of which patches the pooling probe attends to (specs/fastvid.md section 1a).
+a map of which patches the pooling probe attends to (docs/methods/fastvid.md, step 1).
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from accelerate_methods.registry.configs import read_config
 from accelerate_methods.registry.names import available, get, method_class
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from accelerate_methods.stages.method import STAGES, Method
+from accelerate_methods.stages.signals import missing_signals
 
 if TYPE_CHECKING:
     from accelerate_methods.stages.compress import CompressMethod
@@ -21,6 +22,25 @@ if TYPE_CHECKING:
 
 #: "levels" lists further parameter sets: the other rows of the paper's table. Only comparisons read it.
 _CONFIG_KEYS = {"method", "params", "levels", "model", "description"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """What a pipeline must know of a model before it is attached.
+
+    Attributes:
+        name: in errors ("LLaVA-OneVision").
+        stages: where methods can act; signals: what the vision encoder gives; modalities: kinds of visual item.
+        layers: of the decoder.
+        limits: why no more modalities, a sentence for errors.
+    """
+
+    name: str
+    stages: frozenset[str]
+    signals: frozenset[str]
+    modalities: frozenset[str]
+    layers: int
+    limits: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +93,36 @@ class Pipeline:
     def positions(self) -> str:
         """Position rule of the spliced sequence; a prefill stage's own gaps are its Selection's matter."""
         return self.compress.positions if self.compress is not None else "compact"
+
+    def check(self, facts: ModelFacts) -> None:
+        """Refuse, with one clear error, what the methods cannot do on a model.
+
+        Raises:
+            MethodError: a stage, signal or modality that the model lacks, or a layer that it does not have.
+        """
+        for method in self.methods:
+            for stage in method.stages:
+                if stage not in facts.stages:
+                    raise MethodError(
+                        f"{method.name} acts at the {stage} stage, which {facts.name} models do not offer "
+                        f"(offered: {', '.join(sorted(facts.stages))})."
+                    )
+            missing = missing_signals(method, facts.signals)
+            if missing:
+                raise MethodError(
+                    f"{method.name} needs {', '.join(missing)}, which this {facts.name} model cannot give "
+                    f"(it gives: {', '.join(sorted(facts.signals)) or 'none'})."
+                )
+            if not method.modalities & facts.modalities:
+                raise MethodError(
+                    f"{method.name} cannot act on {facts.name} models: it acts on "
+                    f"{', '.join(sorted(method.modalities))} only, they have {', '.join(sorted(facts.modalities))} "
+                    f"only. {facts.limits}".rstrip()
+                )
+        if self.prefill is not None:
+            self.prefill.prefill_layers(facts.layers)
+        if self.decode is not None:
+            self.decode.decode_layer(facts.layers)
 
     @property
     def name(self) -> str:

@@ -31,6 +31,11 @@ def resolve_signal(method: Method, name: str, available: frozenset[str]) -> str 
     return substitute if substitute in available else None
 
 
+def missing_signals(method: Method | type[Method], available: frozenset[str]) -> list[str]:
+    """Signals that ``method`` asks for and that neither they nor their substitutes are ``available``."""
+    return sorted(name for name in method.signals if resolve_signal(method, name, available) is None)
+
+
 def pick_signal(signals: dict[str, Tensor], names: tuple[str, ...], where: str) -> Tensor:
     """The first of ``names`` that is among ``signals``."""
     for name in names:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
 
-from accelerate_methods.engine.encoder_attention import ENCODER_SIGNALS
+from accelerate_methods.engine.encoder_attention import Encoded
 from accelerate_methods.hosts.base import Host
-from accelerate_methods.hosts.layouts import pool_2d
+from accelerate_methods.hosts.layouts import pool_2d, tile_grid
 from accelerate_methods.hosts.pooling_head import SiglipPoolingHead
-from accelerate_methods.registry.pipeline import Pipeline
+from accelerate_methods.registry import families
+from accelerate_methods.registry.pipeline import ModelFacts, Pipeline
 from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.signals import resolve_signal
-from accelerate_methods.stages.views import ViewCompressMethod
-from llava.model.multimodal_encoder.tower import Encoded
+from accelerate_methods.stages.views import ViewCompressMethod, Views
+from llava.model.vision import VisualInput
 
 _HEAD_SIGNALS = frozenset({"frame_features", "pooling_attention"})
+#: config keys of checkpoints that were trained on videos
+_VIDEO_KEYS = ("mm_spatial_pool_mode", "mm_spatial_pool_stride", "mm_newline_position")
+_NO_VIDEO = f"Its config has none of {', '.join(_VIDEO_KEYS)}: it was not trained on videos."
 
 
 class LlavaAcceleration:
@@ -58,6 +63,19 @@ class LlavaAcceleration:
         small = nn.functional.interpolate(pixels.float(), (side, side), mode="bicubic", antialias=True)
         return small.to(pixels.dtype)
 
+    def views(self, model: Any, visual: VisualInput, encoded: Encoded, features: Tensor) -> Views:
+        """One image before the projector, for a method that acts there; ``features`` [V, P, M] are the projector's."""
+        rows = math.isqrt(encoded.patches.shape[1])
+        special, tower_size = encoded.special, self._tower.image_size
+        return Views(
+            features=encoded.patches.to(features.dtype),
+            special=None if special is None else special.to(features.dtype),
+            grid=(rows, rows),
+            tiles=None if visual.kind == "plain" else tile_grid(len(features), visual.size, tower_size, self._config),
+            signals=self.view_signals(encoded),
+            uncompressed=lambda: model.lay_out(model.project(features), visual.kind, visual.size),
+        )
+
     def view_signals(self, encoded: Encoded) -> dict[str, Tensor]:
         """The signals that a method acting on views asks for, over the patches of an image's views."""
         return self._tower.signals(encoded, self.encoder_signals)
@@ -83,11 +101,29 @@ class LlavaAcceleration:
         return signal if item.source is None else signal.flatten(0, 1)[item.source][None]
 
 
-class LlavaHost(Host):
-    family = "LLaVA"
-    stages = frozenset({"sample", "compress", "prefill", "decode"})
-    signals = _HEAD_SIGNALS | ENCODER_SIGNALS
+def facts_of(model: Any) -> ModelFacts:
+    """What this very model can do: which of the tree's families it is, by its tower and by what its config says of
+    images and videos."""
+    config, kind = model.config, model.get_vision_tower().hub_config.model_type
+    pools_videos = any(getattr(config, key, None) is not None for key in _VIDEO_KEYS)
+    if kind == "siglip_vision_model":
+        grid = getattr(config, "mm_newline_position", None) == "grid"
+        family = families.LLAVA_VIDEO if grid else families.LLAVA_ONEVISION
+    else:
+        plain = getattr(config, "mm_patch_merge_type", "flat") == "flat"
+        family = families.LLAVA_1_5 if plain else families.LLAVA_NEXT
+    return ModelFacts(
+        name=family.name,
+        stages=family.stages,
+        signals=family.signals,
+        # LLaVA-NeXT-Video checkpoints: LLaVA-NeXT's tower, and pooling of videos
+        modalities=family.modalities | ({"video"} if pools_videos else set()),
+        layers=config.num_hidden_layers,
+        limits="" if pools_videos else _NO_VIDEO,
+    )
 
+
+class LlavaHost(Host):
     def __init__(self, model_class: type):
         self._model_class = model_class
 
@@ -105,12 +141,10 @@ class LlavaHost(Host):
                 f"{pipeline.name} cannot act on a tensor-parallel model: it reads attention over all heads, and this "
                 f"process holds one of {model._tp_size} parts of them. Load it with device_map='auto' instead."
             )
-        kind = tower.hub_config.model_type
-        available = self.signals - (frozenset({"cls_attention"}) if kind == "siglip_vision_model" else _HEAD_SIGNALS)
-        self.check(pipeline, available, f"a {kind} tower")
-        self._check_layers(model, pipeline)
+        facts = facts_of(model)
+        pipeline.check(facts)
         previous = self.attached(model)
-        model.acceleration = LlavaAcceleration(model, pipeline, available) if pipeline.methods else None
+        model.acceleration = LlavaAcceleration(model, pipeline, facts.signals) if pipeline.methods else None
         return previous
 
     def attached(self, model: Any) -> Any:
@@ -121,12 +155,3 @@ class LlavaHost(Host):
             model.__dict__.pop("acceleration", None)
         else:
             model.acceleration = previous
-
-    @staticmethod
-    def _check_layers(model: Any, pipeline: Pipeline) -> None:
-        """Ask layer questions now, so that a layer out of range is an error at attach time."""
-        layers = model.config.num_hidden_layers
-        if pipeline.prefill is not None:
-            pipeline.prefill.prefill_layers(layers)
-        if pipeline.decode is not None:
-            pipeline.decode.decode_layer(layers)

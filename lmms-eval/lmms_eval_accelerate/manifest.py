@@ -8,14 +8,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from accelerate_methods.registry import available
+from accelerate_methods.registry.families import keys
 
 if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest
 
-#: our family -> id of the stock model whose prompts and inputs it reproduces ("auto": that of the checkpoint's class)
-FAMILIES = {"llava": "llava", "llava_onevision": "llava_onevision", "llava_video": "llava_vid", "hf": "auto"}
-#: families whose tasks ask in messages
-CHAT = frozenset({"hf"})
+#: key of our families -> id of the stock model whose prompts and inputs they reproduce ("auto": that of the
+#: checkpoint's class)
+FAMILIES = {key: declared[0].stock_model for key, declared in keys().items()}
+#: those whose tasks ask in messages
+CHAT = frozenset(key for key, declared in keys().items() if declared[0].chat)
 
 #: suffix of the model id that takes any method (``method=`` or ``config=``), or none
 ANY_METHOD = "accelerated"

@@ -186,10 +186,25 @@ def test_shipped_configs():
 
 def test_refused_on_clip(tiny):
     with pytest.raises(
-        MethodError, match=r"fastvid needs .*pooling_attention, which a clip_vision_model tower cannot give"
+        MethodError, match=r"fastvid needs .*pooling_attention, which this LLaVA-1.5 model cannot give"
     ):
         accelerate(tiny(V15), "fastvid")
     assert "acceleration" not in tiny(V15).__dict__
+
+
+@pytest.mark.parametrize("method", ["dycoke", "prunevid"])
+@pytest.mark.parametrize(("name", "family"), [(V15, "LLaVA-1.5"), ("tiny-llava-1.6", "LLaVA-NeXT")])
+def test_a_video_method_on_a_model_without_videos(tiny, name, family, method):
+    """It would attach and change nothing."""
+    with pytest.raises(MethodError, match=f"{method} cannot act on {family} models: .* they have image only.*config"):
+        accelerate(tiny(name), method)
+    assert "acceleration" not in tiny(name).__dict__
+
+
+def test_llava_next_video_checkpoints_take_video_methods(tiny):
+    """Official ones say in their config how videos are pooled."""
+    with accelerate(tiny("tiny-llava-1.6", mm_spatial_pool_mode="average"), "dycoke") as attached:
+        assert attached.pipeline.name == "dycoke"
 
 
 def test_layer_out_of_range_is_an_error_at_once(tiny):

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from accelerate_methods import MethodError, UnknownNameError, accelerate, available, get, record
-from accelerate_methods.hosts.native import host as native_host
+from accelerate_methods.registry import families as native_families
 from accelerate_methods.registry import names as registry
 from accelerate_methods.registry import plugins
 from accelerate_methods.registry.compatibility import FAMILIES, why_not
@@ -40,7 +40,7 @@ def _no_grad():
 @pytest.fixture
 def named(monkeypatch):
     """named(file): the environment variable names it, as a user would write it; nothing of it stays."""
-    modules, registered, families = set(sys.modules), dict(registry._registered), list(native_host._registered)
+    modules, registered, families = set(sys.modules), dict(registry._registered), list(native_families._added)
 
     def name(path: Path) -> None:
         monkeypatch.setenv(plugins.VARIABLE, str(path))
@@ -48,7 +48,7 @@ def named(monkeypatch):
     yield name
     registry._registered.clear()
     registry._registered.update(registered)
-    native_host._registered[:] = families
+    native_families._added[:] = families
     plugins._imported.difference_update({str(METHOD), str(HOST)})
     for module in set(sys.modules) - modules:
         if module.startswith((METHOD.stem, HOST.stem)):
@@ -268,7 +268,7 @@ def test_the_docs_show_it():
 
 
 def test_without_the_file_there_is_no_such_host(vip, monkeypatch):
-    monkeypatch.setattr(native_host, "_registered", [])
+    monkeypatch.setattr(native_families, "_added", [])
     with pytest.raises(MethodError, match=r"no host for .*VipLlavaForConditionalGeneration"):
         accelerate(vip, "random", retention_ratio=0.5)
 

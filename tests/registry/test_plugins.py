@@ -11,8 +11,8 @@ from lmms_eval_accelerate.runs import fingerprint, launch
 from accelerate_methods import MethodError, UnknownNameError, available, get
 from accelerate_methods.hosts import _registered as hosts
 from accelerate_methods.hosts import host_for, register_host
+from accelerate_methods.registry import families, plugins
 from accelerate_methods.registry import names as registry
-from accelerate_methods.registry import plugins
 
 METHOD = """
 import dataclasses
@@ -283,17 +283,19 @@ def test_a_host_in_a_named_file(monkeypatch, tmp_path):
     ("family", "says"),
     [
         (type("NoFamily", (), {"classes": ("X",)}), "subclasses of Family"),
-        (None, "classes must be a tuple"),
-        ("X", "classes must be a tuple"),
+        (None, "about must be a ModelFamily"),
+        ({"module": "a_module"}, r"classes must be a tuple of class names, not \(\)"),
+        ({"module": "a_module", "classes": "X"}, "classes must be a tuple of class names, not 'X'"),
+        ({"classes": ("X",)}, r"and module what defines them, not \(\)"),
     ],
 )
 def test_a_family_must_be_one(family, says):
     from accelerate_methods.hosts.native import Family, register_family
-    from accelerate_methods.hosts.native.host import _registered
 
-    before = list(_registered)
+    before = families.families()
     if not isinstance(family, type):
-        family = type("Made", (Family,), {"classes": family or ()})
+        about = None if family is None else families.ModelFamily(name="made", signals=frozenset(), **family)
+        family = type("Made", (Family,), {"about": about} if about else {})
     with pytest.raises(MethodError, match=says):
-        register_family("a_module")(family)
-    assert _registered == before
+        register_family(family)
+    assert families.families() == before

@@ -7,9 +7,9 @@ chat templates stay those of transformers. A family (one module here) says where
 are; :func:`register_family` adds one from outside (docs/adding_a_host.md).
 """
 
-from accelerate_methods.hosts.native.family import Call, Family, Seen, expected, placed
+from accelerate_methods.hosts.native.family import Call, Family, Seen, expected, locate_items
 from accelerate_methods.hosts.native.host import HOST, register_family
 from accelerate_methods.hosts.native.prompt import PromptItem
 from accelerate_methods.hosts.native.tower import ClipTower
 
-__all__ = ["Call", "ClipTower", "Family", "HOST", "PromptItem", "Seen", "expected", "placed", "register_family"]
+__all__ = ["Call", "ClipTower", "Family", "HOST", "PromptItem", "Seen", "expected", "locate_items", "register_family"]

@@ -11,7 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from accelerate_methods.engine.encoder_attention import Encoded
+from accelerate_methods.engine.layers import DecoderLayers
 from accelerate_methods.hosts.native.prompt import PromptItem
+from accelerate_methods.registry.families import ModelFamily
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.views import Views
 
@@ -69,12 +72,8 @@ class Family(ABC):
         MethodError: (constructor) the model is not built as expected.
     """
 
-    #: class names of ``transformers`` that belong to it
-    classes: tuple[str, ...] = ()
-    name: str = ""
-    #: kinds of item that the model tells apart, and why not more; methods that act on none of them are refused
-    modalities: frozenset[str] = frozenset({"image", "video"})
-    only: str = ""
+    #: what the family declares; methods that act on none of its modalities are refused
+    about: ModelFamily
     #: kinds of item that can be compressed before the projector
     views: frozenset[str] = frozenset()
 
@@ -88,10 +87,7 @@ class Family(ABC):
     def check_attention(self) -> None:
         """Raise :class:`MethodError` unless attention of the decoder can be computed anew for some rows."""
         with expected(self.model):
-            layer = self.language.layers[0]
-            layer.input_layernorm  # noqa: B018
-            for name in ("q_proj", "k_proj", "head_dim", "scaling"):
-                getattr(layer.self_attn, name)
+            DecoderLayers(self.language).check_attention()
 
     @property
     @abstractmethod
@@ -119,7 +115,7 @@ class Family(ABC):
 
 
 @dataclasses.dataclass
-class Place:
+class ItemRows:
     """Where one image or video stands in the batch.
 
     Attributes:
@@ -134,8 +130,8 @@ class Place:
     end: int
 
 
-def placed(ids: Tensor, token: int, lengths: Sequence[int], kind: str) -> list[Place]:
-    """The places of the items of one kind: their ``token`` placeholders in ``ids`` [B, L], item after item.
+def locate_items(ids: Tensor, token: int, lengths: Sequence[int], kind: str) -> list[ItemRows]:
+    """Where the items of one kind stand: their ``token`` placeholders in ``ids`` [B, L], item after item.
 
     Args:
         lengths: rows of every item that the vision side saw, in the order of the prompts.
@@ -161,7 +157,7 @@ def placed(ids: Tensor, token: int, lengths: Sequence[int], kind: str) -> list[P
     ends = list(itertools.accumulate(sizes))
     edges = where[[edge for end, size in zip(ends, sizes, strict=True) for edge in (end - size, end - 1)]].tolist()
     return [
-        Place(number, first[0], part[:, 1], first[1], last[1] + 1)
+        ItemRows(number, first[0], part[:, 1], first[1], last[1] + 1)
         for number, first, last, part in zip(order, edges[::2], edges[1::2], where.split(sizes), strict=True)
     ]
 
@@ -172,12 +168,13 @@ def _owners(ids: Tensor, token: int, lengths: Sequence[int]) -> list[int]:
     return where[[0, *itertools.accumulate(lengths[:-1])]].tolist()
 
 
-def views_of(encoded: Any, signals: dict[str, Tensor], grid: tuple[int, int], tiles: Any, uncompressed: Any) -> Views:
+def views_of(
+    encoded: Encoded, signals: dict[str, Tensor], grid: tuple[int, int], tiles: Any, uncompressed: Any
+) -> Views:
     """An image as its encoder saw it."""
-    special = encoded.special
     return Views(
         features=encoded.patches,
-        special=encoded.hidden[:, :special] if special else None,
+        special=encoded.special,
         grid=grid,
         tiles=tiles,
         signals=signals,

@@ -17,24 +17,26 @@ import torch
 from torch import Tensor, nn
 
 from accelerate_methods.engine.encoder_attention import ENCODER_SIGNALS, encoder_signals
-from accelerate_methods.hosts.native.family import Call, Family, Seen, placed
+from accelerate_methods.hosts.native.family import Call, Family, Seen, locate_items
 from accelerate_methods.hosts.native.prompt import PromptItem
+from accelerate_methods.registry import families
 from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.errors import MethodError
 
 
 @dataclasses.dataclass
-class Encoded:
-    """[V, 1 + P, M] input of the encoder layer whose output is the feature, CLS token first."""
+class LayerStates:
+    """What signals are computed from.
+
+    Attributes:
+        before: [V, 1 + P, M] input of the encoder layer whose output is the feature, CLS token first.
+    """
 
     before: Tensor
 
 
 class InternVL(Family):
-    name = "InternVL"
-    classes = ("InternVLForConditionalGeneration",)
-    modalities = frozenset({"image"})
-    only = "The frames of a video reach an InternVL model as images, which it cannot tell from others."
+    about = families.INTERNVL
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
@@ -71,7 +73,7 @@ class InternVL(Family):
 
     def watch(self, seen: Any) -> list[Any]:
         def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            seen(Encoded((args[0] if args else kwargs["hidden_states"]).detach()))
+            seen(LayerStates((args[0] if args else kwargs["hidden_states"]).detach()))
 
         return [self.layer.register_forward_pre_hook(hook, with_kwargs=True)]
 
@@ -92,19 +94,19 @@ class InternVL(Family):
         signals = self._signals(seen, call.wanted)
         firsts = [sum(lengths[:number]) // per_tile for number in range(len(lengths))]
         out = []
-        for place in placed(call.ids, token, lengths, "image"):
-            count, first = lengths[place.number] // per_tile, firsts[place.number]
-            features = call.embeds[place.sample, place.rows].view(count, per_tile, -1)
+        for at in locate_items(call.ids, token, lengths, "image"):
+            count, first = lengths[at.number] // per_tile, firsts[at.number]
+            features = call.embeds[at.sample, at.rows].view(count, per_tile, -1)
             item = VisualItem(
                 modality="image",
                 features=features,
-                positions=torch.arange(lengths[place.number], device=features.device).view(count, per_tile),
-                length=lengths[place.number],
+                positions=torch.arange(lengths[at.number], device=features.device).view(count, per_tile),
+                length=lengths[at.number],
                 layout="grid",  # a tile's tokens stay in raster order, as those of a frame do
                 grid=(self.side, self.side),
                 signals={name: value[first : first + count] for name, value in signals.items()},
             )
-            out.append(PromptItem(place.sample, place.rows, place.start, place.end, item))
+            out.append(PromptItem(at.sample, at.rows, at.start, at.end, item))
         return out
 
     def _signals(self, seen: Seen, wanted: frozenset[str]) -> dict[str, Tensor]:
@@ -142,6 +144,3 @@ def _blocks(signal: Tensor, factor: int) -> Tensor:
     side = math.isqrt(signal.shape[1]) // factor
     blocks = signal.unflatten(1, (side, factor, side, factor))
     return blocks.mean((2, 4)).flatten(1, 2)
-
-
-FAMILIES = (InternVL,)

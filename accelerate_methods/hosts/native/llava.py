@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from accelerate_methods.engine.devices import moved
+from accelerate_methods.engine.encoder_attention import Encoded
 from accelerate_methods.hosts.anyres import get_anyres_image_grid_shape
 from accelerate_methods.hosts.layouts import flat_item, image_item, tile_grid
-from accelerate_methods.hosts.native.family import Call, Family, Seen, expected, placed, views_of
+from accelerate_methods.hosts.native.family import Call, Family, Seen, expected, locate_items, views_of
 from accelerate_methods.hosts.native.prompt import PromptItem
-from accelerate_methods.hosts.native.tower import ClipTower, Encoded
+from accelerate_methods.hosts.native.tower import ClipTower
+from accelerate_methods.registry import families
 from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.errors import MethodError
 
@@ -24,9 +26,7 @@ from accelerate_methods.stages.errors import MethodError
 class Llava(Family):
     """LLaVA-1.5: every image is one view, without newlines."""
 
-    name = "LLaVA-1.5"
-    classes = ("LlavaForConditionalGeneration",)
-    modalities = frozenset({"image"})
+    about = families.LLAVA_1_5_HF
     views = frozenset({"image"})
 
     def __init__(self, model: nn.Module):
@@ -76,10 +76,10 @@ class Llava(Family):
         ends = list(itertools.accumulate(views for views, _, _ in layouts))
         signals = moved(self.tower.read(encoded, call.wanted), device)
         out = []
-        for place in placed(call.ids, self.config.image_token_id, [item.length for _, item, _ in layouts], "image"):
-            views, layout, tiles = layouts[place.number]
-            item = filled(layout, call.embeds[place.sample, place.rows])
-            here = slice(ends[place.number] - views, ends[place.number])
+        for at in locate_items(call.ids, self.config.image_token_id, [item.length for _, item, _ in layouts], "image"):
+            views, layout, tiles = layouts[at.number]
+            item = filled(layout, call.embeds[at.sample, at.rows])
+            here = slice(ends[at.number] - views, ends[at.number])
             own = {name: value[here] for name, value in signals.items()}
             if "image" in call.on_views:
                 side = math.isqrt(encoded.patches.shape[1])
@@ -87,15 +87,14 @@ class Llava(Family):
                 item.views = views_of(seen_views, own, (side, side), tiles, lambda item=item: item)
             else:
                 item.signals = {name: _on_tokens(value, item) for name, value in own.items()}
-            out.append(PromptItem(place.sample, place.rows, place.start, place.end, item))
+            out.append(PromptItem(at.sample, at.rows, at.start, at.end, item))
         return out
 
 
 class LlavaNext(Llava):
     """LLaVA-NeXT: the whole image, then tiles, unpadded, with a newline after every row."""
 
-    name = "LLaVA-NeXT"
-    classes = ("LlavaNextForConditionalGeneration",)
+    about = families.LLAVA_NEXT_HF
     aspect = "anyres"
 
     def _image_layouts(self, seen: Seen, features: Tensor) -> list[tuple[int, VisualItem, Any]]:
@@ -152,6 +151,3 @@ def _on_tokens(signal: Tensor, item: VisualItem) -> Tensor:
             "signals of their own."
         )
     return signal.flatten(0, 1)[item.source][None]
-
-
-FAMILIES = (Llava, LlavaNext)

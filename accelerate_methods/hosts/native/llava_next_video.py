@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from accelerate_methods.engine.encoder_attention import Encoded
 from accelerate_methods.hosts.layouts import pool_2d, video_item
-from accelerate_methods.hosts.native.family import Call, Seen, placed
+from accelerate_methods.hosts.native.family import Call, Seen, locate_items
 from accelerate_methods.hosts.native.llava import LlavaNext, filled
 from accelerate_methods.hosts.native.prompt import PromptItem
-from accelerate_methods.hosts.native.tower import Encoded
+from accelerate_methods.registry import families
 from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.errors import MethodError
 
 
 class PooledVideos(LlavaNext):
     """What the families with videos share: all videos of a call have as many frames, each pooled on its grid."""
-
-    modalities = frozenset({"image", "video"})
 
     def items(self, call: Call) -> list[PromptItem]:
         items = super().items(call)
@@ -31,11 +30,11 @@ class PooledVideos(LlavaNext):
         layouts = [self._video_layout(part) for part in pooled.split(frames)]
         signals = self._video_signals(encoded, call.wanted)
         out = []
-        for place in placed(call.ids, self.config.video_token_id, [item.length for item in layouts], "video"):
-            item = filled(layouts[place.number], call.embeds[place.sample, place.rows])
-            here = slice(place.number * frames, (place.number + 1) * frames)
+        for at in locate_items(call.ids, self.config.video_token_id, [item.length for item in layouts], "video"):
+            item = filled(layouts[at.number], call.embeds[at.sample, at.rows])
+            here = slice(at.number * frames, (at.number + 1) * frames)
             item.signals = {name: value[here] for name, value in signals.items()}
-            out.append(PromptItem(place.sample, place.rows, place.start, place.end, item))
+            out.append(PromptItem(at.sample, at.rows, at.start, at.end, item))
         return out
 
     def _pooled(self, patches: Tensor) -> Tensor:
@@ -56,8 +55,7 @@ class PooledVideos(LlavaNext):
 
 
 class LlavaNextVideo(PooledVideos):
-    name = "LLaVA-NeXT-Video"
-    classes = ("LlavaNextVideoForConditionalGeneration",)
+    about = families.LLAVA_NEXT_VIDEO_HF
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
@@ -75,6 +73,3 @@ class LlavaNextVideo(PooledVideos):
 
     def _video_layout(self, pooled: Tensor) -> VisualItem:
         return video_item(pooled, None, "no_token", "spatial_unpad")
-
-
-FAMILIES = (LlavaNextVideo,)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from accelerate_methods.engine.devices import computes_on
+from accelerate_methods.engine.encoder_attention import Encoded
 from accelerate_methods.hosts.layouts import pool_2d, video_item
 from accelerate_methods.hosts.native.family import Seen
 from accelerate_methods.hosts.native.llava_next_video import PooledVideos
-from accelerate_methods.hosts.native.tower import Encoded
 from accelerate_methods.hosts.pooling_head import SiglipPoolingHead
 from accelerate_methods.hosts.tower_files import TowerError
+from accelerate_methods.registry import families
 from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.errors import MethodError
 
@@ -27,8 +28,7 @@ _POOL = "bilinear"
 
 
 class LlavaOnevision(PooledVideos):
-    name = "LLaVA-OneVision"
-    classes = ("LlavaOnevisionForConditionalGeneration",)
+    about = families.LLAVA_ONEVISION_HF
 
     _head: SiglipPoolingHead | None = None
 
@@ -69,9 +69,9 @@ class LlavaOnevision(PooledVideos):
             return super()._views(seen, sizes, config, total)
         # prompts with several images show each as a single view
         alone = [n == 1 for n in torch.as_tensor(several).tolist() for _ in range(n)]
-        tiled_sizes = [size for size, one in zip(sizes, alone, strict=True) if one]
+        tiled_sizes = [size for size, tiles in zip(sizes, alone, strict=True) if tiles]
         tiled = iter(super()._views(seen, tiled_sizes, config, total - alone.count(False)))
-        return [next(tiled) if one else 1 for one in alone]
+        return [next(tiled) if tiles else 1 for tiles in alone]
 
     def _pooled(self, patches: Tensor) -> Tensor:
         return pool_2d(patches, _POOL)
@@ -87,6 +87,3 @@ class LlavaOnevision(PooledVideos):
             self._head.to(encoded.hidden.device)
         frames, attention = self._head(encoded.patches.to(self._head.probe.dtype))
         return found | {"pooling_attention": self._per_token(attention), "frame_features": frames}
-
-
-FAMILIES = (LlavaOnevision,)

@@ -2,7 +2,8 @@
 
 A frame (of a video: of two input frames) has h x w patches in blocks of ``spatial_merge_size`` squared, which the
 merger makes one token each. Signals come from the last vision block, whose patches attend to their whole frame; they
-are averaged over a token's patches (specs/fastvid.md section 1b, specs/visionzip.md section 7.3).
+are averaged over a token's patches (as FastVID's Qwen2.5-VL tree does: docs/methods/fastvid.md,
+step 1).
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from accelerate_methods.engine.encoder_attention import received_per_map
-from accelerate_methods.hosts.native.family import Call, Family, Seen, placed
+from accelerate_methods.hosts.native.family import Call, Family, Seen, locate_items
 from accelerate_methods.hosts.native.prompt import PromptItem
+from accelerate_methods.registry import families
 from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.errors import MethodError
 
@@ -23,7 +25,7 @@ _FROM_BLOCK = frozenset({"pooling_attention", "received_attention", "key_states"
 
 
 @dataclasses.dataclass
-class Encoded:
+class AttentionInput:
     """What the attention of the last block got: [S, M] normed states of all patches, rotary tables [S, d] each."""
 
     states: Tensor
@@ -31,11 +33,7 @@ class Encoded:
 
 
 class QwenVL(Family):
-    name = "Qwen-VL"
-    classes = (
-        *("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"),
-        "Qwen3VLForConditionalGeneration",
-    )
+    about = families.QWEN_VL
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
@@ -61,7 +59,7 @@ class QwenVL(Family):
     def watch(self, seen: Any) -> list[Any]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             states = args[0] if args else kwargs["hidden_states"]
-            seen(Encoded(states.detach(), kwargs["position_embeddings"]))
+            seen(AttentionInput(states.detach(), kwargs["position_embeddings"]))
 
         return [self.attention.register_forward_pre_hook(hook, with_kwargs=True)]
 
@@ -90,21 +88,21 @@ class QwenVL(Family):
         lengths = [frames * rows * columns for frames, rows, columns in shapes]
         signals = self._signals(seen, shapes, lengths, call.wanted)
         out = []
-        for place in placed(call.ids, token, lengths, kind):
-            frames, rows, columns = shapes[place.number]
-            features = call.embeds[place.sample, place.rows].view(frames, rows * columns, -1)
+        for at in locate_items(call.ids, token, lengths, kind):
+            frames, rows, columns = shapes[at.number]
+            features = call.embeds[at.sample, at.rows].view(frames, rows * columns, -1)
             item = VisualItem(
                 modality=kind,
                 features=features,
                 positions=torch.arange(features.shape[0] * features.shape[1], device=features.device).view(frames, -1),
-                length=lengths[place.number],
+                length=lengths[at.number],
                 layout="grid",  # a token's place is part of its position ids: methods leave it where it was
                 grid=(rows, columns),
-                signals=dict(signals[place.number]),
+                signals=dict(signals[at.number]),
             )
             if "frame_features" in call.wanted:
                 item.signals["frame_features"] = features.mean(1)
-            out.append(PromptItem(place.sample, place.rows, place.start, place.end, item))
+            out.append(PromptItem(at.sample, at.rows, at.start, at.end, item))
         return out
 
     # -- signals -----------------------------------------------------------------------------------------------------
@@ -116,10 +114,10 @@ class QwenVL(Family):
         """Per item [T, N, ...] over its merged tokens."""
         if not wanted & _FROM_BLOCK:
             return [{} for _ in shapes]
-        (encoded,) = seen.encoded
-        query, key, _ = self.attention.qkv(encoded.states).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        (got,) = seen.encoded
+        query, key, _ = self.attention.qkv(got.states).unflatten(-1, (3, self.heads, -1)).unbind(1)
         plain = key
-        query, key = (_rotate(part, *encoded.rotary) for part in (query, key))
+        query, key = (_rotate(part, *got.rotary) for part in (query, key))
         out, first = [], 0
         for (frames, rows, columns), length in zip(shapes, lengths, strict=True):
             here = slice(first, first + length * self.unit)
@@ -148,7 +146,8 @@ class QwenVL(Family):
 
 
 def frame_attention(query: Tensor, key: Tensor, unit: int) -> Tensor:
-    """Attention of a frame's mean query to its merged tokens (specs/fastvid.md section 1b): float32 softmax, head mean.
+    """Attention of a frame's mean query to its merged tokens (docs/methods/fastvid.md, step 1): float32 softmax,
+    head mean.
 
     Args:
         query, key: [T, P, H, d] rotated; unit: patches per merged token.
@@ -183,6 +182,3 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = full.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return (full * cos[:, None].float() + turned * sin[:, None].float()).to(states.dtype)
-
-
-FAMILIES = (QwenVL,)

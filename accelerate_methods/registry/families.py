@@ -1,0 +1,133 @@
+"""The model families, each declared once: what a method finds there, and under which names it is run.
+
+Tables, checks, the ids of the lmms-eval plugin, default benchmarks and the choice of a native host are read from here.
+A family of somebody else's is added by :func:`add` (``hosts.native.register_family`` does so).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+_CLIP = frozenset({"cls_attention", "received_attention", "key_states"})
+_SIGLIP = frozenset({"frame_features", "pooling_attention", "received_attention", "key_states"})
+_IMAGE, _BOTH = frozenset({"image"}), frozenset({"image", "video"})
+_NATIVE_STAGES = frozenset({"compress", "prefill", "decode"})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFamily:
+    """A model family as methods and the harness see it.
+
+    Attributes:
+        name: in tables and errors.
+        signals: what its vision encoder gives (``stages.signals``); modalities: kinds of item that a method can act on.
+        stages: where methods can act.
+        limits: why no more modalities, a sentence for errors.
+        classes: classes of transformers that belong to it, and the ``module`` that defines them; empty for models of
+            the llava tree, whose models are told apart when they are loaded.
+        host: the native host's class, as "module:Class" or itself.
+        key: its models in lmms-eval are ``<key>_<method>``; families may share one.
+        stock_model: lmms-eval's own model id whose prompts and inputs are reproduced ("auto": that of the checkpoint's
+            class); chat: whether tasks ask it in messages.
+        tasks: what is evaluated unless the user says otherwise.
+    """
+
+    name: str
+    signals: frozenset[str]
+    modalities: frozenset[str] = _BOTH
+    stages: frozenset[str] = _NATIVE_STAGES
+    limits: str = ""
+    classes: tuple[str, ...] = ()
+    module: str | tuple[str, ...] = ()
+    host: str | type | None = None
+    key: str = "hf"
+    stock_model: str = "auto"
+    chat: bool = True
+    tasks: str = "videomme"
+
+
+def _tree(name: str, key: str, stock_model: str, signals: frozenset[str], modalities: frozenset[str]) -> ModelFamily:
+    """A family of the llava package."""
+    return ModelFamily(
+        name=name,
+        key=key,
+        stock_model=stock_model,
+        chat=False,
+        signals=signals,
+        modalities=modalities,
+        stages=_NATIVE_STAGES | {"sample"},
+        tasks="videomme" if "video" in modalities else "gqa,mme,pope",
+    )
+
+
+def _native(
+    name: str, models: dict[str, str], host: str, signals: frozenset[str], modalities: frozenset[str], limits: str = ""
+) -> ModelFamily:
+    """A family of transformers; ``models``: folder -> beginning of the class name there."""
+    return ModelFamily(
+        name=name,
+        classes=tuple(f"{start}ForConditionalGeneration" for start in models.values()),
+        module=tuple(f"transformers.models.{folder}.modeling_{folder}" for folder in models),
+        host=f"accelerate_methods.hosts.native.{host}",
+        signals=signals,
+        modalities=modalities,
+        limits=limits,
+    )
+
+
+LLAVA_1_5 = _tree("LLaVA-1.5", "llava", "llava", _CLIP, _IMAGE)
+LLAVA_NEXT = _tree("LLaVA-NeXT", "llava", "llava", _CLIP, _IMAGE)
+LLAVA_ONEVISION = _tree("LLaVA-OneVision", "llava_onevision", "llava_onevision", _SIGLIP, _BOTH)
+LLAVA_VIDEO = _tree("LLaVA-Video", "llava_video", "llava_vid", _SIGLIP, _BOTH)
+
+LLAVA_1_5_HF = _native("LLaVA-1.5-HF", {"llava": "Llava"}, "llava:Llava", _CLIP, _IMAGE)
+LLAVA_NEXT_HF = _native("LLaVA-NeXT-HF", {"llava_next": "LlavaNext"}, "llava:LlavaNext", _CLIP, _IMAGE)
+LLAVA_NEXT_VIDEO_HF = _native(
+    "LLaVA-NeXT-Video-HF", {"llava_next_video": "LlavaNextVideo"}, "llava_next_video:LlavaNextVideo", _CLIP, _BOTH
+)
+LLAVA_ONEVISION_HF = _native(
+    "LLaVA-OneVision-HF", {"llava_onevision": "LlavaOnevision"}, "llava_onevision:LlavaOnevision", _SIGLIP, _BOTH
+)
+QWEN_VL = _native(
+    "Qwen2/2.5/3-VL",
+    {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"},
+    *("qwen_vl:QwenVL", _SIGLIP, _BOTH),
+)
+INTERNVL = _native(
+    *("InternVL", {"internvl": "InternVL"}, "internvl:InternVL", _CLIP, _IMAGE),
+    limits="The frames of a video reach an InternVL model as images, which it cannot tell from others.",
+)
+
+#: models of this project's llava package, then those of transformers
+FAMILIES = (
+    *(LLAVA_1_5, LLAVA_NEXT, LLAVA_ONEVISION, LLAVA_VIDEO),
+    *(LLAVA_1_5_HF, LLAVA_NEXT_HF, LLAVA_NEXT_VIDEO_HF, LLAVA_ONEVISION_HF, QWEN_VL, INTERNVL),
+)
+_added: list[ModelFamily] = []
+
+
+def add(family: ModelFamily) -> None:
+    """Add a family from outside; it is asked before those here, and one added later before it."""
+    _added.insert(0, family)
+
+
+def families() -> tuple[ModelFamily, ...]:
+    """Those of this project, behind those from outside."""
+    return (*_added, *FAMILIES)
+
+
+def family_of_class(module: str, name: str) -> ModelFamily | None:
+    """The family that the class ``name``, defined in ``module``, belongs to."""
+    for family in families():
+        modules = (family.module,) if isinstance(family.module, str) else family.module
+        if module in modules and name in family.classes:
+            return family
+    return None
+
+
+def keys() -> dict[str, list[ModelFamily]]:
+    """Key -> its families, in the order of :data:`FAMILIES`."""
+    found: dict[str, list[ModelFamily]] = {}
+    for family in FAMILIES:
+        found.setdefault(family.key, []).append(family)
+    return found
