@@ -1,4 +1,4 @@
-"""Names and ids shared by the whole LLaVA tree (spec base section 1, the values of LLaVA-NeXT `llava.constants`)."""
+"""Names and ids shared by the whole LLaVA tree, with the values of LLaVA-NeXT's `llava.constants`."""
 
 CONTROLLER_HEART_BEAT_EXPIRATION = 30  # seconds
 WORKER_HEART_BEAT_INTERVAL = 15  # seconds

@@ -1,4 +1,4 @@
-"""Prompt templates of LLaVA-NeXT (spec base section 10; the golden `conversation_prompts` pin every string)."""
+"""Prompt templates of LLaVA-NeXT, string by string (golden vectors `conversation_prompts` pin them)."""
 
 from __future__ import annotations
 

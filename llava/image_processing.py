@@ -1,4 +1,4 @@
-"""Image processors of the two vision towers, bit for bit as the official code resizes (spec base section 3.2).
+"""Image processors of the two vision towers, bit for bit as the official code resizes.
 
 The checkpoints were trained on Pillow's bicubic resize of uint8 images. transformers' default processors resize with
 torchvision, which differs by up to one grey level, so everything here stays on Pillow.

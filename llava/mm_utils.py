@@ -1,7 +1,6 @@
 """Images to model inputs and prompts to ids, with the names and signatures of LLaVA-NeXT's `llava.mm_utils`.
 
-Spec base sections 2 (any-resolution grid), 3 (process_images) and 9 (tokenisation). Sizes are (width, height)
-throughout.
+Sizes are (width, height) throughout. What the functions follow: docs/llava_tree.md, "Layouts of images" and "Texts".
 """
 
 from __future__ import annotations

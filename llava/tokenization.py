@@ -1,4 +1,4 @@
-"""Tokenizers of LLaVA checkpoints, free of the guesses that `AutoTokenizer` makes (spec base, sections 9 and 12).
+"""Tokenizers of LLaVA checkpoints, free of the guesses that `AutoTokenizer` makes.
 
 Why not `AutoTokenizer`: the folders say model_type "llava", for which transformers 5 returns a generic backend that
 drops the leading word-boundary piece of LLaMA; and its SentencePiece loading parses a protobuf, which fails when the
@@ -58,7 +58,6 @@ class SentencePieceLlamaTokenizer(PreTrainedTokenizer):
         add_bos_token: bool = True,
         add_eos_token: bool = False,
         legacy: bool = False,
-        clean_up_tokenization_spaces: bool = False,
         **kwargs: Any,
     ) -> None:
         self.vocab_file = str(vocab_file)
@@ -77,7 +76,7 @@ class SentencePieceLlamaTokenizer(PreTrainedTokenizer):
             add_bos_token=add_bos_token,
             add_eos_token=add_eos_token,
             legacy=legacy,
-            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
+            clean_up_tokenization_spaces=kwargs.pop("clean_up_tokenization_spaces", False),
             **kwargs,
         )
 

@@ -1,4 +1,4 @@
-"""Which frames of a video to look at, and reading them (spec base section 16).
+"""Which frames of a video to look at, and reading them.
 
 The index rules are plain functions of counts. Reading needs decord or PyAV; neither is imported before a video is read.
 """

@@ -23,7 +23,7 @@ def _heads(config: Any) -> tuple[int, int, int]:
 def layer_macs(tokens: int, config: Any) -> int:
     """Multiply-accumulates of one decoder layer over ``tokens`` prompt tokens (GQA, gated three-matrix FFN).
 
-    ``2nD^2(1 + kv/heads) + 2n^2D + 3nDM`` (specs/fastvid.md section 10).
+    ``2nD^2(1 + kv/heads) + 2n^2D + 3nDM`` (docs/efficiency.md, "FLOPs").
     """
     width = config.hidden_size
     heads, key_heads, head_dim = _heads(config)
@@ -42,7 +42,7 @@ def prefill_macs_papers(layer_tokens: Sequence[int], config: Any) -> int:
     """The formula that FastV introduced and most papers print: ``4nD^2 + 2n^2D + 2nDM`` per layer.
 
     It takes attention for multi-head (no GQA) and the FFN for two matrices, where LLaMA and Qwen have three. Only for
-    comparison with printed numbers (specs/fastv.md section 6, specs/divprune.md).
+    comparison with printed numbers (docs/efficiency.md, "FLOPs").
     """
     width, inner = config.hidden_size, config.intermediate_size
     return sum(4 * n * width**2 + 2 * n**2 * width + 2 * n * width * inner for n in layer_tokens)

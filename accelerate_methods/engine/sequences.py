@@ -63,7 +63,7 @@ def assemble(item: VisualItem, compressed: Compressed) -> VisualSequence:
     """Put newlines back and bring everything into the order in which the LLM reads it.
 
     Which newlines return is ``Compressed.newlines``; with "closing", one survives if the row (or frame) it closes still
-    holds a kept token, and the single newline after a "one_token" video always does (specs/fastvid.md section 7).
+    holds a kept token, and the single newline after a "one_token" video always does (docs/methods/fastvid.md, step 7).
     """
     tokens, positions = compressed.tokens, compressed.positions
     content = tokens.shape[0]
@@ -141,7 +141,8 @@ def assemble_views(
 
     A single view, and views that are no tiles, keep the given order. With tiles: the base view; the tiles' patches in
     raster order of the whole image (rows of tiles beside each other interleave); then section after section, view after
-    view. Sources: specs/visionzip.md section 4, specs/fastervlm.md section 2.
+    view. So the official codes of VisionZip and FasterVLM do
+    (docs/methods/visionzip.md, step 4; docs/methods/fastervlm.md, step 3).
 
     Args:
         item: the image's layout (``newlines`` in the LLM's width).

@@ -1,13 +1,12 @@
 """``load_pretrained_model``: an official LLaVA checkpoint, ready to use, with a compression method attached if asked.
 
-The signature is the official one plus ``method`` and ``method_params``. Differences (specs/base.md sections 11, 15):
+The signature is the official one plus ``method`` and ``method_params``. What differs:
 the model class follows the checkpoint's own config, and a ``model_name`` that says otherwise is an error; float32 and
-"auto" are allowed dtypes; CPU works; nothing is swallowed.
+"auto" are allowed dtypes; CPU works; nothing is swallowed (docs/llava_tree.md).
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,10 @@ from accelerate_methods.engine.devices import computes_on, is_offloaded
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model.checkpoint import CheckpointError, find_file, load_config, read_config
+from llava.model.decoders import check_model_name, checkpoint_decoder, model_class_of
 from llava.tokenization import load_tokenizer
 
-#: family -> (class, module, substrings by which the official code recognises it in a model name)
-FAMILIES = {
-    "mistral": ("LlavaMistralForCausalLM", "llava_mistral", ("mistral", "zephyr")),
-    "qwen": ("LlavaQwenForCausalLM", "llava_qwen", ("qwen", "quyen")),
-    "llama": ("LlavaLlamaForCausalLM", "llava_llama", ("vicuna", "llama", "llava-v1.5")),
-}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_UNSUPPORTED = ("mixtral", "gemma", "mpt", "moe")
 
 
 def load_pretrained_model(
@@ -74,10 +67,10 @@ def load_pretrained_model(
     kwargs.pop("multimodal", None)
     _check_placement(kwargs)
     source = model_base if model_base is not None else model_path
-    family = checkpoint_family(read_config(model_path), model_path)
+    decoder = checkpoint_decoder(read_config(model_path), model_path)
     if model_name:
-        check_model_name(model_name, family, model_path)
-    model_class = _model_class(family)
+        check_model_name(model_name, decoder, model_path)
+    model_class = model_class_of(decoder)
     load = {
         "dtype": resolve_dtype(torch_dtype),
         "attn_implementation": _attention(attn_implementation, device_map),
@@ -107,72 +100,6 @@ def load_pretrained_model(
     return tokenizer, model.eval(), image_processor, _context_length(model.config)
 
 
-def checkpoint_family(config: dict[str, Any], path: str = "") -> str:
-    """Language-model family ("llama", "qwen", "mistral") that a config.json says it is."""
-    named = [*config.get("architectures", ()), str(config.get("model_type", ""))]
-    for family, (class_name, module, _) in FAMILIES.items():
-        if class_name in named or module in named:
-            return family
-    native = [n for n in named if n.endswith("ForConditionalGeneration")]
-    hint = (
-        f" {native[0]} is the transformers-native format, which transformers itself loads."
-        if native
-        else ""
-    )
-    raise CheckpointError(
-        f"{path!r} is not a LLaVA checkpoint that this tree supports: architectures {config.get('architectures')}, "
-        f"model_type {config.get('model_type')!r}; supported: {', '.join(c for c, *_ in FAMILIES.values())}.{hint}"
-    )
-
-
-def check_model_name(name: str, family: str, path: str) -> None:
-    """Refuse a model name of another family than the checkpoint's (the official code would load garbage)."""
-    said = name_family(name)
-    if said is not None and said != family:
-        raise CheckpointError(
-            f"model_name {name!r} says {said}, but the config of {path!r} says {family}. "
-            f"Use a name of the right family (e.g. {_example(family)!r}) or leave model_name out."
-        )
-
-
-def name_family(name: str) -> str | None:
-    """Family that a model name speaks of, None if it names none (order as in the official dispatch)."""
-    lower = name.lower()
-    for word in _UNSUPPORTED:
-        if word in lower:
-            return word
-    for family, (_, _, words) in FAMILIES.items():
-        if any(word in lower for word in words):
-            return family
-    return None
-
-
-def official_dispatch(model_name: str, multimodal: bool | None = None) -> dict[str, Any]:
-    """What LLaVA-NeXT's loader would do with a name (specs/base.md section 11); documentation and conformance only.
-
-    Returns the class name ("NameError" where the official code crashes), whether the tower load is delayed by the
-    name, whether ``overwrite_config`` is applied, and whether a fast tokenizer is used.
-    """
-    lower = model_name.lower()
-    delay = True if "v1.5" in lower else None
-
-    def outcome(name: str, fast: bool, delay: bool | None = None, override: bool | None = None) -> dict[str, Any]:
-        return {"class": name, "delay_load": delay, "override_applied": override, "use_fast_tokenizer": fast}
-
-    if "llava" not in lower and not multimodal:
-        return outcome("AutoModelForCausalLM", fast=False)
-    if "mistral" in lower or "zephyr" in lower:
-        return outcome("LlavaMistralForCausalLM", fast=True)
-    wizard = "wizardlm-2" in lower and "vicuna" in lower
-    if wizard or any(word in lower for word in ("llama", "yi", "nous-hermes", "llava-v1.6-34b", "llava-v1.5")):
-        return outcome("LlavaLlamaForCausalLM", fast=False, delay=delay, override=True)
-    if "qwen" in lower or "quyen" in lower:
-        return outcome("LlavaQwenForCausalLM", fast=True, override=True)
-    if "gemma" in lower:
-        return outcome("NameError", fast=False)
-    return outcome("LlavaLlamaForCausalLM", fast=False, override=True)
-
-
 def resolve_dtype(value: Any) -> Any:
     """torch dtype (or "auto") of what a caller gave."""
     if value is None or value == "auto" or isinstance(value, torch.dtype):
@@ -180,15 +107,6 @@ def resolve_dtype(value: Any) -> Any:
     if value not in DTYPES:
         raise UnknownNameError("torch_dtype", value, [*DTYPES, "auto"])
     return DTYPES[value]
-
-
-def _model_class(family: str) -> Any:
-    class_name, module, _ = FAMILIES[family]
-    return getattr(importlib.import_module(f"llava.model.language_model.{module}"), class_name)
-
-
-def _example(family: str) -> str:
-    return {"qwen": "llava_qwen", "llama": "llava_llama", "mistral": "llava_mistral"}[family]
 
 
 def _attention(wanted: str | None, device_map: Any) -> str:

@@ -1,4 +1,4 @@
-"""What the files of an official checkpoint hold: family, tower weights, and whether everything was loaded."""
+"""What the files of an official checkpoint hold: config, tower weights, and whether everything was loaded."""
 
 from __future__ import annotations
 

@@ -37,8 +37,8 @@ def test_decode_equals_the_sum_of_steps():
     total = 0
     for cached in (11, 5, 5):
         for step in range(1, 8):
-            one = layer_macs(1, config) - 2 * 8  # everything but the attention over one key
-            total += one + 2 * (cached + step) * 8
+            single = layer_macs(1, config) - 2 * 8  # everything but the attention over one key
+            total += single + 2 * (cached + step) * 8
     assert decode_macs([11, 5, 5], 7, config) == total
     assert decode_macs([11, 5, 5], 0, config) == 0
 
@@ -115,7 +115,7 @@ def test_divprune_text_is_the_same_for_both_models():
 
 
 def test_pyramiddrop():
-    """4nD^2 + 2n^2D + 3nDM over the visual tokens (specs/pdrop.md): our formula without GQA."""
+    """4nD^2 + 2n^2D + 3nDM over the visual tokens: our formula without GQA."""
     assert round(prefill_macs([576] * 32, VICUNA_7B) / TERA, 2) == 3.82
     stages = [576] * 8 + [288] * 8 + [144] * 8 + [72] * 8
     assert round(prefill_macs(stages, VICUNA_7B) / TERA, 2) == 1.78
@@ -168,11 +168,11 @@ def test_prefill_and_decode_as_torch_counts(key_heads, attention):
     prefill = counted(lambda: model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1))
     assert prefill == prefill_macs([37] * 3, config) + head_macs(config)
     assert sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) == kv_cache_values([37] * 3, config)
-    one = torch.ones(1, 1, dtype=torch.long)
+    single = torch.ones(1, 1, dtype=torch.long)
 
     def decode():
         for _ in range(4):
-            model(input_ids=one, past_key_values=cache, use_cache=True)
+            model(input_ids=single, past_key_values=cache, use_cache=True)
 
     assert counted(decode) == decode_macs([37] * 3, 4, config) + head_macs(config, 4)
 

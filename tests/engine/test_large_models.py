@@ -88,10 +88,10 @@ def pair():
 @pytest.mark.parametrize(("method", "name"), [*((None, name) for name in FAMILY), *PAIRS])
 def test_model_over_several_devices(method, name, pair, monkeypatch):
     monkeypatch.setattr(RequestRecord, "span", lambda *_: contextlib.nullcontext())  # there are no CUDA events here
-    one, several = pair(name)
+    whole, several = pair(name)
     for questions in ([QUESTIONS[name][MAIN[name]]], BATCH[name]):
-        with accelerate(one, None if method is None else configured(method)), record() as expected:
-            answers = answer(one, *questions)
+        with accelerate(whole, None if method is None else configured(method)), record() as expected:
+            answers = answer(whole, *questions)
         with SeveralDevices(), accelerate(several, None if method is None else configured(method)), record() as got:
             ids, logits = answer(several, *questions)
             same((ids, logits), answers)
@@ -103,12 +103,12 @@ def test_model_over_several_devices(method, name, pair, monkeypatch):
 
 @pytest.mark.parametrize("method", ["fastv", "dycoke", "fastv+visionzip"])
 def test_beams_and_caches_stay_on_their_devices(method, pair):
-    one, several = pair(OV)
+    whole, several = pair(OV)
     arguments = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     arguments |= {"return_dict_in_generate": True}
-    asked = inputs(one, QUESTIONS[OV]["image and video"])
-    with accelerate(one, method):
-        expected = one.generate(**asked, **arguments)
+    asked = inputs(whole, QUESTIONS[OV]["image and video"])
+    with accelerate(whole, method):
+        expected = whole.generate(**asked, **arguments)
     with SeveralDevices(), accelerate(several, method):
         got = several.generate(**asked, **arguments)
     assert torch.equal(plain(got.sequences), expected.sequences)
@@ -118,11 +118,11 @@ def test_beams_and_caches_stay_on_their_devices(method, pair):
 
 
 def test_labels_and_several_turns(pair):
-    one, several = pair(OV)
-    asked = inputs(one, QUESTIONS[OV]["image"])
+    whole, several = pair(OV)
+    asked = inputs(whole, QUESTIONS[OV]["image"])
     labels = asked["input_ids"].masked_fill(asked["input_ids"] < 0, -100)
     losses = []
-    for model, block in ((one, torch.no_grad()), (several, SeveralDevices())):
+    for model, block in ((whole, torch.no_grad()), (several, SeveralDevices())):
         with block, accelerate(model, "fastv", retention_ratio=0.3):
             out = model(**asked, labels=labels, use_cache=True)
             later = model(input_ids=torch.tensor([[5, 6, 9]]), past_key_values=out.past_key_values)
@@ -164,15 +164,15 @@ def test_decoder_loop_over_several_devices(kind, attention, methods):
 
 
 def test_dropped_tokens_do_not_cross_the_border(pair):
-    one = pair(OV)[0]
+    whole = pair(OV)[0]
     several = spread(load(OV), ["cuda:0"] * 3 + ["cuda:1"] * 3)
-    gpus, width = (torch.device("cuda:0"), torch.device("cuda:1")), one.config.hidden_size
+    gpus, width = (torch.device("cuda:0"), torch.device("cuda:1")), whole.config.hidden_size
     crossed = []
     for layer in (3, 4):  # before the border, and after it
-        with accelerate(one, "fastv", k=layer, retention_ratio=0.1), record() as made:
-            one(**inputs(one, QUESTIONS[OV]["video of 2"]))
+        with accelerate(whole, "fastv", k=layer, retention_ratio=0.1), record() as made:
+            whole(**inputs(whole, QUESTIONS[OV]["video of 2"]))
         with SeveralDevices() as devices, accelerate(several, "fastv", k=layer, retention_ratio=0.1):
-            several(**inputs(one, QUESTIONS[OV]["video of 2"]))
+            several(**inputs(whole, QUESTIONS[OV]["video of 2"]))
         hidden = [s[1] for *way, s in devices.transfers if tuple(way) == gpus and len(s) == 3 and s[-1] == width]
         crossed.append(max(hidden))
         assert max(hidden) == made[0].layer_lengths(0)[3]
@@ -210,12 +210,12 @@ def offloading(config, *offloaded, to="disk"):
     return {name: to if name.startswith(offloaded) else "cpu" for name in names}
 
 
-def same_answers(one, other, name, methods=OFFICIAL):
+def same_answers(whole, other, name, methods=OFFICIAL):
     question = QUESTIONS[name][MAIN[name]]
     for method in (None, *methods):
         chosen = None if method is None else configured(method)
-        with accelerate(one, chosen):
-            expected = answer(one, question)
+        with accelerate(whole, chosen):
+            expected = answer(whole, question)
         with accelerate(other, chosen):
             got = answer(other, question)
         same(got, expected)
@@ -233,30 +233,30 @@ def same_answers(one, other, name, methods=OFFICIAL):
     ids=lambda parts: "+".join(part.removeprefix("model.") for part in parts),
 )
 def test_weights_on_disk(offloaded, pair, tmp_path):
-    one = pair(OV)[0]
-    other = load(OV, device_map=offloading(one.config, *offloaded), offload_folder=str(tmp_path))
+    whole = pair(OV)[0]
+    other = load(OV, device_map=offloading(whole.config, *offloaded), offload_folder=str(tmp_path))
     away = {name for name, parameter in other.named_parameters() if parameter.is_meta}
-    assert away == {name for name, _ in one.named_parameters() if name.startswith(offloaded)}
+    assert away == {name for name, _ in whole.named_parameters() if name.startswith(offloaded)}
     methods = (*OFFICIAL, "random_prefill")
     if "model.vision_tower" in offloaded:
         methods += ("downsample",)  # interpolates the tower's position table
-    same_answers(one, other, OV, methods)
+    same_answers(whole, other, OV, methods)
     assert away == {name for name, parameter in other.named_parameters() if parameter.is_meta}, "weights were left"
 
 
 def test_whole_model_on_disk(pair, tmp_path):
-    one = pair(OV)[0]
+    whole = pair(OV)[0]
     other = load(OV, device_map={"": "disk"}, offload_folder=str(tmp_path))
     assert all(parameter.is_meta for parameter in other.parameters())
     assert computes_on(other.model) == computes_on(other.get_vision_tower()) == torch.device("cpu")
-    same_answers(one, other, OV)
+    same_answers(whole, other, OV)
 
 
 def test_tower_outside_the_checkpoint(pair, tmp_path):
-    one = pair(V15)[0]
-    places = offloading(one.config, "model.layers.1", "model.mm_projector")
+    whole = pair(V15)[0]
+    places = offloading(whole.config, "model.layers.1", "model.mm_projector")
     other = load(V15, device_map=places, offload_folder=str(tmp_path))
-    same_answers(one, other, V15, [m for m, name in PAIRS if name == V15])
+    same_answers(whole, other, V15, [m for m, name in PAIRS if name == V15])
 
 
 def test_vocabulary_is_resized_where_it_is_offloaded(tmp_path):
@@ -265,53 +265,53 @@ def test_vocabulary_is_resized_where_it_is_offloaded(tmp_path):
     rows = whole.get_input_embeddings().weight.shape[0]
     whole.resize_token_embeddings(rows + 24, mean_resizing=False)  # as official checkpoints: more rows than tokens
     whole.save_pretrained(folder)
-    one = load_pretrained_model(str(folder), device_map="cpu", torch_dtype="float32")[1]
-    places = offloading(one.config, "model.embed_tokens", "lm_head")
+    whole = load_pretrained_model(str(folder), device_map="cpu", torch_dtype="float32")[1]
+    places = offloading(whole.config, "model.embed_tokens", "lm_head")
     other = load_pretrained_model(
         str(folder), device_map=places, torch_dtype="float32", offload_folder=str(tmp_path / "disk")
     )[1]
-    assert one.lm_head.weight.shape[0] == other.lm_head.weight.shape[0] == rows
+    assert whole.lm_head.weight.shape[0] == other.lm_head.weight.shape[0] == rows
     assert other.lm_head.weight.is_meta and other.model.embed_tokens.weight.is_meta
-    same_answers(one, other, OV, ("fastv",))
+    same_answers(whole, other, OV, ("fastv",))
 
 
 def test_auto_device_map_within_a_memory_limit(pair, tmp_path):
-    one = pair(OV)[0]
-    total = sum(parameter.nbytes for parameter in one.parameters())
+    whole = pair(OV)[0]
+    total = sum(parameter.nbytes for parameter in whole.parameters())
     other = load(OV, device_map="auto", max_memory={"cpu": int(total * 0.6)}, offload_folder=str(tmp_path))
     devices = set(other.hf_device_map.values())
     assert devices == {"cpu", "disk"}
     with pytest.raises(MethodError, match=r"does not fit: \d+ of its parts \(first: model\..*gpus_per_model"):
         load(OV, device_map="auto", max_memory={"cpu": int(total * 0.6)})
-    same_answers(one, other, OV, ("fastv", "fastvid", "dycoke"))
+    same_answers(whole, other, OV, ("fastv", "fastvid", "dycoke"))
 
 
 def test_auto_device_map_over_gpus_keeps_layers_and_tower_whole(pair):
     from transformers.integrations import accelerate as loading
 
-    one = pair(OV)[0]
-    total = sum(parameter.nbytes for parameter in one.parameters())
+    whole = pair(OV)[0]
+    total = sum(parameter.nbytes for parameter in whole.parameters())
     for count in (2, 3, 4):
         memory = {4 + gpu: int(total / count * 1.6) for gpu in range(count)}  # any GPUs, not only the first
-        places = loading._get_device_map(one, "auto", memory, None)
+        places = loading._get_device_map(whole, "auto", memory, None)
         assert set(places.values()) == set(memory), places
         assert "model.vision_tower" in places
         assert not [name for name in places if name.startswith("model.layers.") and name.count(".") > 2]
     # what does not fit is not put into CPU memory, which nobody offered; load_pretrained_model then refuses
-    assert set(loading._get_device_map(one, "auto", {0: total // 3, 1: total // 3}, None).values()) == {0, 1, "disk"}
+    assert set(loading._get_device_map(whole, "auto", {0: total // 3, 1: total // 3}, None).values()) == {0, 1, "disk"}
 
 
 def test_what_cannot_be_placed_is_refused(pair, tmp_path, monkeypatch):
-    one = pair(OV)[0]
+    whole = pair(OV)[0]
     with pytest.raises(CheckpointError, match=r"model\.image_newline is on disk .* give it a device"):
-        load(OV, device_map=offloading(one.config, "model.image_newline"), offload_folder=str(tmp_path))
+        load(OV, device_map=offloading(whole.config, "model.image_newline"), offload_folder=str(tmp_path))
     for name, value in (("tp_plan", "auto"), ("tp_size", 2)):
         with pytest.raises(MethodError, match=rf"{name}: tensor parallelism is not offered.*gpus_per_model"):
             load(OV, **{name: value})
-    monkeypatch.setattr(one, "_tp_size", 2, raising=False)  # as transformers leaves it
+    monkeypatch.setattr(whole, "_tp_size", 2, raising=False)  # as transformers leaves it
     with pytest.raises(MethodError, match="fastv cannot act on a tensor-parallel model"):
-        accelerate(one, "fastv")
-    with accelerate(one, None):
+        accelerate(whole, "fastv")
+    with accelerate(whole, None):
         pass
 
 
@@ -326,11 +326,11 @@ def test_every_process_gets_gpus_of_its_own():
             continue
         for processes in range(1, gpus // each + 1):
             free = [(gpu + 1) * gigabyte for gpu in range(gpus)]
-            placed = [placement.place(rank, processes, gpus, each, free) for rank in range(processes)]
-            owned = [gpu for p in placed for gpu in p.gpus]
+            spread = [placement.place(rank, processes, gpus, each, free) for rank in range(processes)]
+            owned = [gpu for p in spread for gpu in p.gpus]
             assert owned == list(range(processes * each)), "no GPU twice, none out of order"
-            assert all(p.device == f"cuda:{p.gpus[0]}" and len(p.gpus) == each for p in placed)
-            for p in placed:
+            assert all(p.device == f"cuda:{p.gpus[0]}" and len(p.gpus) == each for p in spread)
+            for p in spread:
                 assert p.device_map == (None if each == 1 else "auto")
                 limits = {gpu: int(free[gpu] * placement.WEIGHTS_SHARE) for gpu in p.gpus}
                 assert p.max_memory == (None if each == 1 else limits)

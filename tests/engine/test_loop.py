@@ -55,11 +55,11 @@ def prompt(batch=1, length=18, seed=0, width=32):
 
 def layout_of(batch, length, spans=None, lengths=None, modality="image"):
     visual = torch.zeros(batch, length, dtype=torch.bool)
-    placed = []
+    spans_of = []
     for row, span in enumerate(spans or [VISUAL] * batch):
         visual[row, list(span)] = True
-        placed.append([VisualSpan(span[0], len(span), modality, len(span))] if len(span) else [])
-    return PromptLayout(visual, lengths or [length] * batch, placed)
+        spans_of.append([VisualSpan(span[0], len(span), modality, len(span))] if len(span) else [])
+    return PromptLayout(visual, lengths or [length] * batch, spans_of)
 
 
 def thinned(visual):

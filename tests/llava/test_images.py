@@ -71,7 +71,7 @@ def test_there_are_golden_files():
 
 
 def _best_by_the_letter(size, candidates):
-    """Spec base 2.2, written as its sentences."""
+    """The rule of docs/llava_tree.md, written as its sentences."""
     best, best_effective, least_wasted = None, 0, float("inf")
     for w, h in candidates:
         scale = min(w / size[0], h / size[1])

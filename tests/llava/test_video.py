@@ -1,4 +1,4 @@
-"""Frame sampling against text.json (spec base section 16), and reading videos that the tests make themselves."""
+"""Frame sampling against text.json, and reading videos that the tests make themselves."""
 
 import json
 import wave

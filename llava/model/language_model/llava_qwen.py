@@ -13,7 +13,7 @@ class LlavaQwenConfig(Qwen2Config):
     model_type = "llava_qwen"
 
     def __post_init__(self, **kwargs: Any):
-        kwargs.pop("rope_scaling", None)  # the official class discards it for this family
+        kwargs.pop("rope_scaling", None)  # the official class discards it for Qwen2
         super().__post_init__(**kwargs)
 
 

@@ -96,7 +96,7 @@ class VisionTower(nn.Module):
         return Encoded(hidden, self.special_tokens, before)
 
     def signals(self, encoded: Encoded, names: Collection[str]) -> dict[str, Tensor]:
-        """The signals ``names`` (of ``hosts.encoder_attention``) of the layer that gave ``encoded``."""
+        """The signals ``names`` (of ``engine.encoder_attention``) of the layer that gave ``encoded``."""
         layers = self._layers_to_run()
         if not names or not layers:
             return {}
@@ -189,7 +189,7 @@ class CLIPVisionTower(VisionTower):
 
 
 class SigLipVisionTower(VisionTower):
-    """SigLIP without its last encoder layer and without post-layernorm and head (specs/base.md section 4.2)."""
+    """SigLIP without its last encoder layer and without post-layernorm and head (docs/llava_tree.md, "Towers")."""
 
     model_class = SiglipVisionModel
 

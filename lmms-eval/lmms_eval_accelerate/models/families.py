@@ -19,8 +19,8 @@ from PIL import Image
 from accelerate_methods.stages.errors import MethodError
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.mm_utils import process_images
-from llava.model.builder import checkpoint_family
 from llava.model.checkpoint import read_config
+from llava.model.decoders import checkpoint_decoder
 from lmms_eval_accelerate.models.base import LlavaAccelerated, Question
 from lmms_eval_accelerate.models.visuals import FRAME_FOLDER_FPS, frame_files, read_frames, read_video
 
@@ -232,7 +232,7 @@ def _longer_rope(args: Any) -> dict[str, Any]:
     """Linear rotary scaling that llava_vid gives 4k-context Vicuna and Yi checkpoints for long videos."""
     config = read_config(args.pretrained)
     name = Path(str(args.pretrained)).name.lower()
-    if not ("vicuna" in name or "yi" in name) or checkpoint_family(config) != "llama":
+    if not ("vicuna" in name or "yi" in name) or checkpoint_decoder(config) != "llama":
         return {}
     side = 16 if "224" in str(config.get("mm_vision_tower")) else 24
     needed = int(args.max_frames_num) * (side // args.mm_spatial_pool_stride) ** 2 + 1000

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from accelerate_methods.engine.sequences import uncompressed
 from accelerate_methods.hosts.layouts import image_item, pool_2d, video_item
-from llava.model.builder import check_model_name, name_family, official_dispatch
 from llava.model.checkpoint import CheckpointError
+from llava.model.decoders import check_model_name, named_decoder, official_dispatch
 from tests.conformance.adapters.whole_models import load_tiny
 
 
@@ -129,7 +129,7 @@ def load_dispatch(section: list[dict[str, Any]], context: Any) -> Iterator[tuple
         yield label, got == expected, f"got {got}, expected {expected}"
         family = families.get(item["class"])
         if family is not None:
-            said = name_family(item["model_name"])
+            said = named_decoder(item["model_name"])
             yield f"{label}/family", said in (None, family), f"our check reads {said}, the official class is {family}"
             other = "qwen" if family != "qwen" else "llama"
             if said is not None:

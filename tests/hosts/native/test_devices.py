@@ -42,7 +42,7 @@ def parts(model):
     return names + ["model.image_newline"] * hasattr(model.model, "image_newline")
 
 
-def placed(name, where, **kwargs):
+def spread(name, where, **kwargs):
     """A copy of a model, each part where ``where`` (beginning of its name -> device, "" for all others) says."""
     model = copy.deepcopy(native(name))
     places = {part: next(d for begin, d in where.items() if part.startswith(begin)) for part in parts(model)}
@@ -54,9 +54,9 @@ def question(name):
 
 
 def check(method, name, other, block=contextlib.nullcontext):
-    one, asked = native(name), question(name)
-    with accelerate(one, built(method)), record() as expected:
-        answers, logits = answer(one, asked), one(**asked).logits
+    whole, asked = native(name), question(name)
+    with accelerate(whole, built(method)), record() as expected:
+        answers, logits = answer(whole, asked), whole(**asked).logits
     with block(), accelerate(other, built(method)), record() as got:
         same(answer(other, asked), answers)
         torch.testing.assert_close(plain(other(**asked).logits), logits, atol=2e-5, rtol=2e-5)
@@ -82,7 +82,7 @@ def several():
             where |= {"model.multi_modal_projector": "cuda:1", "lm_head": "cuda:1", "": "cuda:0"}
             native(name)  # loading is not part of the act
             with SeveralDevices():
-                models[name] = model = placed(name, where, main_device="cuda:0")
+                models[name] = model = spread(name, where, main_device="cuda:0")
                 if hasattr(model.model, "image_newline"):  # accelerate leaves to the loader what is no module
                     model.model._parameters["image_newline"] = model.model.image_newline.to("cuda:0")
         detach(models[name])
@@ -131,7 +131,7 @@ ELSEWHERE = {
 @pytest.mark.parametrize(("method", "name"), QUICK)
 @pytest.mark.parametrize("which", ELSEWHERE)
 def test_weights_on_disk(which, method, name, tmp_path):
-    other = placed(name, {ELSEWHERE[which]: "disk", "": "cpu"}, offload_dir=str(tmp_path))
+    other = spread(name, {ELSEWHERE[which]: "disk", "": "cpu"}, offload_dir=str(tmp_path))
     away = {n for n, parameter in other.named_parameters() if parameter.is_meta}
     assert away == {n for n, _ in other.named_parameters() if n.startswith(ELSEWHERE[which])}
     check(method, name, other)
@@ -140,18 +140,18 @@ def test_weights_on_disk(which, method, name, tmp_path):
 
 @pytest.mark.parametrize(("method", "name"), METHODS)
 def test_the_whole_model_on_disk(method, name, tmp_path):
-    other = placed(name, {"model.image_newline": "cpu", "": "disk"}, offload_dir=str(tmp_path))
+    other = spread(name, {"model.image_newline": "cpu", "": "disk"}, offload_dir=str(tmp_path))
     assert all(parameter.is_meta for n, parameter in other.named_parameters() if "newline" not in n)
     check(method, name, other)
 
 
 def test_loading_with_a_device_map(tmp_path):
     """``from_pretrained(device_map=...)`` as users write it."""
-    one = native(OV)
-    one.save_pretrained(tmp_path / "checkpoint")
-    places = dict.fromkeys(parts(one), "cpu")
+    whole = native(OV)
+    whole.save_pretrained(tmp_path / "checkpoint")
+    places = dict.fromkeys(parts(whole), "cpu")
     places |= {"model.language_model.layers.1": "disk", "model.vision_tower": "disk"}
-    other = type(one).from_pretrained(
+    other = type(whole).from_pretrained(
         tmp_path / "checkpoint", device_map=places, offload_folder=str(tmp_path / "disk"), dtype=torch.float32
     ).eval()
     assert {"disk", "cpu"} == set(map(str, other.hf_device_map.values()))
@@ -242,15 +242,15 @@ def test_weights_of_bitsandbytes(tmp_path):
         pytest.skip("bitsandbytes is not installed (pip install bitsandbytes)")
     from transformers import BitsAndBytesConfig
 
-    one, asked = native(V15), question(V15)
-    one.save_pretrained(tmp_path)
+    whole, asked = native(V15), question(V15)
+    whole.save_pretrained(tmp_path)
     how = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": "cpu", "dtype": torch.float32}
-    model = type(one).from_pretrained(tmp_path, **how).eval()
+    model = type(whole).from_pretrained(tmp_path, **how).eval()
     assert {"Linear8bitLt"} <= {type(module).__name__ for module in model.model.language_model.modules()}
     plain_logits, ids = model(**asked).logits, model.generate(**asked, **GREEDY)
     for method in ("random", "fastv", "visionzip", "fastervlm"):
-        with accelerate(one, built(method)), record() as wanted:
-            one(**asked)
+        with accelerate(whole, built(method)), record() as wanted:
+            whole(**asked)
         with accelerate(model, built(method)), record() as got:
             assert torch.isfinite(model(**asked).logits).all()
             model.generate(**asked, **GREEDY)

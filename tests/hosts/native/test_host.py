@@ -118,13 +118,13 @@ def test_attaching_before_and_after_a_move(method, name):
 
 
 def test_two_models_do_not_know_of_each_other():
-    one, two = copy.deepcopy(native(V15)), copy.deepcopy(native(V15))
+    answered, two = copy.deepcopy(native(V15)), copy.deepcopy(native(V15))
     asked = question(V15)
     plain = answer(two, asked)
-    with accelerate(one, "visionzip", retention_ratio=0.2), accelerate(two, "fastv", k=1, retention_ratio=0.3):
-        both = answer(one, asked), answer(two, asked)
-    with accelerate(one, "visionzip", retention_ratio=0.2):
-        assert_same(answer(one, asked), both[0], 0)
+    with accelerate(answered, "visionzip", retention_ratio=0.2), accelerate(two, "fastv", k=1, retention_ratio=0.3):
+        both = answer(answered, asked), answer(two, asked)
+    with accelerate(answered, "visionzip", retention_ratio=0.2):
+        assert_same(answer(answered, asked), both[0], 0)
         assert_same(answer(two, asked), plain, 0)
     with accelerate(two, "fastv", k=1, retention_ratio=0.3):
         assert_same(answer(two, asked), both[1], 0)
@@ -155,8 +155,8 @@ def test_two_threads_with_a_model_each():
     assert not errors
     for method, (answers, requests) in got.items():
         assert len(requests) == 5 and all(r.decode_steps == 2 for r in requests)
-        for one in answers:
-            assert_same(one, expected[method], 0)
+        for answered in answers:
+            assert_same(answered, expected[method], 0)
 
 
 def test_two_threads_with_one_model():
@@ -177,8 +177,8 @@ def test_two_threads_with_one_model():
             thread.join(120)
     for number, (answers, count) in got.items():
         assert count == 4
-        for one in answers:
-            assert_same(one, expected[number], 0)
+        for answered in answers:
+            assert_same(answered, expected[number], 0)
     assert len(got) == len(asked)
 
 
@@ -400,8 +400,8 @@ def test_a_batch_goes_on_over_turns(method, name, model):
 
     with accelerate(model, built(method)):
         together = turns(*questions)
-        for row, one in enumerate(questions):
-            assert torch.equal(together[row : row + 1], turns(one))
+        for row, answered in enumerate(questions):
+            assert torch.equal(together[row : row + 1], turns(answered))
 
 
 @pytest.mark.parametrize(("method", "name"), [("visionzip", V15), ("fastv", V15), ("fastvid", OV)])

@@ -97,8 +97,8 @@ def compare(models, method, name, question):
     assert logits.shape == whole.shape, "as many rows are left"
     torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-5)
     assert len(got) == len(expected) == 2
-    for one, other in zip(got, expected, strict=True):
-        assert_same_record(one, other)
+    for asked, other in zip(got, expected, strict=True):
+        assert_same_record(asked, other)
     return attached
 
 
@@ -199,15 +199,15 @@ def test_a_batch_is_each_prompt_alone(method, name, models):
     with accelerate(model, built(method)), record() as got:
         ids, logits = answer(model, asking.inputs(name, *BATCH[name]))
         out = model(**right)
-    for row, (wanted, one) in enumerate(zip(expected, alone, strict=True)):
-        assert_same((ids[row], logits[row]), (one[0][0], one[1][0]), 1e-4)
+    for row, (wanted, asked) in enumerate(zip(expected, alone, strict=True)):
+        assert_same((ids[row], logits[row]), (asked[0][0], asked[1][0]), 1e-4)
         for request in got:
             assert request.layer_lengths(row) == wanted.layer_lengths(0)
             for item, other in zip(request.samples[row].items, wanted.samples[0].items, strict=True):
                 tree_side.assert_same_tokens(item, other)
         # a prompt cut by the host is padded on the left; one that nothing was cut from stays as it came
         last = -1 if method is not None else int(right["attention_mask"][row].sum()) - 1
-        torch.testing.assert_close(out.logits[row, last], one[1][0, 0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(out.logits[row, last], asked[1][0, 0], atol=1e-4, rtol=1e-4)
 
 
 @each_pair
@@ -282,8 +282,8 @@ def test_beams_of_a_batch(method, name, models):
         asked = asking.inputs(name, *questions)
         together = model.generate(**asked, **arguments)[:, asked["input_ids"].shape[1] :]
         for row, question in enumerate(questions):
-            one = asking.inputs(name, question)
-            alone = model.generate(**one, **arguments)[:, one["input_ids"].shape[1] :]
+            asked = asking.inputs(name, question)
+            alone = model.generate(**asked, **arguments)[:, asked["input_ids"].shape[1] :]
             assert torch.equal(together[2 * row : 2 * row + 2], alone)
 
 

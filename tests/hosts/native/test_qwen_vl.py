@@ -361,7 +361,7 @@ def test_large_grids_are_scored_piece_by_piece(model, monkeypatch):
 @pytest.mark.parametrize("shape", [(8, 12), (10, 26), (6, 10)])
 @pytest.mark.parametrize("ratios", [(0.3, 0.05), (0.54, 0.1), (0.1, 0.001)])
 def test_visionzip_is_the_form_of_the_golden_cases(model, shape, ratios):
-    """specs/visionzip.md section 7.3: original order, original position ids, contextual tokens at their target."""
+    """As LightCompress@9701d03 does it: original order, original position ids, contextual tokens at their target."""
     visual = Visual("image", 1, *shape)
     question, count = (5, 6, visual, 30, 31), visual.per_frame
     dominant, contextual = int(ratios[0] * count), max(1, int(ratios[1] * count))
