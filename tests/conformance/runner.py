@@ -45,10 +45,12 @@ class Case:
 
 @dataclasses.dataclass
 class Context:
-    """What an adapter may need besides the case."""
+    """What an adapter may need besides inputs and parameters; ``expected`` are the shapes of the recorded outputs."""
 
     root: Path
     method: str
+    stage: str = ""
+    expected: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     def checkpoint(self, name: str) -> Path:
         """Folder of a tiny checkpoint: DIR/checkpoints, DIR/<method>, then the same two places of tests/golden."""
@@ -117,12 +119,16 @@ def difference(name: str, got: Any, expected: torch.Tensor, atol: float, rtol: f
     return None
 
 
-def run_case(case: Case, adapters: dict, root: Path) -> Result:
-    adapter = adapters.get((case.method, case.stage))
+def run_case(case: Case, root: Path) -> Result:
+    """One case through its adapter, which is the method's own or the shared one of the stage."""
+    from tests.conformance.adapters import find
+
+    adapter = find(case.method, case.stage)
     if adapter is None:
         return Result(case.name, "skipped", f"no adapter for {case.method}.{case.stage}")
+    shapes = {name: tuple(value.shape) for name, value in case.outputs.items()}
     try:
-        outputs = adapter(case.inputs, case.params, Context(root, case.method))
+        outputs = adapter(case.inputs, case.params, Context(root, case.method, case.stage, shapes))
     except NotImplementedError as reason:
         return Result(case.name, "skipped", str(reason))
     except Exception:
@@ -155,7 +161,7 @@ def run_text(path: Path, checks: dict, root: Path) -> Iterator[Result]:
 
 def run(root: Path, method: str | None = None, stage: str | None = None) -> Iterator[Result]:
     """All results below ``root``, filtered by method folder and stage."""
-    from tests.conformance.adapters import ADAPTERS, TEXT_CHECKS
+    from tests.conformance.adapters import TEXT_CHECKS
 
     if not root.is_dir():
         raise SystemExit(f"{root} is not a folder")
@@ -168,7 +174,7 @@ def run(root: Path, method: str | None = None, stage: str | None = None) -> Iter
         for path in sorted(folder.glob("*.safetensors")):
             case = load_case(path)
             if case is not None and stage in (None, case.stage):
-                yield run_case(case, ADAPTERS, root)
+                yield run_case(case, root)
         text = folder / "text.json"
         if text.is_file() and stage in (None, "text"):
             yield from run_text(text, TEXT_CHECKS, root)

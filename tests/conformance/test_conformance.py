@@ -21,7 +21,7 @@ def test_golden(path):
     if case is None:
         pytest.skip("weights for other cases")
     with torch.no_grad():
-        result = runner.run_case(case, adapters.ADAPTERS, GOLDEN)
+        result = runner.run_case(case, GOLDEN)
     if result.status == "skipped":
         pytest.skip(result.detail)
     assert result.status == "passed", result.detail
