@@ -162,8 +162,6 @@ class RandomPrefill(PrefillMethod):
         return Selection.from_mask(keep)
 
 
-
-
 def pooled_grid(rows: int, columns: int, budget: int) -> tuple[int, int]:
     """Largest grid of about the shape rows x columns with at most ``budget`` cells (and at least one)."""
     scale = min(1.0, math.sqrt(budget / (rows * columns)))

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from accelerate_methods.registry import available, method_class
-from accelerate_methods.registry.compatibility import FAMILIES, adaptation, why_not
+from accelerate_methods.registry.compatibility import adaptation, why_not
 from accelerate_methods.registry.configs import config_names, read_config
+from accelerate_methods.registry.families import FAMILIES, ModelFamily
+from accelerate_methods.registry.names import built_in, method_class
 from accelerate_methods.stages.fields import Parameter, parameters_of
 from accelerate_methods.stages.method import Method
 
@@ -47,8 +48,7 @@ def page_of(cls: type[Method]) -> Path:
 
 def _methods() -> list[type[Method]]:
     """The methods of this project, in the order of their names; those from outside have their pages elsewhere."""
-    classes = [method_class(name) for name in available()]
-    return [cls for cls in classes if cls.__module__.startswith("accelerate_methods.")]
+    return [method_class(name) for name in sorted(built_in())]
 
 
 def _filled(path: Path) -> str:
@@ -112,7 +112,7 @@ def _models(classes: list[type[Method]]) -> list[str]:
     return _table(["model", *(f"`{cls.name}`" for cls in classes)] if len(classes) > 1 else ["model", "acts on"], rows)
 
 
-def _fit(cls: type[Method], family: Any) -> str:
+def _fit(cls: type[Method], family: ModelFamily) -> str:
     reason = why_not(cls, family)
     if reason is not None:
         return f"no: {reason}"
