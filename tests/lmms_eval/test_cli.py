@@ -54,8 +54,8 @@ def samples_of(path: Path, task: str) -> list[dict]:
 
 @pytest.mark.slow
 def test_run_leaves_a_summary_and_two_processes_agree_with_one(folder, tmp_path) -> None:
-    one = run(OURS, *options("video,text", folder, "--output_path", tmp_path / "one"))
-    assert one.returncode == 0, one.stdout[-3000:] + one.stderr[-3000:]
+    single = run(OURS, *options("video,text", folder, "--output_path", tmp_path / "one"))
+    assert single.returncode == 0, single.stdout[-3000:] + single.stderr[-3000:]
     summary = json.loads((tmp_path / "one" / "summary.json").read_text())
     assert summary["n_samples"] == {"video": 3, "text": 3}
     assert summary["tasks"]["video"].keys() == {"exact_match"}

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lmms_eval_accelerate.report.loyalty import pack
+from lmms_eval_accelerate.distributions import pack
 from lmms_eval_accelerate.reproduce.plan import Unit
 
 DATE = "20260101_000000"

@@ -68,7 +68,7 @@ def require(benchmarks: Iterable[Benchmark], data: Path) -> None:
         MethodError: something is missing, with what and where; without this lmms-eval fails after five attempts to
             reach the hub, or at the first document whose video is not there.
     """
-    findings = [finding for finding in (check(one, data) for one in benchmarks) if not finding.complete]
+    findings = [finding for finding in (check(each, data) for each in benchmarks) if not finding.complete]
     if findings:
         lines = "; ".join(f"{f.benchmark.name}: {', '.join(f.missing)}" for f in findings)
         names = " ".join(f.benchmark.name for f in findings)

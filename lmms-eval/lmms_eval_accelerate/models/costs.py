@@ -10,7 +10,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch.distributed as dist
 from lmms_eval.api.instance import TokenCounts
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
 
 from accelerate_methods.engine.flops import prefill_macs
 from accelerate_methods.engine.recording import RequestRecord
@@ -106,3 +108,24 @@ def summarise(costs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         if measured:
             summary[key] = sum(c[key] for c in measured) / len(measured)
     return summary
+
+
+def of_all_ranks(costs: list[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:
+    """The costs of the answers of all processes; every process must ask."""
+    if world_size == 1 or not dist.is_initialized():
+        return costs
+    everyone: list[Any] = [None] * world_size
+    dist.all_gather_object(everyone, costs)
+    return [cost for part in everyone for cost in part]
+
+
+def log_costs(costs: list[dict[str, Any]]) -> None:
+    """Hand the means to lmms-eval, for the throughput section of its results."""
+    seconds = sum(c.get("generate_ms", 0.0) for c in costs) / 1000.0
+    tokens = sum(c.get("generated_tokens", 0) for c in costs)
+    log_metrics(
+        total_elapsed_time=seconds,
+        total_gen_tokens=tokens,
+        avg_speed=tokens / seconds if seconds else 0.0,
+        additional_metrics={"total_requests": len(costs), **summarise(costs)},
+    )

@@ -13,24 +13,22 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
-from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 from torch import Tensor
 from tqdm import tqdm
 
 from accelerate_methods import record
 from accelerate_methods.engine.recording import RequestRecord
-from accelerate_methods.stages.errors import MethodError
 from lmms_eval_accelerate import session
 from lmms_eval_accelerate.manifest import FAMILIES
 from lmms_eval_accelerate.models import loading, prompts
 from lmms_eval_accelerate.models.arguments import COMMON, Arguments, parse_arguments
 from lmms_eval_accelerate.models.batching import cut, generation_arguments, grouped, is_padding, until_end
-from lmms_eval_accelerate.models.costs import Costs, sample_costs, skipped_costs, summarise
+from lmms_eval_accelerate.models.costs import Costs, log_costs, of_all_ranks, sample_costs, skipped_costs
 from lmms_eval_accelerate.models.failing import failing_loudly
 from lmms_eval_accelerate.models.first_token import FirstToken
 from lmms_eval_accelerate.models.journal import Journal
-from lmms_eval_accelerate.models.placement import Placement, place_process
+from lmms_eval_accelerate.models.placement import Placement, placement_of
 from lmms_eval_accelerate.models.provenance import Provenance
 from lmms_eval_accelerate.models.question import Question
 from lmms_eval_accelerate.models.visuals import VisualError
@@ -102,15 +100,9 @@ class Accelerated(lmms):
 
     def _place(self) -> Placement:
         """Where this process computes; several GPUs if a copy of the model is spread over them."""
-        wanted, spread = self.args.device, self.args.gpus_per_model
         local = int(os.environ.get("LOCAL_RANK", self.accelerator.local_process_index))
-        if wanted in ("auto", "cuda") or (str(wanted).startswith("cuda") and self._world_size > 1):
-            # a --device for all ranks would put them on one GPU
-            placement = place_process(local, int(os.environ.get("LOCAL_WORLD_SIZE", local + 1)), spread)
-        elif spread > 1:
-            raise MethodError(f"gpus_per_model={spread} chooses the GPUs itself; leave device={wanted} out.")
-        else:
-            placement = Placement(str(wanted))
+        size = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
+        placement = placement_of(self.args.device, self.args.gpus_per_model, local, size, self._world_size > 1)
         if placement.device.startswith("cuda"):
             torch.cuda.set_device(placement.device)
         return placement
@@ -220,16 +212,9 @@ class Accelerated(lmms):
         """Fill in the answers that an interrupted run gave; the journal, the requests' names in it, what is left."""
         journal = Journal(session.current().journal, self._rank)
         keys = journal.keys(requests)
-        left = []
-        for index in todo:
-            known = journal.find(keys[index])
-            if known is None:
-                left.append(index)
-                continue
-            answers[index] = known
-            if known.token_counts is not None:
-                self._costs.append(known.token_counts.to_dict())
-        journal.report(len(todo) - len(left), len(todo))
+        left = journal.fill(keys, todo, answers)
+        found = [answers[index].token_counts for index in todo if index not in set(left)]
+        self._costs.extend(counts.to_dict() for counts in found if counts is not None)
         return journal, keys, left
 
     def _answer_group(self, group: list[tuple[int, Instance]]) -> Iterator[list[tuple[int, GenerationResult]]]:
@@ -306,28 +291,13 @@ class Accelerated(lmms):
     def clean(self) -> None:
         """Called once on every rank when all requests are answered: log the costs of all ranks, free the model."""
         with failing_loudly():
-            costs = self._costs
-            if self._world_size > 1 and torch.distributed.is_initialized():
-                everyone: list[Any] = [None] * self._world_size
-                torch.distributed.all_gather_object(everyone, costs)
-                costs = [c for part in everyone for c in part]
+            costs = of_all_ranks(self._costs, self._world_size)
             if self._rank == 0 and costs:
-                self._log(costs)
+                log_costs(costs)
             self._costs = []
             if self._acceleration is not None:
                 self._acceleration.detach()  # the next run may use the same weights
         super().clean()
-
-    @staticmethod
-    def _log(costs: list[dict[str, Any]]) -> None:
-        seconds = sum(c.get("generate_ms", 0.0) for c in costs) / 1000.0
-        tokens = sum(c.get("generated_tokens", 0) for c in costs)
-        log_metrics(
-            total_elapsed_time=seconds,
-            total_gen_tokens=tokens,
-            avg_speed=tokens / seconds if seconds else 0.0,
-            additional_metrics={"total_requests": len(costs), **summarise(costs)},
-        )
 
 
 def _device_name(device: torch.device) -> str:

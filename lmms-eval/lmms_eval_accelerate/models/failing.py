@@ -1,4 +1,8 @@
-"""Errors that end the stock command line with exit code 1."""
+"""Errors that end the stock command line with exit code 1.
+
+Whether the stock command runs is read off the program's name: it makes the model from ``--model_args`` alone, so that
+nothing else tells it from a library user, who wants the error itself.
+"""
 
 from __future__ import annotations
 

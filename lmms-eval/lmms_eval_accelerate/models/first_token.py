@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from accelerate_methods.stages.errors import MethodError
-from lmms_eval_accelerate.report import loyalty
+from lmms_eval_accelerate import distributions
 
 
 class NotANumber(MethodError):
@@ -45,7 +45,7 @@ class FirstToken(LogitsProcessor):
         k: how many tokens to keep (all, if the vocabulary is smaller).
     """
 
-    def __init__(self, documents: Sequence[Any], k: int = loyalty.K):
+    def __init__(self, documents: Sequence[Any], k: int = distributions.K):
         self.documents = list(documents)
         self.k = k
         self._found: tuple[Tensor, Tensor, Tensor] | None = None
@@ -64,7 +64,7 @@ class FirstToken(LogitsProcessor):
         return scores
 
     def packed(self) -> list[str]:
-        """The distribution of every sample as :func:`lmms_eval_accelerate.report.loyalty.pack` writes it.
+        """The distribution of every sample as :func:`lmms_eval_accelerate.distributions.pack` writes it.
 
         Raises:
             NotANumber: logits of a sample are NaN or infinite.
@@ -82,7 +82,7 @@ class FirstToken(LogitsProcessor):
                 'would have been an answer such as "!!!!" (token 0 of Qwen\'s tokenizers).'
             )
         rows = zip(ids.numpy(), values.numpy(), rest.tolist(), strict=True)
-        return [loyalty.pack(*row) for row in rows]
+        return [distributions.pack(*row) for row in rows]
 
 
 def _name(document: Any) -> str:

@@ -2,8 +2,8 @@
 
 Every process appends to a file of its own, ``answers/rank<r>.jsonl`` in the run's folder, and reads the files of all:
 a run may go on with another number of processes. A line is found again by what the model was asked: task, split,
-document, prompt, generation arguments. That model and method are the same is the run folder's business (``runs.py``).
-Several rounds per document (``generate_until_multi_round``) are not kept.
+document, prompt, generation arguments. That model and method are the same is the business of the run's
+folder (``runs/folder.py``). Several rounds per document (``generate_until_multi_round``) are not kept.
 """
 
 from __future__ import annotations
@@ -86,9 +86,19 @@ class Journal:
         with self._path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
 
-    def report(self, found: int, asked: int) -> None:
-        if found:
-            logger.info(f"{found} of {asked} answers were given before this run was interrupted; they are kept")
+    def fill(self, keys: Sequence[str | None], asked: Sequence[int], answers: list[Any]) -> list[int]:
+        """Put what is known into ``answers``; the indices of ``asked`` that are left."""
+        left = []
+        for index in asked:
+            known = self.find(keys[index])
+            if known is None:
+                left.append(index)
+            else:
+                answers[index] = known
+        if len(left) < len(asked):
+            found = f"{len(asked) - len(left)} of {len(asked)}"
+            logger.info(f"{found} answers were given before this run was interrupted; they are kept")
+        return left
 
 
 def _name(request: Instance) -> str:

@@ -86,6 +86,23 @@ def remeasured(placement: Placement) -> Placement:
     return dataclasses.replace(placement, max_memory=free)
 
 
+def placement_of(device: str, gpus_per_model: int, local_rank: int, local_world_size: int, several: bool) -> Placement:
+    """The placement that the model argument ``device`` asks for.
+
+    Args:
+        several: whether other processes, on this machine or another, work on the run as well.
+
+    Raises:
+        MethodError: see :func:`place`; or ``device`` names one device for a model over several GPUs.
+    """
+    if device in ("auto", "cuda") or (str(device).startswith("cuda") and several):
+        # a --device for all ranks would put them on one GPU
+        return place_process(local_rank, local_world_size, gpus_per_model)
+    if gpus_per_model > 1:
+        raise MethodError(f"gpus_per_model={gpus_per_model} chooses the GPUs itself; leave device={device} out.")
+    return Placement(str(device))
+
+
 def place_process(local_rank: int, local_world_size: int, gpus_per_model: int = 1) -> Placement:
     """:func:`place` on the machine as it is."""
     import torch

@@ -179,8 +179,8 @@ def warn_apart(sections: list[Section] | list[BenchSection], what: str) -> None:
         first = sections[0].facts
         keys = [k for k in {**first, **section.facts} if first.get(k) != section.facts.get(k)]
         differs = "; ".join(f"{k}: {first.get(k, 'unset')} / {section.facts.get(k, 'unset')}" for k in keys)
-        for one, other in ((section, sections[0]), (sections[0], section)):
-            one.warnings.append(f"Not comparable with the {what} of {other.name}. They differ in {differs}.")
+        for here, other in ((section, sections[0]), (sections[0], section)):
+            here.warnings.append(f"Not comparable with the {what} of {other.name}. They differ in {differs}.")
 
 
 def plain(value: Any) -> str:

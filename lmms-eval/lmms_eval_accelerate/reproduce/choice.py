@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from lmms_eval_accelerate import embedded
 from lmms_eval_accelerate.reproduce import guards
-from lmms_eval_accelerate.reproduce.schema import DENSE, Column, Part, Row, Table
+from lmms_eval_accelerate.reproduce.schema import DENSE, Column, Part, Table, TableRow
 
 if TYPE_CHECKING:
     from lmms_eval_accelerate.reproduce.plan import Unit
@@ -62,7 +62,7 @@ class ChosenPart:
     """The chosen rows and columns of one part."""
 
     part: Part
-    rows: list[Row]
+    rows: list[TableRow]
     columns: list[Column]
     #: (row name, column title) -> unit; rows that are not run have none
     units: dict[tuple[str, str], Unit] = dataclasses.field(default_factory=dict)
@@ -173,7 +173,7 @@ def _fit_for_embedded(parts: list[Part], table: Table) -> list[Part]:
     return fit
 
 
-def _rows(rows: list[Row], name: str) -> list[Row]:
+def _rows(rows: list[TableRow], name: str) -> list[TableRow]:
     """The rows called ``name``, or all rows of the method ``name``."""
     of_method = [r for r in rows if not r.dense and r.pipeline is not None and r.pipeline.name == name]
     if of_method:

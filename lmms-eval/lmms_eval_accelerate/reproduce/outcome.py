@@ -22,7 +22,7 @@ from lmms_eval_accelerate.reproduce.choice import Choices, ChosenPart
 from lmms_eval_accelerate.reproduce.folders import read_summary
 from lmms_eval_accelerate.reproduce.means import derived, relative, share
 from lmms_eval_accelerate.reproduce.plan import Unit
-from lmms_eval_accelerate.reproduce.schema import PRINTED_RELATIVE, Column, Row, Table
+from lmms_eval_accelerate.reproduce.schema import PRINTED_RELATIVE, Column, Table, TableRow
 
 KIND, SCHEMA = "reproduction", 1
 _COSTS = (
@@ -123,14 +123,14 @@ def _part(selection: ChosenPart, choices: Choices, warnings: list[str]) -> dict[
     }
 
 
-def _same_encoding(row: Row) -> bool:
+def _same_encoding(row: TableRow) -> bool:
     """Whether the row's methods act after the encoder and ask it for nothing."""
     if row.pipeline is None:
         return False
     return not row.pipeline.signals and not {"sample", "encode"} & set(row.pipeline.stages)
 
 
-def _guarded(selection: ChosenPart, row: Row, column: Column, result: Result, choices: Choices) -> list[str]:
+def _guarded(selection: ChosenPart, row: TableRow, column: Column, result: Result, choices: Choices) -> list[str]:
     """What the guards say of one result."""
     part, benchmark, summary = selection.part, column.benchmark, result.summary
     where = f"{row.name} on {column.title}"
@@ -158,7 +158,7 @@ def _column(column: Column) -> dict[str, Any]:
     }
 
 
-def _row(row: Row, selection: ChosenPart, cells: Mapping[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
+def _row(row: TableRow, selection: ChosenPart, cells: Mapping[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
     own = {column.title: cells[row.name, column.title] for column in selection.columns}
     left_out = derived(selection.columns)
     pairs = [(cell, cells[selection.part.dense.name, title]) for title, cell in own.items() if title not in left_out]
@@ -192,7 +192,7 @@ def _row(row: Row, selection: ChosenPart, cells: Mapping[tuple[str, str], dict[s
 
 
 def cell(
-    row: Row, dense_row: Row, column: Column, result: Result | None, dense: Result | None, other_model: bool
+    row: TableRow, dense_row: TableRow, column: Column, result: Result | None, dense: Result | None, other_model: bool
 ) -> dict[str, Any]:
     """One row in one column; numbers that do not exist are None.
 

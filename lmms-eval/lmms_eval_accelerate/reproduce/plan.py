@@ -19,7 +19,7 @@ from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from lmms_eval_accelerate import ROOT, embedded
 from lmms_eval_accelerate.benchmarks.catalog import Benchmark
 from lmms_eval_accelerate.reproduce.choice import EMBEDDED, Choices, ChosenPart, check_extra
-from lmms_eval_accelerate.reproduce.schema import Column, Part, Row
+from lmms_eval_accelerate.reproduce.schema import Column, Part, TableRow
 from lmms_eval_accelerate.reproduce.tables import MODEL_KEYS
 from lmms_eval_accelerate.runs.files import RUNS
 from lmms_eval_accelerate.runs.fingerprint import checkpoint_facts, code_hash, short_hash, versions
@@ -120,7 +120,7 @@ def _shared(choices: Choices, machines: Machines) -> dict[str, Any]:
 
 def _unit(
     part: Part,
-    row: Row,
+    row: TableRow,
     column: Column,
     choices: Choices,
     common: Mapping[str, Any],
@@ -170,7 +170,7 @@ def _model_arguments(part: Part, choices: Choices) -> dict[str, Any]:
     return {"pretrained": pretrained, **table, **choices.model_args}
 
 
-def _check_method(row: Row, arguments: Mapping[str, Any]) -> None:
+def _check_method(row: TableRow, arguments: Mapping[str, Any]) -> None:
     """The arguments must give the row's very method back (defaults and budgets could get in the way)."""
     own = {k: v for k, v in arguments.items() if k in row.model_args() and k != "method"}
     if resolve(row.model_args().get("method"), **own).to_dict() != row.pipeline.to_dict():

@@ -34,7 +34,7 @@ class Column:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class TableRow:
     """One line of a table.
 
     Attributes:
@@ -110,7 +110,7 @@ class Part:
     checkpoint: dict[str, int]
     columns: tuple[Column, ...]
     unmeasured: dict[str, str]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     note: str
     not_run: str
     relative: str = RELATIVE[0]
@@ -120,7 +120,7 @@ class Part:
         return self.model.get("family")
 
     @property
-    def dense(self) -> Row:
+    def dense(self) -> TableRow:
         return self.rows[0]
 
     @property
@@ -128,7 +128,7 @@ class Part:
         """lmms-eval tasks of the columns, each once."""
         return list(dict.fromkeys(column.benchmark.task for column in self.columns))
 
-    def row(self, name: str) -> Row:
+    def row(self, name: str) -> TableRow:
         """The row of this name (or folder name); :class:`UnknownNameError` otherwise."""
         for row in self.rows:
             if name in (row.name, row.folder):

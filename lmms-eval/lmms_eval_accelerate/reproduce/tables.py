@@ -30,10 +30,10 @@ from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from lmms_eval_accelerate import ROOT
 from lmms_eval_accelerate.benchmarks.catalog import benchmark
 from lmms_eval_accelerate.reproduce.options import FOLDER, available
-from lmms_eval_accelerate.reproduce.schema import DENSE, RELATIVE, Column, Part, Row, Table
+from lmms_eval_accelerate.reproduce.schema import DENSE, RELATIVE, Column, Part, Table, TableRow
 
 __all__ = [
-    *("DENSE", "FOLDER", "MODEL_KEYS", "OTHER_KEYS", "Column", "Part", "Row", "Table", "TableError"),
+    *("DENSE", "FOLDER", "MODEL_KEYS", "OTHER_KEYS", "Column", "Part", "TableRow", "Table", "TableError"),
     *("available", "load"),
 ]
 
@@ -178,7 +178,7 @@ def _column(title: str, content: Any, where: str) -> Column:
     return Column(title, found, content.get("metric", found.metric), scale, _text(content, "note", where))
 
 
-def _row(content: Any, part: Part, inherited: Mapping[str, Any], where: str) -> Row:
+def _row(content: Any, part: Part, inherited: Mapping[str, Any], where: str) -> TableRow:
     where = f"{where}: row {_name(content, f'{where}: row')}"
     content = _mapping(content, _ROW_KEYS, where)
     not_run = _text(content, "not_run", where) or part.not_run
@@ -193,7 +193,7 @@ def _row(content: Any, part: Part, inherited: Mapping[str, Any], where: str) -> 
     secondary = content.get("secondary", inherited["secondary"]) or False
     if not isinstance(secondary, bool):
         raise TableError(f"{where}: secondary must be true or false, got {secondary!r}.")
-    return Row(
+    return TableRow(
         name=content["name"],
         method=spec,
         params=params,

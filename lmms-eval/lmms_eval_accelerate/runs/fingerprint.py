@@ -37,7 +37,7 @@ def code_hash() -> str:
         for folder in spec.submodule_search_locations or () if spec is not None else ():
             _add_files(digest, package, Path(folder), (p for s in ("*.py", "*.yaml") for p in Path(folder).rglob(s)))
     for path in plugins.source_files():
-        _add_files(digest, "outside", path.parent, [path])
+        _add_files(digest, "plugins", path.parent, [path])
     return digest.hexdigest()[:8]
 
 

@@ -224,7 +224,7 @@ def test_table_in_the_documentation() -> None:
 
 
 def test_the_table_is_installed_with_the_package() -> None:
-    assert '"benchmarks.yaml"' in (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert '"benchmarks/catalog.yaml"' in (ROOT / "lmms-eval" / "pyproject.toml").read_text(encoding="utf-8")
 
 
 def test_fixtures_can_be_made_again(tmp_path) -> None:

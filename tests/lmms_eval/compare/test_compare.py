@@ -20,7 +20,7 @@ from lmms_eval_accelerate.compare import cli as compare
 from lmms_eval_accelerate.compare import pictures
 from lmms_eval_accelerate.compare import table as comparison
 from lmms_eval_accelerate.compare.comparison import Comparison, comparison_of
-from lmms_eval_accelerate.report.loyalty import pack
+from lmms_eval_accelerate.distributions import pack
 from lmms_eval_accelerate.runs import launch
 
 import accelerate_methods

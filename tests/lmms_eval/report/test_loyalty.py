@@ -12,16 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lmms_eval_accelerate.report.loyalty import (
-    K,
-    Loyalty,
-    first_token_kl,
-    first_token_kls,
-    kl_text,
-    loyalty,
-    pack,
-    unpack,
-)
+from lmms_eval_accelerate.distributions import K, pack, unpack
+from lmms_eval_accelerate.report.loyalty import Loyalty, first_token_kl, first_token_kls, kl_text, loyalty
 
 from accelerate_methods import accelerate
 from accelerate_methods.stages.errors import MethodError

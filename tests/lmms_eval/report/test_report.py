@@ -20,10 +20,10 @@ from PIL import Image
 
 pytest.importorskip("plotly")
 
+from lmms_eval_accelerate.distributions import pack
 from lmms_eval_accelerate.report.__main__ import main
 from lmms_eval_accelerate.report.accuracy import accuracy_sections
 from lmms_eval_accelerate.report.labels import labels_of
-from lmms_eval_accelerate.report.loyalty import pack
 from lmms_eval_accelerate.report.results import find
 from lmms_eval_accelerate.report.statistics import bootstrap_interval, pareto_front
 

@@ -261,8 +261,8 @@ def test_a_checkpoint_for_several_models_needs_a_part(tmp_path):
     rows = {"rows": ("FastVID 10 %",)}
     with pytest.raises(MethodError, match=r"--part: 'log-llava-onevision-7b', 'log-llava-video-7b'"):
         select(load("fastvid"), Choices("fastvid", pretrained="/data/mine", **rows))
-    (one,) = select(load("fastvid"), Choices("fastvid", pretrained="mine", part="log-llava-video-7b", **rows))
-    assert one.part.name == "log-llava-video-7b"
+    (chosen,) = select(load("fastvid"), Choices("fastvid", pretrained="mine", part="log-llava-video-7b", **rows))
+    assert chosen.part.name == "log-llava-video-7b"
     # the two parts that are left have the same model
     choices = Choices("fastvid", pretrained="mine", rows=("FastVID 25 %", "FastV 10 %"))
     assert [s.part.name for s in select(load("fastvid"), choices)] == ["llava-onevision-7b"]

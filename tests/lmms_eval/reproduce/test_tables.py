@@ -131,7 +131,7 @@ def test_embedded_table_is_the_page_of_results():
 
 
 def test_settings_give_the_printed_tflops():
-    """K, budgets and the combination of FastVID's table: MACs over the visual tokens (specs/fastvid.md section 10)."""
+    """K, budgets and the combination of FastVID's table: MACs over the visual tokens (docs/methods/fastvid.md)."""
     part = load("fastvid").parts[0]
     shape = SimpleNamespace(**part.checkpoint, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4)
     frames, per_frame, layers = part.model["max_frames_num"], 14 * 14, part.checkpoint["num_hidden_layers"]

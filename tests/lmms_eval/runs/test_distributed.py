@@ -102,20 +102,20 @@ def samples_of(run: Path, task: str) -> list[dict]:
 
 def compare(alone: Path, shared: Path, processes: int) -> None:
     """The run of several processes equals that of one, document by document."""
-    one, many = (json.loads((run / "summary.json").read_text()) for run in (alone, shared))
+    of_one, of_all = (json.loads((run / "summary.json").read_text()) for run in (alone, shared))
     assert len(list(shared.rglob("summary.json"))) == 1
-    assert many["settings"]["world_size"] == processes and one["settings"]["world_size"] == 1
-    assert many["tasks"] == one["tasks"] and many["n_samples"] == one["n_samples"] == {"video": 3, "mixed": 8}
+    assert of_all["settings"]["world_size"] == processes and of_one["settings"]["world_size"] == 1
+    assert of_all["tasks"] == of_one["tasks"] and of_all["n_samples"] == of_one["n_samples"] == {"video": 3, "mixed": 8}
     for task in TASKS:
         pairs = list(zip(samples_of(alone, task), samples_of(shared, task), strict=True))
-        assert [a["doc_id"] for a, _ in pairs] == list(range(one["n_samples"][task]))
+        assert [a["doc_id"] for a, _ in pairs] == list(range(of_one["n_samples"][task]))
         for a, b in pairs:
             assert a["doc_id"] == b["doc_id"] and a["filtered_resps"] == b["filtered_resps"]
             (costs,), (same) = b["token_counts"], a["token_counts"][0]
             assert costs["prefill_ms"] > 0 and costs["generate_ms"] > 0
             for key in ("visual_tokens_before", "visual_tokens_after", "prompt_tokens", "llm_tflops", "output_tokens"):
                 assert costs[key] == same[key], key
-    overall, single = many["costs"]["overall"], one["costs"]["overall"]
+    overall, single = of_all["costs"]["overall"], of_one["costs"]["overall"]
     assert overall["samples"] == single["samples"] == 11
     assert overall["warmup"] == processes * single["warmup"], "the first call of each process"
     assert overall["measured"] == 11 - overall["warmup"]
