@@ -49,8 +49,8 @@ class DyCoke(CompressMethod, DecodeMethod):
 
     title: ClassVar[str] = "DyCoke"
     paper: ClassVar[str] = "arXiv 2411.15024"
-    code: ClassVar[str] = "KD-TAO/DyCoke@dd7463498203479d0ff6f2d29c4e72928c0af244"
-    licence: ClassVar[str] = "none stated (KD-TAO/DyCoke)"
+    code: ClassVar[str] = "KD-TAO/DyCoke@dd746349"
+    licence: ClassVar[str] = "none stated"
     modalities: ClassVar[frozenset[str]] = frozenset({"video"})
     positions: ClassVar[str] = "compact"
 

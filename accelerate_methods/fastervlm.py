@@ -42,7 +42,7 @@ class FasterVLM(ViewCompressMethod):
     title: ClassVar[str] = "FasterVLM"
     paper: ClassVar[str] = "arXiv 2412.01818"
     code: ClassVar[str] = "Theia-4869/FasterVLM@f5d5f120"
-    licence: ClassVar[str] = "Apache-2.0 (Theia-4869/FasterVLM)"
+    licence: ClassVar[str] = "Apache-2.0"
     signals: ClassVar[frozenset[str]] = frozenset({"cls_attention"})
     substitutes: ClassVar[Mapping[str, str]] = {"cls_attention": "received_attention"}
     positions: ClassVar[str] = "compact"

@@ -48,7 +48,7 @@ class FastV(PrefillMethod):
     title: ClassVar[str] = "FastV"
     paper: ClassVar[str] = "arXiv 2403.06764"
     code: ClassVar[str] = "pkunlp-icler/FastV@d1659729"
-    licence: ClassVar[str] = "none stated (pkunlp-icler/FastV)"
+    licence: ClassVar[str] = "none stated"
     positions: ClassVar[str] = "original"
 
     k: int = integer(2, low=0)

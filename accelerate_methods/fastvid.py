@@ -55,7 +55,7 @@ class FastVID(CompressMethod):
     title: ClassVar[str] = "FastVID"
     paper: ClassVar[str] = "arXiv 2503.11187"
     code: ClassVar[str] = "LunarShen/FastVID@a40a109"
-    licence: ClassVar[str] = "MIT (LunarShen/FastVID)"
+    licence: ClassVar[str] = "MIT"
     signals: ClassVar[frozenset[str]] = frozenset({"frame_features", "pooling_attention"})
     modalities: ClassVar[frozenset[str]] = frozenset({"video"})
     positions: ClassVar[str] = "original"

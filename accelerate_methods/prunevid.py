@@ -54,7 +54,7 @@ class PruneVid(CompressMethod, PrefillMethod):
     title: ClassVar[str] = "PruneVid"
     paper: ClassVar[str] = "arXiv 2412.16117"
     code: ClassVar[str] = "Visual-AI/PruneVid@b12600c6"
-    licence: ClassVar[str] = "CC BY-NC-SA 4.0 (Visual-AI/PruneVid)"
+    licence: ClassVar[str] = "CC BY-NC-SA 4.0"
     modalities: ClassVar[frozenset[str]] = frozenset({"video"})
     positions: ClassVar[str] = "compact"
 

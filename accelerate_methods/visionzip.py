@@ -49,7 +49,7 @@ class VisionZip(ViewCompressMethod):
     title: ClassVar[str] = "VisionZip"
     paper: ClassVar[str] = "arXiv 2412.04467"
     code: ClassVar[str] = "dvlab-research/VisionZip@3151f6df"
-    licence: ClassVar[str] = "Apache-2.0 (dvlab-research/VisionZip)"
+    licence: ClassVar[str] = "Apache-2.0"
     signals: ClassVar[frozenset[str]] = frozenset({"cls_attention", "key_states"})
     substitutes: ClassVar[Mapping[str, str]] = {"cls_attention": "received_attention"}
     budget_required: ClassVar[bool] = False
