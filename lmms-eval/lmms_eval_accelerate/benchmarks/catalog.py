@@ -8,7 +8,7 @@ benchmarks and ``mmbench_cn_dev_static`` (the stock Chinese task with the scorin
     python -m lmms_eval_accelerate.benchmarks prepare --data DIR names...
     eval "$(python -m lmms_eval_accelerate.benchmarks env --data DIR)"     # then run offline from this shell
 
-Nothing here imports lmms-eval; tests/test_benchmarks.py compares what is said of its tasks with the installed ones.
+Nothing here imports lmms-eval; tests/lmms_eval/benchmarks compares what is said of its tasks with the installed ones.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ MODEL_KEYS: dict[str, tuple[str, ...]] = {
     "llava_onevision": (*_COMMON, *_ONEVISION),
     "llava_video": (*_COMMON, *_ONEVISION, *_VIDEO),
 }
-#: the plugin's other arguments: the row's (method, config), and the run's (tests/test_reproduce_tables.py compares)
+#: the plugin's other arguments: the row's (method, config), and the run's (a test compares)
 OTHER_KEYS = (
     *("method", "config", "device", "device_map", "gpus_per_model", "batch_size", "max_batch_size"),
     *("on_error", "save_provenance"),
