@@ -136,6 +136,53 @@ def test_checkpoints_are_found_beside_the_method(tmp_path):
         context.checkpoint("three")
 
 
+# -- adapters that every method shares ---------------------------------------------------------------------------------
+
+
+def test_selection_needs_no_adapter_of_the_method(tmp_path, capsys):
+    """The case's names for a budget and for indices are understood; its other parameters are no parameters of ours."""
+    features = torch.arange(24.0).view(2, 4, 3)
+    kept = torch.tensor([1, 3, 5, 7])
+    given = {"method": "uniform", "stage": "select", "params": {"keep_ratio": 0.5, "seed": 3, "n_tokens": 4}}
+    outputs = {"index": kept, "tokens": features.flatten(0, 1)[kept], "counts": torch.tensor([2, 2])}
+    write(tmp_path / "uniform/flat.safetensors", inputs={"features": features}, outputs=outputs, **given)
+    within = {"index": torch.tensor([[1, 3], [1, 3]]), "tokens": outputs["tokens"].view(2, 2, 3)}
+    write(tmp_path / "uniform/frames.safetensors", inputs={"features": features}, outputs=within, **given)
+    wrong = {"index": torch.tensor([1, 3, 5, 6])}
+    write(tmp_path / "uniform/wrong.safetensors", inputs={"features": features}, outputs=wrong, **given)
+    code, out = main(capsys, tmp_path)
+    assert code == 1 and out.out.strip().endswith("2 passed, 1 failed, 0 skipped")
+    assert "uniform/wrong: index: 1 of 4 differ" in out.out
+
+
+def test_prefill_needs_no_adapter_of_the_method(tmp_path, capsys):
+    attention = torch.rand(2, 12)
+    best = attention.mean(0)[3:9].topk(2).indices + 3
+    kept = torch.cat([torch.arange(3), best.sort().values, torch.arange(9, 12)])
+    write(
+        tmp_path / "fastv/a.safetensors", "prefill", "fastv", {"k": 2, "keep": 2, "v_start": 3, "n_visual": 6},
+        {"attn_last": attention}, {"keep_index": kept, "position_ids": kept.clone()},
+    )  # fmt: skip
+    code, out = main(capsys, tmp_path)
+    assert (code, out.out.strip()) == (0, "1 passed, 0 failed, 0 skipped")
+
+
+def test_whole_model_needs_no_adapter_of_the_method(tmp_path, capsys):
+    small, ids = torch.rand(1, 3, 48, 48), torch.tensor([5, -200, 7, 8])
+    params = {"checkpoint": "tiny-llava-1.5", "keep_ratio": 0.25, "new_tokens": 2}
+    outputs = {"n_visual": torch.tensor(144), "kv_len_prefill": torch.full((6,), 147)}
+    inputs = {"pixel_small": small, "input_ids": ids}
+    write(tmp_path / "uniform/e2e.safetensors", "e2e", "uniform", params, inputs, outputs)
+    code, out = main(capsys, tmp_path)
+    assert (code, out.out.strip().splitlines()[-1]) == (0, "1 passed, 0 failed, 0 skipped")
+
+
+def test_case_that_no_shared_adapter_understands_is_skipped_with_the_reason(tmp_path, capsys):
+    write(tmp_path / "uniform/a.safetensors", "compress", "uniform", {"keep": 1}, {"clouds": torch.zeros(1)}, {})
+    code, out = main(capsys, tmp_path)
+    assert code == 0 and "SKIPPED 1: the case has none of features, frames, x" in out.out
+
+
 def test_case_without_metadata_is_no_case():
     path = GOLDEN / "checkpoints/tiny-llava-1.5/model.safetensors"
     with safe_open(path, framework="pt") as source:
