@@ -1,7 +1,7 @@
 """From patch features to the visual tokens of the uncompressed sequence: pooling, newlines, any-resolution grids.
 
-The layouts make a :class:`VisualItem`, which separates content tokens from newlines and knows where each stands, so that
-a compression method can act before the sequence is laid out. The rules are written down in docs/llava_tree.md.
+The layouts make a :class:`VisualItem`, which separates content tokens from newlines and knows where each stands, so
+that a compression method can act before the sequence is laid out. The rules are written down in docs/llava_tree.md.
 """
 
 from __future__ import annotations

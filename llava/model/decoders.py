@@ -59,8 +59,11 @@ def named_decoder(name: str) -> str | None:
 def official_dispatch(model_name: str, multimodal: bool | None = None) -> dict[str, Any]:
     """What LLaVA-NeXT's loader would do with a name (`llava/model/builder.py` of LLaVA-VL/LLaVA-NeXT@df17966).
 
-    For documentation and conformance only. Returns the class name ("NameError" where the official code crashes), whether the tower load is delayed by the
-    name, whether ``overwrite_config`` is applied, and whether a fast tokenizer is used.
+    For documentation and conformance only.
+
+    Returns:
+        The class name ("NameError" where the official code crashes), whether the tower load is delayed by the name,
+        whether ``overwrite_config`` is applied, and whether a fast tokenizer is used.
     """
     lower = model_name.lower()
     delay = True if "v1.5" in lower else None

@@ -2,8 +2,7 @@
 
 A frame (of a video: of two input frames) has h x w patches in blocks of ``spatial_merge_size`` squared, which the
 merger makes one token each. Signals come from the last vision block, whose patches attend to their whole frame; they
-are averaged over a token's patches (as FastVID's Qwen2.5-VL tree does: docs/methods/fastvid.md,
-step 1).
+are averaged over a token's patches, as FastVID's tree for Qwen2.5-VL does (docs/methods/fastvid.md, step 1).
 """
 
 from __future__ import annotations
