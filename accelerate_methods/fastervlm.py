@@ -20,9 +20,9 @@ from torch import Tensor
 
 from accelerate_methods.ops.select import top_indices
 from accelerate_methods.registry import register
-from accelerate_methods.stages.compress import Compressed, VisualItem, selection
+from accelerate_methods.stages.compress import Compressed, ViewCompressMethod, VisualItem, selection
 from accelerate_methods.stages.fields import choice, integer, share
-from accelerate_methods.stages.views import CompressedViews, ViewCompressMethod, Views
+from accelerate_methods.stages.views import CompressedViews, Views
 
 
 @register("fastervlm")

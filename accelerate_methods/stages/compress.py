@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from accelerate_methods.stages.method import Method
 from accelerate_methods.stages.signals import pick_signal
-
-if TYPE_CHECKING:
-    from accelerate_methods.stages.views import Views
+from accelerate_methods.stages.views import CompressedViews, Views
 
 
 @dataclasses.dataclass
@@ -32,7 +29,7 @@ class VisualItem:
         newline_positions: [S] their rows in the layout.
         newline_of: [length] for each layout row the index (0..S-1) of the newline that closes its row/frame, else -1.
         keep_all_newlines: whether newlines stay even if nothing in their row/frame does.
-        signals: what the method asked for (see ``base.SIGNALS``).
+        signals: what the method asked for (see :data:`.signals.SIGNALS`).
         source: [N] flat index (view*P + patch) of each content token of an image; None for videos, and where tokens are
             mixtures of patches.
         views: an image's patch features before the projector, for a method that acts there. ``features`` and
@@ -146,4 +143,16 @@ class CompressMethod(Method):
     stage = "compress"
 
     def compress(self, item: VisualItem) -> Compressed:
+        raise NotImplementedError
+
+
+class ViewCompressMethod(CompressMethod):
+    """Compresses images view by view, before the projector; videos as every compress method.
+
+    The views of an image are its anyres base and tiles, or the one view that there is. Their unpadding and newlines are
+    a matter of what comes out (``CompressedViews.newlines``).
+    """
+
+    def compress_views(self, views: Views) -> CompressedViews | None:
+        """What goes on of one image; None leaves it as the uncompressed model has it."""
         raise NotImplementedError

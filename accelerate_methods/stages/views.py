@@ -1,6 +1,6 @@
 """An image as the vision encoder saw it: one or several square views, before the projector.
 
-Methods that act here (:class:`ViewCompressMethod`) choose and merge patches inside every view;
+Methods that act here (``ViewCompressMethod``) choose and merge patches inside every view;
 :mod:`accelerate_methods.engine.sequences` gives the result the order in which the LLM reads it.
 """
 
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
-from accelerate_methods.stages.compress import CompressMethod, VisualItem
 from accelerate_methods.stages.signals import pick_signal
 
 
@@ -24,8 +24,9 @@ class Views:
         special: [V, S, M] what the encoder puts before the patches (the CLS token of CLIP), or None.
         grid: (rows, columns) of a view's patches, rows*columns == P.
         tiles: (columns, rows) in which views 1.. tile the image, view 0 being the whole image; None if they do not.
-        signals: what the method asked for (see ``base.SIGNALS``), over the P patches.
-        uncompressed: gives the image as the model has it without any method, for a method that leaves it alone.
+        signals: what the method asked for (see :data:`.signals.SIGNALS`), over the P patches.
+        uncompressed: gives the image (a ``VisualItem``) as the model has it without any method, for a method that leaves
+            it alone.
     """
 
     features: Tensor
@@ -33,7 +34,7 @@ class Views:
     special: Tensor | None = None
     tiles: tuple[int, int] | None = None
     signals: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    uncompressed: Callable[[], VisualItem] | None = None
+    uncompressed: Callable[[], Any] | None = None
 
     @property
     def num_views(self) -> int:
@@ -69,15 +70,3 @@ class CompressedViews:
     owner: Tensor
     newlines: str = "none"
     info: dict[str, object] = dataclasses.field(default_factory=dict)
-
-
-class ViewCompressMethod(CompressMethod):
-    """Compresses images view by view, before the projector; videos as every compress method.
-
-    The views of an image are its anyres base and tiles, or the one view that there is. Their unpadding and newlines are
-    a matter of what comes out (``CompressedViews.newlines``).
-    """
-
-    def compress_views(self, views: Views) -> CompressedViews | None:
-        """What goes on of one image; None leaves it as the uncompressed model has it."""
-        raise NotImplementedError

@@ -13,10 +13,10 @@ from accelerate_methods.hosts.layouts import pool_2d, tile_grid
 from accelerate_methods.hosts.pooling_head import SiglipPoolingHead
 from accelerate_methods.registry import families
 from accelerate_methods.registry.pipeline import ModelFacts, Pipeline
-from accelerate_methods.stages.compress import VisualItem
+from accelerate_methods.stages.compress import ViewCompressMethod, VisualItem
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.signals import resolve_signal
-from accelerate_methods.stages.views import ViewCompressMethod, Views
+from accelerate_methods.stages.views import Views
 from llava.model.vision import VisualInput
 
 _HEAD_SIGNALS = frozenset({"frame_features", "pooling_attention"})

@@ -21,10 +21,9 @@ from accelerate_methods.hosts.native.prompt import CutPrompt, PromptItem, cut_pr
 from accelerate_methods.hosts.native.watching import Forward, VisionWatch
 from accelerate_methods.hosts.native.wrapping import Wrappers
 from accelerate_methods.registry.pipeline import Pipeline
-from accelerate_methods.stages.compress import VisualItem
+from accelerate_methods.stages.compress import ViewCompressMethod, VisualItem
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.signals import resolve_signal
-from accelerate_methods.stages.views import ViewCompressMethod
 
 _STATE = "accelerate_prompt"  # attribute of a cache: what its prompt was
 _REQUEST = "accelerate_request"  # attribute of a cache: the record of its request

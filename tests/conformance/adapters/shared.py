@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from accelerate_methods.engine.sequences import assemble
-from accelerate_methods.stages.compress import CompressMethod, VisualItem
+from accelerate_methods.stages.compress import CompressMethod, ViewCompressMethod, VisualItem
 from accelerate_methods.stages.decode import DecodeMethod
 from accelerate_methods.stages.method import Method
 from accelerate_methods.stages.prefill import PrefillMethod
-from accelerate_methods.stages.views import ViewCompressMethod
 from tests.conformance import vocabulary
 from tests.conformance.adapters import whole_models
 
