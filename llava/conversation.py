@@ -358,12 +358,9 @@ conv_templates: dict[str, Conversation] = {
         "Write out your reasoning step-by-step to be sure you get the right answers!"
     ),
     "mistral_zephyr": Conversation(
-        "<|system|>\nYou are a helpful AI assistant.",
-        ("<|user|>\n", "<|assistant|>\n"),
-        sep_style=SeparatorStyle.MPT,
-        sep="</s>",
-        version="mpt",
-    ),
+        "<|system|>\nYou are a helpful AI assistant.", ("<|user|>\n", "<|assistant|>\n"),
+        sep_style=SeparatorStyle.MPT, sep="</s>", version="mpt",
+    ),  # fmt: skip
     "mistral_direct": _chatml_direct,
     "plain": _plain_template(),
     "v0_plain": _plain_template(),
@@ -396,11 +393,8 @@ conv_templates: dict[str, Conversation] = {
         "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", SeparatorStyle.CHATML, "qwen"
     ),
     "gemma_instruct": Conversation(
-        "",
-        ("<start_of_turn>user\n", "<start_of_turn>model\n"),
-        sep_style=SeparatorStyle.GEMMA,
-        sep="<end_of_turn>\n",
-        version="gemma",
-    ),
+        "", ("<start_of_turn>user\n", "<start_of_turn>model\n"),
+        sep_style=SeparatorStyle.GEMMA, sep="<end_of_turn>\n", version="gemma",
+    ),  # fmt: skip
 }
 default_conversation = _vicuna_v1

@@ -1,4 +1,4 @@
-"""The tiny LLaVA checkpoints in transformers' own classes: same weights, keys mapped (specs/base.md section 14)."""
+"""The tiny LLaVA checkpoints in transformers' own classes: same weights, keys mapped."""
 
 from __future__ import annotations
 
