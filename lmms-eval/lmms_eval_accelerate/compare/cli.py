@@ -18,7 +18,8 @@ from lmms_eval_accelerate.compare import pictures, table
 from lmms_eval_accelerate.compare.comparison import Comparison, NoCheckpointError, Wanted, comparison_of
 from lmms_eval_accelerate.compare.options import parser
 from lmms_eval_accelerate.model_args import pairs
-from lmms_eval_accelerate.runs.launch import LaunchError, Machines, default_processes
+from lmms_eval_accelerate.runs.launch import LaunchError
+from lmms_eval_accelerate.runs.options import machines_of
 from lmms_eval_accelerate.runs.runner import Runner
 
 EMBEDDED_METHODS = "dense {method}@0.25 {method} {method}@0.05 random@0.25 random@0.1"
@@ -38,7 +39,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _compare(args: argparse.Namespace, console: Console) -> None:
-    comparison, machines = comparison_of(wanted_of(args)), machines_of(args)
+    comparison = comparison_of(wanted_of(args))
+    machines = machines_of(args, tiny=args.pretrained is None)
     if args.picture is not None and comparison.family == "hf":
         raise MethodError("--picture draws models of the llava package only; save_provenance=N shows kept tokens.")
     settings = _settings(args, comparison)
@@ -90,18 +92,6 @@ def wanted_of(args: argparse.Namespace) -> Wanted:
         limit=args.limit,
         batch_size=args.batch_size,
         full=args.full,
-    )
-
-
-def machines_of(args: argparse.Namespace) -> Machines:
-    """The part that says where."""
-    return Machines(
-        processes=args.num_processes or (default_processes(args.gpus_per_model) if args.pretrained else 1),
-        machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        main_ip=args.main_process_ip,
-        main_port=args.main_process_port,
-        gpus_per_model=args.gpus_per_model,
     )
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lmms_eval_accelerate.runs.options import add_machine_options
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line of ``compare``. This file loads nothing, so that ``-h`` is quick."""
@@ -24,13 +26,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model-args", default="", help="further model arguments, k=v,k=v")
     made.add_argument("--output", type=Path, help="a new folder, or that of an interrupted comparison to go on with")
     made.add_argument("--picture", type=Path, help="video on which the kept tokens are drawn")
-    made.add_argument("--num-processes", type=int, help="per machine; default: the visible GPUs (embedded: 1)")
-    made.add_argument("--num-machines", type=int, default=1)
-    made.add_argument("--machine-rank", type=int, default=0)
-    made.add_argument("--main-process-ip")
-    made.add_argument("--main-process-port")
-    made.add_argument("--gpus-per-model", type=int, default=1, help="GPUs over which a large model is spread")
-    made.add_argument("--data", type=Path, help="local data folder; runs offline on it (docs/benchmarks.md)")
+    add_machine_options(made)
     made.add_argument("--full", action="store_true", help="embedded benchmark: the full sets")
     made.add_argument("--dry-run", action="store_true", help="print the commands only")
     return made

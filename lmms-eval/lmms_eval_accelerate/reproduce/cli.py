@@ -26,7 +26,8 @@ from lmms_eval_accelerate.reproduce.plan import Unit, hub_commits, plan
 from lmms_eval_accelerate.reproduce.tables import available, load
 from lmms_eval_accelerate.runs.files import ANSWERS, LAUNCH, OUTCOME, OUTCOME_TEXT, PLAN, RUNS, write_json, write_text
 from lmms_eval_accelerate.runs.fingerprint import code_hash, short_hash, versions
-from lmms_eval_accelerate.runs.launch import LaunchError, Machines, default_processes
+from lmms_eval_accelerate.runs.launch import LaunchError, Machines
+from lmms_eval_accelerate.runs.options import machines_of
 from lmms_eval_accelerate.runs.request import Run
 from lmms_eval_accelerate.runs.runner import Runner
 
@@ -196,14 +197,7 @@ def _about(argv: list[str], machines: Machines, units: list[Unit]) -> dict[str, 
 def _machines(args: argparse.Namespace, choices: Choices, selections: Sequence[ChosenPart]) -> Machines:
     own = choices.pretrained or next(s.part.model["pretrained"] for s in selections if not s.part.not_run)
     tiny = own == EMBEDDED or Path(own).expanduser().resolve() == embedded.MODEL.resolve()
-    return Machines(
-        processes=args.nproc or (1 if tiny else default_processes(args.gpus_per_model)),
-        machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        main_ip=args.main_process_ip,
-        main_port=str(args.main_process_port) if args.main_process_port else None,
-        gpus_per_model=args.gpus_per_model,
-    )
+    return machines_of(args, tiny)
 
 
 def _default_output(choices: Choices, machines: Machines) -> Path:

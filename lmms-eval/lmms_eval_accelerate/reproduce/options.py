@@ -8,12 +8,11 @@ command goes on where it stopped. ``leaderboard`` in TABLE's place makes the lea
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate_methods.registry.configs import CONFIG_DIR
+from lmms_eval_accelerate.runs.options import add_machine_options, positive
 
 FOLDER = CONFIG_DIR / "reproduce"
 
@@ -41,31 +40,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("table", nargs="?", help="name of a file of configs/reproduce/, or a path; or 'leaderboard'")
     made.add_argument("--list", action="store_true", help="the tables, or the parts, rows and columns of TABLE")
     made.add_argument("--part", help="one part (model) of the table; default: all")
-    made.add_argument(
-        "--rows", nargs="+", metavar="ROW", help="row names, or methods for all their rows; dense always"
-    )
-    made.add_argument(
-        "--columns", nargs="+", metavar="COLUMN", help="column titles; default: all that can be measured"
-    )
-    made.add_argument("--limit", type=_positive, help="first N documents per task; not the paper's numbers then")
+    made.add_argument("--rows", nargs="+", metavar="ROW", help="row names, or methods for all their rows; dense always")
+    made.add_argument("--columns", nargs="+", metavar="COLUMN", help="column titles; default: all that can be measured")
+    made.add_argument("--limit", type=positive, help="first N documents per task; not the paper's numbers then")
     made.add_argument("--pretrained", help="another checkpoint (folder or hub name), or 'embedded': the tiny model")
-    made.add_argument("--data", type=Path, help="local data folder (docs/benchmarks.md); the runs are offline then")
     made.add_argument("--output", type=Path, help="default: outputs/reproduce/<table>_<hash of the choices>")
-    made.add_argument("--batch-size", type=_positive, default=1)
+    made.add_argument("--batch-size", type=positive, default=1)
     made.add_argument("--model-args", default="", help="further model arguments of all rows, k=v,k=v")
-    made.add_argument("--nproc", type=_positive, help="processes per machine (default: the visible GPUs)")
-    per_model = os.environ.get("GPUS_PER_MODEL", "1")
-    made.add_argument("--gpus-per-model", type=_positive, default=per_model, help="GPUs per copy of a large model")
-    made.add_argument("--num-machines", type=_positive, default=1)
-    made.add_argument("--machine-rank", type=int, default=0)
-    made.add_argument("--main-process-ip")
-    made.add_argument("--main-process-port", type=_positive)
+    add_machine_options(made)
     made.add_argument("--dry-run", action="store_true", help="print the commands and what would be used again")
     return made
-
-
-def _positive(text: str) -> int:
-    with contextlib.suppress(ValueError):
-        if int(text) > 0:
-            return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")

@@ -50,9 +50,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
         raise SystemExit(2) from error
     folders = [run["output_path"] for run in runs] if complete else []
     if not complete or len(set(folders)) < len(folders):
-        print(
-            f"lmms-eval-accelerate: every run of {path} needs name, output_path (its own) and argv.", file=sys.stderr
-        )
+        print(f"lmms-eval-accelerate: every run of {path} needs name, output_path (its own) and argv.", file=sys.stderr)
         raise SystemExit(2)
     return runs
 

@@ -36,7 +36,8 @@ def plan_of(*argv: str) -> Comparison:
 
 
 def machines_of(*argv: str) -> launch.Machines:
-    return compare.machines_of(compare.parser().parse_args(list(argv)))
+    args = compare.parser().parse_args(list(argv))
+    return compare.machines_of(args, tiny=args.pretrained is None)
 
 
 def command_of(plan: Comparison, setting: Setting) -> list[str]:

@@ -468,7 +468,7 @@ def test_scripts_need_a_checkpoint_and_say_so() -> None:
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
         assert "needs a checkpoint, e.g. PRETRAINED=Qwen/Qwen2.5-VL-7B-Instruct" in done.stderr
         config = f"{script.stem.removesuffix('_qwen2_5_vl')}/qwen2_5_vl"
-        assert f"CONFIG={config}\n" in script.read_text()
+        assert f" --config {config} " in script.read_text()
         with pytest.raises(SystemExit) as stop:
             compare.main(["--config", config])
         assert stop.value.code == 2

@@ -591,7 +591,7 @@ def test_relative_caches_hold_in_another_working_directory(tmp_path, monkeypatch
 
 def test_the_tiny_model_gets_one_process(monkeypatch):
     """Its table names it by an absolute path."""
-    monkeypatch.setattr(cli, "default_processes", lambda gpus: 8)
+    monkeypatch.setattr(launch, "default_processes", lambda gpus: 8)
 
     def processes(**choices):
         chosen = Choices(**choices)
