@@ -12,8 +12,7 @@ import numpy as np
 
 from lmms_eval_accelerate.report.results import ReportError, Run
 from lmms_eval_accelerate.report.sections import TaskTable
-
-FOLDER = "provenance"
+from lmms_eval_accelerate.runs.files import PROVENANCE
 
 
 class Pictures:
@@ -36,7 +35,7 @@ def of_table(table: TaskTable, pictures: Pictures) -> dict[str, list[dict[str, A
     """Document -> its images and videos as each setting saw them (see :func:`_item`)."""
     documents: dict[str, list[dict[str, Any]]] = {}
     for entry in table.entries:
-        for path in sorted((entry.run.folder / FOLDER / entry.task).glob("*.npz")):
+        for path in sorted((entry.run.folder / PROVENANCE / entry.task).glob("*.npz")):
             for item in _read(path, entry.run, pictures):
                 documents.setdefault(path.stem, []).append({"setting": entry.label, **item})
     return dict(sorted(documents.items(), key=lambda pair: (len(pair[0]), pair[0])))

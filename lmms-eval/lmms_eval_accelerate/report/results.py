@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate_methods.stages.errors import MethodError
+from lmms_eval_accelerate.runs.files import CLAIM, FAILED, SUMMARY, read_json
 
 DENSE = "dense"
-SUMMARY, CLAIM, FAILED = "summary.json", "run.json", "failed.json"
 SCHEMA = 1  # of efficiency files
 
 
@@ -155,10 +155,7 @@ def _take(file: Path, results: Results, named: bool) -> bool:
 
 
 def _load(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ReportError(f"cannot read {path}: {error}") from error
+    return read_json(path, ReportError)
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
