@@ -1,6 +1,7 @@
 """Which frames of a video to look at, and reading them.
 
 The index rules are plain functions of counts. Reading needs decord or PyAV; neither is imported before a video is read.
+Moving GIF, WebP, PNG and AVIF files are read by Pillow. Frames come upright with every reader (`video_rotation`).
 """
 
 from __future__ import annotations
@@ -9,8 +10,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
+from PIL import Image
+
+from llava.media_kind import kind_of
+from llava.video_rotation import rotation_of, upright
 
 # -- which frames ------------------------------------------------------------------------------------------------------
 
@@ -103,12 +109,14 @@ def load_video(
         num_frames: alone: exactly that many frames, evenly spaced. Together with fps: the most frames to read.
         fps: frames per second to read.
         force_sample: with both, spread num_frames frames evenly even if fps gives fewer.
-        backend: "decord", "pyav", or "auto": decord if installed, PyAV if not or if decord cannot read the file.
+        backend: "decord", "pyav", or "auto": decord if installed, PyAV if not or if decord cannot read the file (it
+            has no AV1). A moving picture (GIF, WebP, PNG, AVIF) is read by Pillow with each of them.
         choose: in place of the three: (total frames, frames per second of the file) -> which to read.
     Raises:
         ValueError: nothing says which frames to read, or an unknown backend.
         ImportError: the backend (for "auto": every backend) is not installed.
-        FileNotFoundError: no such file. OSError: it cannot be read or has no frames. Every message names the file.
+        FileNotFoundError: no such file. OSError: it cannot be read, has no frames, or is a still picture. Every message
+            names the file.
     """
     if num_frames is None and fps is None and choose is None:
         raise ValueError("load_video needs num_frames, fps, or both")
@@ -119,8 +127,13 @@ def load_video(
     if backend != "auto" and backend not in _READERS:
         raise ValueError(f"unknown video backend {backend!r}: expected 'auto', {' or '.join(map(repr, _READERS))}")
     path = os.fspath(path)
+    kind = kind_of(path)
+    if kind == "picture":
+        raise OSError(f"cannot read video {path}: it is a still picture")
     wanted = list(_READERS) if backend == "auto" else [backend]
-    readers = [name for name in wanted if find_spec(_READERS[name][0])]
+    readers = {name: _READERS[name][1] for name in wanted if find_spec(_READERS[name][0])}
+    if kind == "animation":
+        readers = {"pillow": _read_pillow}
     if not readers:
         packages = " or ".join(_READERS[name][0] for name in wanted)
         raise ImportError(f"cannot read video {path}: pip install {packages}")
@@ -134,9 +147,9 @@ def load_video(
         return sample_frames(total_frames, avg_fps, fps, num_frames or 0, force_sample)
 
     failures = []
-    for name in readers:
+    for name, read in readers.items():
         try:
-            return _READERS[name][1](path, choose or by_count_or_rate)
+            return read(path, choose or by_count_or_rate)
         except Exception as error:  # each reader raises its own types; the caller gets one, with all the reasons
             failures.append((name, error))
     reasons = "; ".join(f"{name}: {type(error).__name__}: {str(error).strip()[:300]}" for name, error in failures)
@@ -159,35 +172,44 @@ def _read_pyav(path: str, choose: Choose) -> Video:
     import av
 
     with av.open(path) as container:
-        if not container.streams.video:
-            raise ValueError("the file has no video stream")
-        rate = container.streams.video[0].average_rate or container.streams.video[0].guessed_rate
+        stream = _stream(container)
+        rate, index = stream.average_rate or stream.guessed_rate, stream.index
+        degrees = rotation_of(path, stream.metadata, stream.id)
         # Headers may lie about the number of frames; counting packets costs no decoding and is what decord does.
-        packets = [packet for packet in container.demux(video=0) if packet.size]
+        packets = [packet for packet in container.demux(stream) if packet.size]
         hidden = sum(getattr(packet, "is_discard", False) for packet in packets)  # cut away by the file's edit list
         total = len(packets)
     if not rate:
         raise ValueError("the file does not tell its frame rate")
     sample = choose(total, float(rate))
-    frames, seen = _decode_pyav(path, sample.indices)
+    frames, seen = _decode_pyav(path, index, sample.indices)
     if seen <= max(sample.indices) and seen < total - hidden:  # damaged: fewer frames come out than packets went in
         total = seen
         sample = choose(total, float(rate))
-        frames, seen = _decode_pyav(path, sample.indices)
+        frames, seen = _decode_pyav(path, index, sample.indices)
     # decord counts hidden packets too. So that both readers choose the same indices we do as well; the last frame
     # stands in.
     stack = np.stack([frames[min(i, seen - 1)] for i in sample.indices])
-    return Video(stack, sample, total, float(rate))
+    return Video(upright(stack, degrees), sample, total, float(rate))
 
 
-def _decode_pyav(path: str, indices: list[int]) -> tuple[dict[int, np.ndarray], int]:
+def _stream(container: Any) -> Any:
+    """The video stream that FFmpeg, and so decord, takes for the main one: not the cover of a film."""
+    if not container.streams.video:
+        raise ValueError("the file has no video stream")
+    best = getattr(container.streams, "best", None)  # PyAV 13 and later
+    return (best("video") if best is not None else None) or container.streams.video[0]
+
+
+def _decode_pyav(path: str, index: int, indices: list[int]) -> tuple[dict[int, np.ndarray], int]:
     """Decode up to the last wanted frame. Returns wanted frames (and the last one) by index, and how many came out."""
     import av
 
     wanted, last, frames, seen, frame = set(indices), max(indices), {}, 0, None
     with av.open(path) as container:
-        container.streams.video[0].thread_type = "AUTO"
-        for frame in container.decode(video=0):
+        stream = container.streams[index]
+        stream.thread_type = "AUTO"
+        for frame in container.decode(stream):
             if seen in wanted:
                 frames[seen] = frame.to_ndarray(format="rgb24")
             seen += 1
@@ -198,6 +220,30 @@ def _decode_pyav(path: str, indices: list[int]) -> tuple[dict[int, np.ndarray], 
         frames.setdefault(seen - 1, frame.to_ndarray(format="rgb24"))
     return frames, seen
 
+
+def _read_pillow(path: str, choose: Choose) -> Video:
+    """A moving picture; transparent parts become white."""
+    with Image.open(path) as image:
+        # The picture that a PNG shows where nothing can move it is no frame.
+        first = int(bool(getattr(image, "default_image", False)))
+        places = range(first, image.n_frames)
+        shown = []
+        for place in places:
+            image.seek(place)
+            image.load()  # WebP tells a frame's duration only now
+            shown.append(image.info.get("duration") or _UNTOLD_DURATION)
+        rate = 1000 * len(places) / sum(shown)
+        sample = choose(len(places), rate)
+        frames: dict[int, np.ndarray] = {}
+        for i in sorted(set(sample.indices)):
+            image.seek(places[i])
+            picture = image.convert("RGBA")
+            white = Image.new("RGBA", picture.size, "white")
+            frames[i] = np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
+    return Video(np.stack([frames[i] for i in sample.indices]), sample, len(places), rate)
+
+
+_UNTOLD_DURATION = 100  # milliseconds, as FFmpeg and browsers show a frame that says 0
 
 # name -> (package, reader), in the order in which "auto" tries them
 _READERS: dict[str, tuple[str, Callable[[str, Choose], Video]]] = {
