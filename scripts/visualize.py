@@ -29,7 +29,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # works without installing the package
 
 EMBEDDED = ROOT / "assets" / "tiny-llava-onevision"
-IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
 OUTPUTS = (".png", ".html", ".mp4")
 ALL_AT = 0.25  # retention ratio of a bare "all"
 _BARE = re.compile(r"[^\s,@()]+")
@@ -61,7 +60,9 @@ def read_input(paths: list[str], num_frames: int) -> Input:
     names = ", ".join(Path(p).name for p in paths)
     if len(paths) == 1 and Path(paths[0]).is_dir():
         return _read_folder(Path(paths[0]), num_frames)
-    if all(Path(p).suffix.lower() in IMAGES for p in paths):
+    from llava.media_kind import is_picture
+
+    if all(is_picture(p) for p in paths):
         return Input(names, images=[_open(p) for p in paths])
     if len(paths) > 1:
         raise InputError(f"several inputs must all be images, got {names}; give one video at a time.")
@@ -77,11 +78,12 @@ def read_input(paths: list[str], num_frames: int) -> Input:
 def _read_folder(folder: Path, num_frames: int) -> Input:
     import numpy as np
 
+    from llava.media_kind import is_picture
     from llava.video_utils import uniform_frame_indices
 
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES)
+    files = sorted(p for p in folder.iterdir() if p.is_file() and is_picture(p))
     if not files:
-        raise InputError(f"{folder} holds no image ({', '.join(sorted(IMAGES))}) that could be a frame.")
+        raise InputError(f"{folder} holds no image that could be a frame.")
     frames = [_open(files[i]) for i in uniform_frame_indices(len(files), num_frames)]
     sizes = {frame.size for frame in frames}
     if len(sizes) > 1:
@@ -95,7 +97,7 @@ def _open(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except OSError as error:
+    except Exception as error:  # Pillow raises many kinds for files that are damaged or too large
         raise InputError(f"cannot read image {path}: {error}") from error
 
 

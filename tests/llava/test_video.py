@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from llava import video_utils
-from llava.media_kind import is_still, kind_of
+from llava.media_kind import is_picture, kind_of
 from llava.video_rotation import rotation_of
 from llava.video_utils import load_video, sample_frames, uniform_frame_indices
 from tests.support.paths import GOLDEN
@@ -322,14 +322,14 @@ def picture(path, kind, frames=1, **how):
 @pytest.mark.parametrize("name", STILL)
 def test_a_still_picture_is_no_video(tmp_path, backend, name):
     path = picture(tmp_path / name, STILL[name])
-    assert is_still(path)
+    assert is_picture(path)
     with pytest.raises(OSError, match=f"cannot read video .*{name}: it is a still picture"):
         load_video(path, num_frames=4, backend=backend)
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "MPO"])
 def test_pages_and_views_are_no_frames(tmp_path, kind):
-    assert is_still(picture(tmp_path / "a", kind, frames=3))
+    assert is_picture(picture(tmp_path / "a", kind, frames=3))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF"])
@@ -355,7 +355,7 @@ def test_frames_of_a_moving_picture_lie_on_white(tmp_path):
 
 def test_a_video_named_as_a_picture_is_a_video(tmp_path, backend):
     path = clip(tmp_path / "a.mp4").rename(tmp_path / "a.jpg")
-    assert kind_of(path) == "other"
+    assert kind_of(path) == "video" and not is_picture(path)
     assert len(load_video(path, num_frames=2, backend=backend).frames) == 2
 
 
@@ -365,7 +365,8 @@ def test_damaged_pictures_are_pictures_and_empty_files_nothing(tmp_path, monkeyp
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
     assert kind_of(tmp_path / "cut.dat") == kind_of(tmp_path / "phone.heic") == "picture"
-    assert kind_of(tmp_path / "empty.jpg") == kind_of(tmp_path / "none") == kind_of(tmp_path) == "other"
+    assert kind_of(tmp_path / "empty.jpg") == kind_of(tmp_path / "none") == kind_of(tmp_path) == "unknown"
+    assert is_picture(tmp_path / "empty.jpg")  # by its name: the error is then about a picture
     with pytest.raises(OSError, match=r"cannot read video .*empty\.jpg"):
         load_video(tmp_path / "empty.jpg", num_frames=2)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)

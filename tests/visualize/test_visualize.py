@@ -290,6 +290,15 @@ def test_folder_of_frames_is_a_video(tmp_path):
         visualize.read_input([str(tmp_path)], 2)
 
 
+def test_what_is_a_picture_is_told_by_content(tmp_path):
+    pictures = [Image.new("RGB", (20, 10), (number * 50, 0, 0)) for number in range(3)]
+    for name, kind in (("a.jfif", "JPEG"), ("a.ppm", "PPM"), ("a.mp4", "PNG"), ("a.gif", "GIF")):
+        pictures[0].save(tmp_path / name, format=kind)
+        assert len(visualize.read_input([str(tmp_path / name)], 16).images) == 1
+    pictures[0].save(tmp_path / "moving.gif", save_all=True, append_images=pictures[1:])
+    assert len(visualize.read_input([str(tmp_path / "moving.gif")], 3).frames) == 3
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
