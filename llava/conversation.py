@@ -360,7 +360,7 @@ conv_templates: dict[str, Conversation] = {
     "mistral_zephyr": Conversation(
         "<|system|>\nYou are a helpful AI assistant.", ("<|user|>\n", "<|assistant|>\n"),
         sep_style=SeparatorStyle.MPT, sep="</s>", version="mpt",
-    ),  # fmt: skip
+    ),
     "mistral_direct": _chatml_direct,
     "plain": _plain_template(),
     "v0_plain": _plain_template(),
@@ -395,6 +395,6 @@ conv_templates: dict[str, Conversation] = {
     "gemma_instruct": Conversation(
         "", ("<start_of_turn>user\n", "<start_of_turn>model\n"),
         sep_style=SeparatorStyle.GEMMA, sep="<end_of_turn>\n", version="gemma",
-    ),  # fmt: skip
+    ),
 }
 default_conversation = _vicuna_v1
