@@ -96,7 +96,7 @@ def _check_split(finding: Finding, folder: Path, media: Path | None) -> None:
         more = f" (and {len(other) - 1} more)" if len(other) > 1 else ""
         finding.warnings.append(f"{other[0]}{more}: not the published set, no number to compare")
     if videos:
-        absent = sorted(v for v in videos if not any((media / path).exists() for path in v))
+        absent = sorted(v for v in videos if not any(_holds_something(media / path) for path in v))
         finding.videos, finding.absent = len(videos), len(absent)
         if absent:
             finding.missing.append(f"{len(absent)} of {len(videos)} videos, as {media / absent[0][0]}")
@@ -108,6 +108,14 @@ def _videos(files: list[Path], part: Part) -> Iterator[tuple[str, ...]]:
     for file in files:
         for row in _read(file, columns):
             yield tuple(text.format(**row) for text in part.files)
+
+
+def _holds_something(path: Path) -> bool:
+    """A file that is not empty, or a folder (of frames) that is not."""
+    try:
+        return any(path.iterdir()) if path.is_dir() else path.stat().st_size > 0
+    except OSError:
+        return False
 
 
 def _rows(file: Path) -> int:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
-import shutil
-import tarfile
-import zipfile
-from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from accelerate_methods.stages.errors import MethodError
+from lmms_eval_accelerate.benchmarks import archives as reading
 from lmms_eval_accelerate.benchmarks import layout
 from lmms_eval_accelerate.benchmarks.catalog import Benchmark
 
@@ -83,9 +79,9 @@ def _download(benchmark: Benchmark, folder: Path, patterns: list[str]) -> str:
 def unpack(archives: Path, target: Path, console: Console) -> None:
     """Everything in ``archives`` (zip files, tar files in one or several parts, loose videos) into ``target``.
 
-    As lmms-eval does it when it downloads by itself, except that an interruption does no harm: an archive counts as
-    unpacked when it is (``.unpacked.json``), and only then. MVBench's ``data0613`` is merged into the folders beside
-    it, where alone the stock task looks.
+    As lmms-eval does it when it downloads by itself, except that an interruption or damage does no harm: an archive
+    counts as unpacked when all of it is (``.unpacked.json``), and only then. MVBench's ``data0613`` is merged into the
+    folders beside it, where alone the stock task looks.
 
     Raises:
         MethodError: there is nothing to unpack, or an archive is damaged.
@@ -100,10 +96,8 @@ def unpack(archives: Path, target: Path, console: Console) -> None:
         sizes = [file.stat().st_size for file in files]
         if done.get(name) == sizes:
             continue
-        try:
+        with reading.naming(files):
             _unpack_unit(name, files, archives, target, console)
-        except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
-            raise MethodError(f"{files[0]} is damaged ({error}); delete it and run prepare again.") from error
         done[name] = sizes
         # replaced in one step: an interruption must not leave half a file
         fresh = stamps.with_suffix(".new")
@@ -129,63 +123,23 @@ def _units(archives: Path) -> dict[str, list[Path]]:
 
 
 def _unpack_unit(name: str, files: list[Path], archives: Path, target: Path, console: Console) -> None:
-    if name.endswith(".zip"):
-        with zipfile.ZipFile(files[0]) as archive, _bar(console) as bar:
-            members = [m for m in archive.infolist() if not m.is_dir()]
-            task = bar.add_task(name, total=sum(m.file_size for m in members))
-            for member in members:
-                path = target / member.filename
-                if not (path.is_file() and path.stat().st_size == member.file_size):
-                    archive.extract(member, target)
-                bar.advance(task, member.file_size)
-    elif name.endswith(".tar"):
-        with _bar(console) as bar:
-            reader = _Joined(files, bar, bar.add_task(name, total=sum(f.stat().st_size for f in files)))
-            # ignore_zeros: several whole archives after each other are read as one
-            with tarfile.open(fileobj=reader, mode="r|*", ignore_zeros=True) as archive:
-                archive.extractall(target, filter="data")
-    else:
-        _link(files[0], target / files[0].relative_to(archives))
-
-
-class _Joined(io.RawIOBase):
-    """Several files as one stream, with a progress bar."""
-
-    def __init__(self, files: Iterable[Path], bar: Progress, task: Any):
-        self.files, self.bar, self.task = list(files), bar, task
-        self.current = None
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        while self.current is not None or self.files:
-            if self.current is None:
-                self.current = self.files.pop(0).open("rb")
-            block = self.current.read(size)
-            if block:
-                self.bar.advance(self.task, len(block))
-                return block
-            self.current.close()
-            self.current = None
-        return b""
+    if not name.endswith((".zip", ".tar")):
+        reading.place(files[0], target / files[0].relative_to(archives))
+        return
+    with _bar(console) as bar:
+        task = bar.add_task(name, total=sum(file.stat().st_size for file in files))
+        if name.endswith(".zip"):
+            reading.unpack_zip(
+                files[0], target, lambda size: bar.update(task, total=size), lambda size: bar.advance(task, size)
+            )
+        else:
+            reading.unpack_tar(files, target, lambda size: bar.advance(task, size))
 
 
 def _merge(source: Path, target: Path) -> None:
     if source.is_dir():
         for file in (p for p in source.rglob("*") if p.is_file()):
-            _link(file, target / file.relative_to(source))
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same file at a second place, without a second copy where the file system can do that."""
-    if target.exists():
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
+            reading.place(file, target / file.relative_to(source))
 
 
 def _bar(console: Console) -> Progress:

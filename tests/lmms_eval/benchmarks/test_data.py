@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -266,6 +267,187 @@ def test_archives_stay_inside_their_folder(tmp_path) -> None:
     with pytest.raises(MethodError, match="damaged"):
         unpack(tmp_path / "in", tmp_path / "a" / "out", QUIET)
     assert not (tmp_path / "escaped.mp4").exists()
+
+
+MEMBERS = {f"videos/{n}.mp4": os.urandom(3000) + bytes([n]) * 20000 for n in range(4)}
+COMPRESSIONS = ["", ".gz", ".bz2", ".xz"]
+
+
+def tar_of(path: Path, names=tuple(MEMBERS), compression: str = "") -> Path:
+    with tarfile.open(path, f"w:{compression.removeprefix('.')}") as archive:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = len(MEMBERS[name])
+            archive.addfile(member, io.BytesIO(MEMBERS[name]))
+    return path
+
+
+def unpacked(folder: Path) -> dict[str, bytes]:
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != ".unpacked.json")
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+
+
+def refused(source: Path, target: Path, message: str = "is damaged") -> None:
+    """An error that names the archive on one line; what is under its name is whole, and nothing counts as done."""
+    with pytest.raises(MethodError, match=message) as caught:
+        unpack(source, target, QUIET)
+    assert str(source) in str(caught.value) and "\n" not in str(caught.value)
+    assert not (target / ".unpacked.json").exists()
+    assert all(MEMBERS[name] == content for name, content in unpacked(target).items())
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("layout", ["whole", "parts", "archives"])
+def test_tar_files(tmp_path, compression, layout) -> None:
+    source, names = tmp_path / "in", list(MEMBERS)
+    source.mkdir()
+    if layout == "archives":
+        tar_of(source / f"videos_1.tar{compression}", names[:2], compression)
+        tar_of(source / f"videos_2.tar{compression}", names[2:], compression)
+    else:
+        whole = tar_of(source / f"videos.tar{compression}", compression=compression)
+        if layout == "parts":
+            content = whole.read_bytes()
+            whole.unlink()
+            for n, start in enumerate(range(0, len(content), 3000)):
+                (source / f"{whole.name}.part{n:03d}").write_bytes(content[start : start + 3000])
+    unpack(source, tmp_path / "out", QUIET)
+    assert unpacked(tmp_path / "out") == MEMBERS
+    before = listing(tmp_path / "out")
+    unpack(source, tmp_path / "out", QUIET)
+    assert listing(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("share", [0.999, 0.9, 0.5, 0.2, 0.01])
+def test_cut_tar_files(tmp_path, compression, share) -> None:
+    (tmp_path / "in").mkdir()
+    path = tar_of(tmp_path / "in" / f"videos.tar{compression}", compression=compression)
+    content = path.read_bytes()
+    if not compression:
+        content = content.rstrip(b"\0")  # the mark of the end is longer than it must be
+    path.write_bytes(content[: int(len(content) * share)])
+    refused(tmp_path / "in", tmp_path / "out")
+    path.unlink()
+    tar_of(path, compression=compression)
+    unpack(tmp_path / "in", tmp_path / "out", QUIET)
+    assert unpacked(tmp_path / "out") == MEMBERS
+
+
+def test_tar_file_cut_between_two_members(tmp_path) -> None:
+    (tmp_path / "in").mkdir()
+    path = tar_of(tmp_path / "in" / "videos.tar")
+    with tarfile.open(path) as archive:
+        end = archive.getmembers()[2].offset
+    path.write_bytes(path.read_bytes()[:end])
+    refused(tmp_path / "in", tmp_path / "out", "is damaged .*it was cut")
+
+
+@pytest.mark.parametrize("name", ["videos.tar.part1", "videos.tar.part2"])
+def test_a_missing_part_is_damage(tmp_path, name) -> None:
+    (tmp_path / "in").mkdir()
+    content = tar_of(tmp_path / "whole.tar").read_bytes()
+    for n in range(3):
+        (tmp_path / "in" / f"videos.tar.part{n}").write_bytes(content[n * 30000 : (n + 1) * 30000 if n < 2 else None])
+    (tmp_path / "in" / name).unlink()
+    refused(tmp_path / "in", tmp_path / "out", r"videos.tar.part0 \(with 1 more parts, .*is damaged")
+
+
+def test_damaged_header_of_a_tar_member(tmp_path) -> None:
+    (tmp_path / "in").mkdir()
+    path = tar_of(tmp_path / "in" / "videos.tar")
+    with tarfile.open(path) as archive:
+        at = archive.getmembers()[1].offset
+    content = bytearray(path.read_bytes())
+    content[at + 20] ^= 0xFF
+    path.write_bytes(content)
+    refused(tmp_path / "in", tmp_path / "out", f"is damaged .*at byte {at}")
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS[1:])
+@pytest.mark.parametrize("where", [0.3, 0.7, 0.9999])
+def test_damaged_compressed_tar_file(tmp_path, compression, where) -> None:
+    (tmp_path / "in").mkdir()
+    path = tar_of(tmp_path / "in" / f"videos.tar{compression}", compression=compression)
+    content = bytearray(path.read_bytes())
+    place = min(int(len(content) * where), len(content) - 7)
+    content[place : place + 3] = bytes(255 - value for value in content[place : place + 3])
+    path.write_bytes(content)
+    refused(tmp_path / "in", tmp_path / "out", rf"{path.name} is damaged")
+
+
+def test_tar_file_of_an_unknown_compression(tmp_path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "videos.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(100))
+    refused(tmp_path / "in", tmp_path / "out", "cannot be unpacked .*zstd")
+
+
+def zip_of(path: Path) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in MEMBERS.items():
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.mark.parametrize("damage", ["content", "header", "cut"])
+def test_damaged_zip_member(tmp_path, damage) -> None:
+    (tmp_path / "in").mkdir()
+    path = zip_of(tmp_path / "in" / "videos.zip")
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        at = archive.infolist()[2].header_offset
+    if damage == "cut":
+        content = content[: len(content) // 2]
+    else:
+        content[at + (500 if damage == "content" else 1)] ^= 0xFF
+    path.write_bytes(content)
+    refused(tmp_path / "in", tmp_path / "out")
+    refused(tmp_path / "in", tmp_path / "out")  # what was written the first time does not count either
+    zip_of(path)
+    unpack(tmp_path / "in", tmp_path / "out", QUIET)
+    assert unpacked(tmp_path / "out") == MEMBERS
+
+
+def test_a_file_of_the_right_size_is_not_yet_the_member(tmp_path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out/videos").mkdir(parents=True)
+    (tmp_path / "out/videos/1.mp4").write_bytes(bytes(len(MEMBERS["videos/1.mp4"])))
+    zip_of(tmp_path / "in" / "videos.zip")
+    unpack(tmp_path / "in", tmp_path / "out", QUIET)
+    assert unpacked(tmp_path / "out") == MEMBERS
+
+
+def test_zip_file_with_a_password_and_full_disk(tmp_path, monkeypatch) -> None:
+    (tmp_path / "in").mkdir()
+    path = zip_of(tmp_path / "in" / "videos.zip")
+    content = path.read_bytes()
+    flagged = bytearray(content)
+    for mark, place in ((b"PK\3\4", 6), (b"PK\1\2", 8)):  # member "0.mp4" is encrypted
+        flagged[content.index(mark) + place] |= 1
+    path.write_bytes(flagged)
+    refused(tmp_path / "in", tmp_path / "out", "cannot be unpacked .*password")
+    path.write_bytes(content)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "extract", full)
+    refused(tmp_path / "in", tmp_path / "out", "cannot be unpacked .*No space left")
+
+
+def test_half_a_copy_of_a_loose_video_is_replaced(tmp_path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "in" / "a.mp4").write_bytes(b"all of it")
+    (tmp_path / "out" / "a.mp4").write_bytes(b"all")
+    unpack(tmp_path / "in", tmp_path / "out", QUIET)
+    assert unpacked(tmp_path / "out") == {"a.mp4": b"all of it"}
+
+
+def test_an_empty_video_is_a_missing_one(data) -> None:
+    bench = benchmark("videomme")
+    sorted(videos(bench, data))[0].write_bytes(b"")
+    assert check(bench, data).absent == 1
 
 
 def test_prepare_says_why_it_cannot(hub, tmp_path, monkeypatch) -> None:
