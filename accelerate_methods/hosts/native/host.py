@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import importlib
 from typing import Any
 
@@ -81,29 +83,50 @@ class NativeHost(Host):
             family.check_attention()
         state = NativeAcceleration(model, family, pipeline)
         previous = self.attached(model)
-        if previous is not None:
-            previous.remove()
+        self._off(model)
         try:
-            state.install()
+            self._on(model, state)
         except BaseException:
             state.remove()
             if previous is not None:
-                previous.install()
+                self._on(model, previous)
             raise
-        model.__dict__["acceleration"] = state
         return previous
 
     def attached(self, model: Any) -> Any:
         return model.__dict__.get("acceleration")
 
     def restore(self, model: Any, previous: Any) -> None:
-        current = self.attached(model)
-        if current is not None:
-            current.remove()
-            del model.__dict__["acceleration"]
+        self._off(model)
         if previous is not None:
-            previous.install()
-            model.__dict__["acceleration"] = previous
+            self._on(model, previous)
+
+    def _on(self, model: Any, state: NativeAcceleration) -> None:
+        state.install()
+        model.__dict__["acceleration"] = state
+        model.__dict__["__deepcopy__"] = functools.partial(self._copied, model)
+        model.__dict__["__reduce_ex__"] = functools.partial(_cannot_be_pickled, state.pipeline.name)
+
+    def _off(self, model: Any) -> NativeAcceleration | None:
+        """Take off what is attached, and return it."""
+        state = model.__dict__.pop("acceleration", None)
+        if state is not None:
+            state.remove()
+            del model.__dict__["__deepcopy__"], model.__dict__["__reduce_ex__"]
+        return state
+
+    def _copied(self, model: Any, memo: dict[int, Any]) -> Any:
+        """What ``copy.deepcopy(model)`` gives: a model without the method, whose wrappers belong to the original."""
+        state = self._off(model)
+        try:
+            return copy.deepcopy(model, memo)
+        finally:
+            if state is not None:
+                self._on(model, state)
+
+
+def _cannot_be_pickled(name: str, protocol: Any) -> Any:
+    raise MethodError(f"a model with {name} attached cannot be pickled; detach it first, or save its state_dict().")
 
 
 HOST = NativeHost()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+
+_logger = logging.getLogger(__name__)
 
 
 class Wrappers:
@@ -16,17 +19,29 @@ class Wrappers:
         self._undo: list[Callable[[], None]] = []
 
     def wrap(self, module: nn.Module, name: str, wrapper: Callable[..., Any]) -> Callable[..., Any]:
-        """Put ``wrapper`` in the place of a method, on this object only; returns what was there."""
+        """Put ``wrapper`` in the place of a method, on this object only; returns what was there.
+
+        Somebody else may put something around the wrapper meanwhile (torch.compile, a tracer). That is not ours to
+        remove: it stays, and the wrapper inside it hands every call on from then.
+        """
         before, own = getattr(module, name), module.__dict__.get(name)
+        acting = True
 
         @functools.wraps(before)  # generate reads signatures
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            return wrapper(*args, **kwargs)
+            return wrapper(*args, **kwargs) if acting else before(*args, **kwargs)
 
         setattr(module, name, wrapped)
 
         def undo() -> None:
-            if own is None:
+            nonlocal acting
+            acting = False
+            if module.__dict__.get(name) is not wrapped:
+                _logger.warning(
+                    "%s.%s was changed while a method was attached; the change stays, without the method.",
+                    type(module).__name__, name,
+                )  # fmt: skip
+            elif own is None:
                 delattr(module, name)
             else:  # e.g. accelerate's, of a model that is spread over devices
                 setattr(module, name, own)
