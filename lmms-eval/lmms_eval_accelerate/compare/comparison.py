@@ -13,6 +13,7 @@ from accelerate_methods.registry.families import keys
 from accelerate_methods.registry.settings import Setting
 from accelerate_methods.stages.errors import MethodError
 from lmms_eval_accelerate import ROOT, embedded
+from lmms_eval_accelerate.benchmarks.contents import task_facts
 from lmms_eval_accelerate.models.arguments import COMMON, HF
 from lmms_eval_accelerate.runs.files import COMPARISON_PLAN, read_json, write_json
 from lmms_eval_accelerate.runs.fingerprint import checkpoint_facts, code_hash, versions
@@ -87,7 +88,7 @@ class Comparison:
         wanted = {
             "runs": {run.name: [str(run.output), *run.argv] for run in runs},
             "checkpoint": checkpoint_facts(self.pretrained),
-            "data": str(data) if data else None,
+            "data": {"folder": str(data) if data else None, **task_facts(self.tasks, data)},
             "gpus_per_model": machines.gpus_per_model,
             "versions": versions(),
             "code": code_hash(),

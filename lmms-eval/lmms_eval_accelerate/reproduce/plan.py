@@ -17,7 +17,7 @@ from typing import Any
 from accelerate_methods.registry.pipeline import resolve
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from lmms_eval_accelerate import ROOT, embedded
-from lmms_eval_accelerate.benchmarks.catalog import Benchmark
+from lmms_eval_accelerate.benchmarks import contents
 from lmms_eval_accelerate.reproduce.choice import EMBEDDED, Choices, ChosenPart, check_extra
 from lmms_eval_accelerate.reproduce.schema import Column, Part, TableRow
 from lmms_eval_accelerate.reproduce.tables import MODEL_KEYS
@@ -92,7 +92,7 @@ def plan(selections: list[ChosenPart], choices: Choices, machines: Machines, out
             for column in selection.columns:
                 measured = column.benchmark
                 if measured.name not in data:
-                    data[measured.name] = data_facts(choices.data, measured)
+                    data[measured.name] = contents.facts(measured, choices.data)
                 unit = _unit(part, row, column, choices, common, {**of_part, "data": data[measured.name]}, output)
                 known = units.setdefault((unit.task, unit.hash), unit)
                 selection.units[row.name, column.title] = known
@@ -175,19 +175,6 @@ def _check_method(row: TableRow, arguments: Mapping[str, Any]) -> None:
     own = {k: v for k, v in arguments.items() if k in row.model_args() and k != "method"}
     if resolve(row.model_args().get("method"), **own).to_dict() != row.pipeline.to_dict():
         raise MethodError(f"{row.pipeline.describe()} (row {row.name!r}) cannot be written as model arguments.")
-
-
-def data_facts(data: Path | None, measured: Benchmark) -> Any:
-    """What identifies a benchmark's data: names and sizes of its files in a data folder, or that it is the hub's."""
-    if measured.embedded:
-        return None  # they come with the project and a pinned package
-    if data is None:
-        return "hub"
-    files = []
-    for folder in (data / measured.dataset, *((data / "home" / measured.media,) if measured.media else ())):
-        names = [(p.relative_to(data), p.stat().st_size) for p in sorted(folder.rglob("*")) if p.is_file()]
-        files += [[str(name), size] for name, size in names if not any(part.startswith(".") for part in name.parts)]
-    return {"folder": str(data), "files": len(files), "hash": short_hash(files)}
 
 
 def hub_commits(units: Sequence[Unit]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from tests.support.paths import FIXTURES
 
 pytest.importorskip("pyarrow")
 
-from lmms_eval_accelerate.benchmarks import check, prepare, require
+from lmms_eval_accelerate.benchmarks import check, contents, layout, prepare, require
 from lmms_eval_accelerate.benchmarks.catalog import BENCHMARKS, benchmark
 from lmms_eval_accelerate.benchmarks.command import main
 from lmms_eval_accelerate.benchmarks.prepare import unpack
@@ -297,16 +297,16 @@ def refused(source: Path, target: Path, message: str = "is damaged") -> None:
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
-@pytest.mark.parametrize("layout", ["whole", "parts", "archives"])
-def test_tar_files(tmp_path, compression, layout) -> None:
+@pytest.mark.parametrize("kind", ["whole", "parts", "archives"])
+def test_tar_files(tmp_path, compression, kind) -> None:
     source, names = tmp_path / "in", list(MEMBERS)
     source.mkdir()
-    if layout == "archives":
+    if kind == "archives":
         tar_of(source / f"videos_1.tar{compression}", names[:2], compression)
         tar_of(source / f"videos_2.tar{compression}", names[2:], compression)
     else:
         whole = tar_of(source / f"videos.tar{compression}", compression=compression)
-        if layout == "parts":
+        if kind == "parts":
             content = whole.read_bytes()
             whole.unlink()
             for n, start in enumerate(range(0, len(content), 3000)):
@@ -494,3 +494,50 @@ def test_prepare_notices_another_layout(hub, tmp_path) -> None:
         file.rename(file.with_name("all.parquet"))
     with pytest.raises(MethodError, match=r"has no file \*/test-\*.parquet or test-\*.parquet"):
         prepare(bench, tmp_path / "data", QUIET)
+
+
+# -- what identifies the data ------------------------------------------------------------------------------------------
+
+
+def changed_in_place(path: Path) -> None:
+    """Another content of equal size and time."""
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("bench", HUB, ids=lambda b: b.name)
+def test_annotations_count_by_content(bench, data) -> None:
+    before = contents.facts(bench, data)
+    assert contents.facts(bench, data) == before
+    for config, _ in layout.configs(bench):
+        changed_in_place(layout.annotations(data / bench.dataset, config, bench.split)[0])
+        now = contents.facts(bench, data)
+        assert now["hash"] != before["hash"] and now["files"] == before["files"]
+        before = now
+
+
+def test_media_count_by_size_and_time(data) -> None:
+    bench = benchmark("videomme")
+    seen, video = [contents.facts(bench, data)], min(videos(bench, data))
+    os.utime(video, (1, 1))
+    seen.append(contents.facts(bench, data))
+    video.write_bytes(video.read_bytes() + b"more")
+    os.utime(video, (1, 1))
+    seen.append(contents.facts(bench, data))
+    assert len({fact["hash"] for fact in seen}) == 3
+    (data / "home/videomme/.unpacked.json").write_text("{}")  # what this project notes there is no data
+    assert contents.facts(bench, data) == seen[2]
+
+
+def test_embedded_data_count_by_content(tmp_path, monkeypatch) -> None:
+    bench = benchmark("shapes_video")
+    copy = shutil.copytree(contents.QUESTIONS[bench.task].parent, tmp_path / "shapes_video")
+    monkeypatch.setitem(contents.QUESTIONS, bench.task, copy / contents.QUESTIONS[bench.task].name)
+    before = contents.facts(bench, None)
+    for path in (copy / "quick.jsonl", min((copy / "clips").glob("*.mp4"))):
+        changed_in_place(path)
+        assert contents.facts(bench, None) != before
+        before = contents.facts(bench, None)
+    assert list(contents.task_facts("shapes_video,of_another_project", None)) == ["shapes_video"]

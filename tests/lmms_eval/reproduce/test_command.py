@@ -139,6 +139,12 @@ def test_data_and_judge_change_the_hash(tmp_path, monkeypatch):
     seen.append(hashes(path, tmp_path, data=data)["dense"])
     (data / "lmms-eval" / "other.parquet").write_text("of another set")
     assert len(set(seen)) == 4 and hashes(path, tmp_path, data=data)["dense"] == seen[3]
+    (data / "lmms-eval" / "Video-MME" / "test.parquet").write_text("ROWS")  # as long as before
+    seen.append(hashes(path, tmp_path, data=data)["dense"])
+    (data / "home" / "videomme" / "a.mp4").write_text("FRAMES")
+    os.utime(data / "home" / "videomme" / "a.mp4", (1, 1))
+    seen.append(hashes(path, tmp_path, data=data)["dense"])
+    assert len(set(seen)) == 6 and hashes(path, tmp_path, data=data)["dense"] == seen[5]
     path = write_table(tmp_path / "t", columns={"QA": "{benchmark: activitynetqa}"}, published={"dense": {"QA": 1}})
     before = hashes(path, tmp_path)["dense"]
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
