@@ -59,8 +59,12 @@ class DecoderLayers:
 
     def norm(self, hidden: Tensor) -> Tensor:
         """The norm behind the last layer."""
-        name = "norm" if hasattr(self._decoder, "norm") else "final_layernorm"
-        return getattr(self._decoder, name)(hidden)
+        return self.final_norm(hidden)
+
+    @property
+    def final_norm(self) -> Any:
+        """The module that does it; AttributeError if the decoder has none under a known name."""
+        return self._decoder.final_layernorm if hasattr(self._decoder, "final_layernorm") else self._decoder.norm
 
     def rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary tables for positions [B, L] or [R, B, L], beside ``hidden`` (the module may compute elsewhere)."""

@@ -23,19 +23,12 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from accelerate_methods.engine.cache import (
-    CacheState,
-    KeyView,
-    LayerCache,
-    cached_length,
-    gather_rows,
-    grown,
-    whole_keys,
-)
+from accelerate_methods.engine.cache import CacheState, KeyView, cached_length, grown, whole_keys
 from accelerate_methods.engine.devices import moved
 from accelerate_methods.engine.layers import DecoderLayers, LayerInput
 from accelerate_methods.engine.masks import cached_mask, key_mask, prefill_mask
 from accelerate_methods.engine.prompt import PromptLayout
+from accelerate_methods.engine.rows import Rows
 from accelerate_methods.stages.decode import DecodeStep
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.prefill import PrefillStep, Selection, VisualSpan
@@ -111,17 +104,7 @@ def run_decoder(
 
 
 class _Loop:
-    """One call of a decoder: its rows, layer after layer.
-
-    Attributes (those that go along with the rows move with them from device to device):
-        hidden: [B, q, D]; position_ids: [B, q] or [R, B, q]; rope: their rotary tables.
-        mask: [B, cached + q] padding of the call, or None; valid: [B, q] its part for the rows.
-        masks: which rows are visual to the prefill method ("visual", "block": with newlines) and to the decode method
-            ("decode"), [B, q] each.
-        kept: [B, q] row of the prompt that each row was, None as long as nothing has been dropped.
-        shift: [B, 1] how far positions lie behind those of the prompt, or None.
-        added: [B, q, D] each, what is added to the outputs of the first layers.
-    """
+    """One call of a decoder: its rows, layer after layer."""
 
     def __init__(
         self,
@@ -135,7 +118,7 @@ class _Loop:
         self.cache, self.use_cache, self.request = cache, use_cache, request
         self.past = cached_length(cache)
         self.state: CacheState | None = getattr(cache, "accelerate_state", None) if self.past else None
-        #: by layer, for which a method will ask attention: what it got
+        #: what the layer got for which a method will ask attention
         self.inputs: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
 
     def take(
@@ -150,37 +133,40 @@ class _Loop:
             position_ids = position_ids[-3:].expand(-1, batch, -1)
         else:
             position_ids = position_ids.expand(batch, -1)
-        self.hidden, self.position_ids = hidden, position_ids
-        self.mask = None if mask is None else mask.bool()
-        self.valid = None if self.mask is None else self.mask[:, -self.new :]
+        mask = None if mask is None else mask.bool()
         self.layout = None if layout is None or self.past else layout.expanded(batch).moved(hidden.device)
-        self.added: list[Tensor] = [] if self.layout is None else list(self.layout.added)
-        self.kept: Tensor | None = None
-        self.shift: Tensor | None = None
-        self._look_at_layout()
-        self.rope = self.layers.rotary(hidden, position_ids)
+        self.rows = Rows(
+            hidden=hidden,
+            position_ids=position_ids,
+            rope=self.layers.rotary(hidden, position_ids),
+            mask=mask,
+            valid=None if mask is None else mask[:, -self.new :],
+            masks=self._visual_rows(hidden),
+            added=[] if self.layout is None else list(self.layout.added),
+        )
 
-    def _look_at_layout(self) -> None:
-        """What the methods take for visual: only items of their modalities."""
-        none = torch.zeros(self.hidden.shape[:2], dtype=torch.bool, device=self.hidden.device)
-        self.masks = {"visual": none, "block": none, "decode": none}
+    def _visual_rows(self, hidden: Tensor) -> dict[str, Tensor]:
+        """What the methods take for visual, see :class:`.rows.Rows`: only items of their modalities."""
+        none = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        masks = {"visual": none, "block": none, "decode": none}
         self.spans: list[list[VisualSpan]] = []
         self.decodes = False  # whether there is anything for a decode method to act on
         if self.layout is None:
-            return
+            return masks
         if self.pipeline.prefill is not None:
             own = self.layout.only(self.pipeline.prefill.modalities)
             self.spans = own.spans
-            self.masks |= {"visual": own.visual, "block": own.blocks()}
+            masks |= {"visual": own.visual, "block": own.blocks()}
         if self.pipeline.decode is not None:
             own = self.layout.only(self.pipeline.decode.modalities)
             self.decodes = any(own.spans)
-            self.masks["decode"] = own.visual
+            masks["decode"] = own.visual
+        return masks
 
     def run(self) -> DecoderOutput:
         next_position = None if self.layout is None else self.layout.next_position
         if next_position is None:
-            last = self.position_ids.amax(-1, keepdim=True) + 1
+            last = self.rows.position_ids.amax(-1, keepdim=True) + 1
             next_position = last.amax(0) if last.ndim == 3 else last
         if self.past:
             self._continue()
@@ -189,10 +175,10 @@ class _Loop:
         if self.state is not None:
             self.state.next_position = next_position
         return DecoderOutput(
-            last_hidden_state=self.layers.norm(self.hidden),
+            last_hidden_state=self.layers.norm(self.rows.hidden),
             past_key_values=self.cache if self.use_cache else None,
-            kept=self.kept,
-            kept_valid=self.valid if self.kept is not None else None,
+            kept=self.rows.kept,
+            kept_valid=self.rows.valid if self.rows.kept is not None else None,
         )
 
     # -- the first prompt of a cache ---------------------------------------------------------------------------------
@@ -201,24 +187,24 @@ class _Loop:
         method = self.pipeline.prefill
         acts = method is not None and self.new > 1 and any(self.spans)
         at = set(method.prefill_layers(len(self.layers))) if acts else set()
-        lengths = self._lengths() if self.layout is None else self.layout.lengths
+        lengths = self.rows.lengths() if self.layout is None else self.layout.lengths
         state = self.state = CacheState(has_visual=self.decodes, length=self.new)
         masks: dict[str, Any] = {}
         for index in range(len(self.layers)):
             if index in at and self._select(method, index):
                 masks.clear()
-                lengths = self._lengths()
+                lengths = self.rows.lengths()
             if self._enter(index):
                 masks.clear()
             if index + 1 in at:
-                self.inputs = {index: (self.hidden, self.rope)}
+                self.inputs = {index: (self.rows.hidden, self.rows.rope)}
             kind = self.layers.kind(index)
             if kind not in masks:
-                masks[kind] = prefill_mask(self.config, kind, self.hidden, self.valid)
+                masks[kind] = prefill_mask(self.config, kind, self.rows.hidden, self.rows.valid)
             self._run_layer(index, masks[kind], self.cache)
-            if index < len(self.added):
-                self.hidden = self.hidden + self.added[index]
-            state.layers.append(self._here())
+            if index < len(self.rows.added):
+                self.rows.hidden = self.rows.hidden + self.rows.added[index]
+            state.layers.append(self.rows.cached())
             if self.request is not None:
                 self.request.layer_tokens.append(lengths)
         if len(self.layers) in at:
@@ -226,51 +212,18 @@ class _Loop:
         if self.cache is not None:
             state.keep_on(self.cache)
 
-    def _lengths(self) -> list[int] | Tensor:
-        """Real rows of each sample that the next layer gets."""
-        return [self.new] * len(self.hidden) if self.valid is None else self.valid.sum(1)
-
-    def _here(self) -> LayerCache:
-        """What a layer that has just run holds of the rows."""
-        return LayerCache(self.masks["decode"], self.valid, self.kept, self.shift)
-
     def _select(self, method: Any, index: int) -> bool:
         """Let the prefill method act before layer ``index``; whether it dropped anything."""
         selection = method.prefill(PrefillStep(self, index))
         if selection is None:
             return False
-        self._cut(selection)
+        self.rows.cut(selection, self.layers)
+        self.new = self.rows.count
         if selection.trim_cache and self.cache is not None:
-            self.state.trim(self.cache, index, selection.indices, self._here())
+            self.state.trim(self.cache, index, selection.indices, self.rows.cached())
         if self.request is not None:
-            self.request.dropped(index, self.kept, self.valid, self.layout.visual.shape[1])
+            self.request.dropped(index, self.rows.kept, self.rows.valid, self.layout.visual.shape[1])
         return True
-
-    def _cut(self, selection: Selection) -> None:
-        """Go on with the selected rows only."""
-        picked = selection.indices
-        source = self.hidden if selection.hidden_states is None else selection.hidden_states
-        self.hidden = gather_rows(source, picked)
-        self.masks = {name: mask.gather(1, picked) for name, mask in self.masks.items()}
-        self.kept = picked if self.kept is None else self.kept.gather(1, picked)
-        if self.valid is not None or selection.valid is not None:
-            valid = torch.ones_like(picked, dtype=torch.bool) if self.valid is None else self.valid.gather(1, picked)
-            self.valid = valid if selection.valid is None else valid & selection.valid
-            # padding slots hold whatever was dropped
-            self.masks = {name: mask & self.valid for name, mask in self.masks.items()}
-        self.new = picked.shape[1]
-        self.added = [gather_rows(part, picked) for part in self.added]
-        if selection.positions == "compact" and self.position_ids.ndim == 2:  # several per token are coordinates
-            start = 0 if self.valid is None else (self.new - self.valid.sum(1, keepdim=True))
-            compact = (torch.arange(self.new, device=picked.device)[None] - start).clamp(min=0)
-            behind = self.position_ids.amax(1, keepdim=True) - compact.amax(1, keepdim=True)
-            self.shift = behind if self.shift is None else self.shift + behind
-            self.position_ids = compact.expand(picked.shape[0], -1)
-            self.rope = self.layers.rotary(self.hidden, self.position_ids)
-        else:
-            every = (*self.position_ids.shape[:-2], *picked.shape)
-            self.position_ids = self.position_ids.gather(-1, picked.expand(every))
-            self.rope = tuple(gather_rows(part.expand(picked.shape[0], -1, -1), picked) for part in self.rope)
 
     # -- on top of a cache -------------------------------------------------------------------------------------------
 
@@ -284,12 +237,12 @@ class _Loop:
         shift: Tensor | None = None
         for index in range(len(self.layers)):
             if self._enter(index):
-                keep, shown = moved((keep, shown), self.hidden.device)
+                keep, shown = moved((keep, shown), self.rows.hidden.device)
             valid = self._keys_valid(index)
             known = None if state is None else state.layers[index]
             if known is not None and known.shift is not shift:  # changes at layers with a "compact" selection
                 shift = known.shift
-                self.rope = self.layers.rotary(self.hidden, self.position_ids - shift)
+                self.rows.rope = self.layers.rotary(self.rows.hidden, self.rows.position_ids - shift)
             if index == start and index > 0:
                 keep = method.decode(DecodeStep(self, index, self._keys_visual(index), valid, state.memory))
                 shown = _visible(keep, valid)
@@ -297,11 +250,11 @@ class _Loop:
                 keep = state.carried(keep, index - 1, index)
                 shown = _visible(keep, valid)
             if index + 1 == start:
-                self.inputs = {index: (self.hidden, self.rope)}
+                self.inputs = {index: (self.rows.hidden, self.rows.rope)}
             if shown is None:
                 self._run_layer(index, self._mask(index, valid), self.cache)
             else:
-                mask = key_mask(self.config, self.hidden, shown.valid)
+                mask = key_mask(self.config, self.rows.hidden, shown.valid)
                 self._run_layer(index, mask, KeyView(self.cache, shown.indices))
         if state is not None and self.new > 1:  # a later turn: its tokens become part of what decode steps must see
             for index, known in enumerate(state.layers):
@@ -312,7 +265,7 @@ class _Loop:
         if valid is None and self.new == 1:
             return None
         sizes = self.cache.get_mask_sizes(self.new, index)
-        return cached_mask(self.config, self.layers.kind(index), self.hidden, valid, sizes)
+        return cached_mask(self.config, self.layers.kind(index), self.rows.hidden, valid, sizes)
 
     def _keys_total(self, index: int, done: bool) -> int:
         """Keys of layer ``index``, those of this call included. ``done``: the layer has run."""
@@ -325,16 +278,16 @@ class _Loop:
     def _keys_valid(self, index: int, done: bool = False) -> Tensor | None:
         """[B, S] which keys of layer ``index`` are real; None if all are."""
         if self.state is None:
-            return self.mask
+            return self.rows.mask
         known = self.state.layers[index]
         valid = known.valid
         if valid is None:
-            if self.new == 1 or self.valid is None:
+            if self.new == 1 or self.rows.valid is None:
                 return None
             valid = torch.ones_like(known.visual)
         valid = grown(valid, self._keys_total(index, done), self.new, True)
-        if self.new > 1 and self.valid is not None:  # a later turn may be padded itself
-            valid = torch.cat([valid[:, : -self.new], self.valid], dim=1)
+        if self.new > 1 and self.rows.valid is not None:  # a later turn may be padded itself
+            valid = torch.cat([valid[:, : -self.new], self.rows.valid], dim=1)
         return valid
 
     # -- one layer ---------------------------------------------------------------------------------------------------
@@ -342,15 +295,14 @@ class _Loop:
     def _enter(self, index: int) -> bool:
         """Take everything along to the device of layer ``index``; whether it had to be moved."""
         device = self.layers.device(index)
-        if device is None or device == self.hidden.device:
+        if device is None or device == self.rows.hidden.device:
             return False
-        for name in ("hidden", "rope", "position_ids", "mask", "valid", "masks", "kept", "shift", "added"):
-            setattr(self, name, moved(getattr(self, name), device))
+        self.rows.move(device)
         return True
 
     def _run_layer(self, index: int, mask: Any, cache: Any) -> None:
-        self.hidden = self.layers.run(
-            index, self.hidden, self.rope, mask, past_key_values=cache, use_cache=self.use_cache
+        self.rows.hidden = self.layers.run(
+            index, self.rows.hidden, self.rows.rope, mask, past_key_values=cache, use_cache=self.use_cache
         )
 
     def attention_rows(

@@ -83,13 +83,14 @@ class PrefillStep:
         self._loop = loop
         self.layer = layer
         self.num_layers = len(loop.layers)
-        self.hidden_states = loop.hidden
-        self.visual = loop.masks["visual"]
-        self.block = loop.masks["block"]
-        self.valid = loop.valid
-        self.position_ids = loop.position_ids
+        rows = loop.rows
+        self.hidden_states = rows.hidden
+        self.visual = rows.masks["visual"]
+        self.block = rows.masks["block"]
+        self.valid = rows.valid
+        self.position_ids = rows.position_ids
         self.spans = loop.spans
-        self.rows = loop.kept
+        self.rows = rows.kept
         self.lengths = loop.layout.lengths
         self.num_heads = loop.config.num_attention_heads
 

@@ -81,8 +81,9 @@ class Family(ABC):
         self.model, self.config = model, model.config
         with expected(model):
             self.language: nn.Module = model.model.language_model
-            for name in ("layers", "norm", "rotary_emb", "embed_tokens"):
+            for name in ("layers", "rotary_emb", "embed_tokens"):
                 getattr(self.language, name)
+            DecoderLayers(self.language).final_norm  # noqa: B018
 
     def check_attention(self) -> None:
         """Raise :class:`MethodError` unless attention of the decoder can be computed anew for some rows."""
