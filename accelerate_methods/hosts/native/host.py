@@ -87,7 +87,6 @@ class NativeHost(Host):
         try:
             self._on(model, state)
         except BaseException:
-            state.remove()
             if previous is not None:
                 self._on(model, previous)
             raise
@@ -102,7 +101,11 @@ class NativeHost(Host):
             self._on(model, previous)
 
     def _on(self, model: Any, state: NativeAcceleration) -> None:
-        state.install()
+        try:
+            state.install()
+        except BaseException:
+            state.remove()
+            raise
         model.__dict__["acceleration"] = state
         model.__dict__["__deepcopy__"] = functools.partial(self._copied, model)
         model.__dict__["__reduce_ex__"] = functools.partial(_cannot_be_pickled, state.pipeline.name)
