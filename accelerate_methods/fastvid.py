@@ -15,16 +15,17 @@ The steps named below are those of docs/methods/fastvid.md.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import accumulate, groupby
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from accelerate_methods.ops.density import density_peak_scores
-from accelerate_methods.ops.merge import merge_to_anchors
-from accelerate_methods.ops.segment import consecutive_similarity, dynamic_segments
-from accelerate_methods.ops.select import mask_to_indices, top_mask
+from accelerate_methods.ops.merge import AnchorSets, Membership, blend_into_anchors, nearest_anchors
+from accelerate_methods.ops.segment import consecutive_similarity, segment_sizes
+from accelerate_methods.ops.select import mask_to_indices, on_device, top_mask
 from accelerate_methods.registry import register
 from accelerate_methods.stages.budget import floor_share
 from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem, selection
@@ -77,13 +78,13 @@ class FastVID(CompressMethod):
         if quota >= per_frame:
             return selection(item, torch.arange(item.num_tokens, device=item.features.device))
         variant = self.variant if self.variant != "auto" else "llava_video" if item.layout == "grid" else "onevision"
-        frame_features = item.signal("frame_features")
-        sizes = dynamic_segments(frame_features, self.c, self.tau)
-        similarity = consecutive_similarity(frame_features).tolist() if variant == "qwen2_5_vl" else []
-        plan = plan_quotas(sizes, per_frame, quota, self.d, self.p, variant, similarity, self.ignore)
-        counts = torch.tensor([plan.salient, plan.context], device=item.features.device)
-        salient = top_mask(item.signal("pooling_attention"), counts[0])
-        context = context_mask(item.features, salient, plan, counts[1], self.tie_noise)
+        # The one read: how the frames are cut decides every size that follows.
+        similarity = consecutive_similarity(item.signal("frame_features")).cpu()
+        sizes = segment_sizes(similarity, self.c, self.tau)
+        alike = similarity.tolist() if variant == "qwen2_5_vl" else []
+        plan = plan_quotas(sizes, per_frame, quota, self.d, self.p, variant, alike, self.ignore)
+        salient = top_mask(item.signal("pooling_attention"), plan.salient)
+        context = context_tokens(item.features, salient, plan, self.tie_noise)
         return _merge(item, salient, context, plan, variant, self.beta)
 
     def frame_budget(self, per_frame: int) -> int:
@@ -94,23 +95,23 @@ class FastVID(CompressMethod):
 
 
 @dataclasses.dataclass
-class Problem:
-    """One merging problem: ``anchor_frames`` of ``count`` context tokens each share the pool of frames [start, end)."""
-
-    start: int
-    end: int
-    anchor_frames: list[int]
-    count: int
-
-
-@dataclasses.dataclass
 class Quotas:
-    """Token quotas of every frame (host integers) and the merging problems that follow from them."""
+    """Token quotas of every frame (host integers) and the merging problems that follow from them.
+
+    Attributes:
+        sizes: frames of each segment.
+        salient, context: tokens of each frame.
+        problems: pools and anchors, both counted in tokens; the sets of a problem are neighbouring anchor frames.
+    """
 
     sizes: list[int]
     salient: list[int]
     context: list[int]
-    problems: list[Problem]
+    problems: list[AnchorSets]
+
+    @property
+    def anchor_frames(self) -> list[int]:
+        return [frame for frame, count in enumerate(self.context) if count]
 
     @property
     def total(self) -> int:
@@ -149,12 +150,15 @@ def plan_quotas(
             salient, context = _quotas_static(length, quota, d, p, inside, ignore, per_frame)
         context = [min(c, per_frame - s) for c, s in zip(context, salient, strict=True)]
         # onevision merges an anchor frame within itself when its quota is just the per-frame context share
-        own = variant == "onevision"
-        alone = [start + i for i, c in enumerate(context) if c and own and c == int(quota * d)]
-        for count in sorted({c for i, c in enumerate(context) if c and start + i not in alone}):
-            frames = [start + i for i, c in enumerate(context) if c == count]
-            plan.problems.append(Problem(start, start + length, frames, count))
-        plan.problems.extend(Problem(f, f + 1, [f], context[f - start]) for f in alone)
+        alone = int(quota * d) if variant == "onevision" else 0
+        anchors = [(start + i, c) for i, c in enumerate(context) if c]
+        first = sum(plan.context)
+        for count, frames in groupby(anchors, key=lambda anchor: anchor[1]):
+            frames = [frame for frame, _ in frames]
+            pools = [(f, f + 1, 1) for f in frames] if count == alone else [(start, start + length, len(frames))]
+            for begin, end, sets in pools:
+                plan.problems.append(AnchorSets(begin * per_frame, end * per_frame, first, sets, count))
+                first += sets * count
         plan.salient += salient
         plan.context += context
         start += length
@@ -207,80 +211,86 @@ def _quotas_static(
     return salient, context
 
 
-def context_mask(features: Tensor, salient: Tensor, plan: Quotas, counts: Tensor, tie_noise: float = 0.0) -> Tensor:
-    """[F, N] mask of the density peaks among each anchor frame's non-salient tokens (step 5).
+def context_tokens(features: Tensor, salient: Tensor, plan: Quotas, tie_noise: float = 0.0) -> Tensor:
+    """Flat indices, ascending, of the density peaks among each anchor frame's non-salient tokens (step 5).
 
-    Anchor frames with the same number of candidates are scored as one batch; other frames are not looked at.
+    All anchor frames are scored as one batch (padded where they differ in candidates); other frames are not looked at.
+
+    Args:
+        features: [F, N, D]; salient: [F, N] bool.
     """
-    mask = torch.zeros_like(salient)
-    per_frame = features.shape[1]
-    by_candidates: dict[int, list[int]] = {}
-    for frame, count in enumerate(plan.context):
-        if count:
-            by_candidates.setdefault(per_frame - plan.salient[frame], []).append(frame)
-    for candidates, frames in by_candidates.items():
-        index = torch.tensor(frames, device=features.device)
-        rest = mask_to_indices(~salient[index], candidates)
-        noise = None
-        if tie_noise:
-            # A generator of our own, seeded per call: results must not depend on what ran before.
-            noise = tie_noise * torch.rand(rest.shape, generator=torch.Generator().manual_seed(0))
-            noise = noise.to(features.device)
-        _, score = density_peak_scores(features[index[:, None], rest], NEIGHBOURS, noise)
-        peaks = top_mask(score, counts[index])
-        mask[index] = mask[index].scatter(1, rest, peaks)
-    return mask
+    per_frame, device = features.shape[1], features.device
+    if not plan.anchor_frames:
+        return torch.zeros(0, dtype=torch.long, device=device)
+    candidates = [per_frame - plan.salient[frame] for frame in plan.anchor_frames]
+    quotas = [plan.context[frame] for frame in plan.anchor_frames]
+    frames, sizes, counts = on_device([plan.anchor_frames, candidates, quotas], device)
+    rest = mask_to_indices(~salient[frames], max(candidates))
+    flat = rest + frames[:, None] * per_frame
+    noise = None
+    if tie_noise:
+        # A generator of our own, seeded per call: results must not depend on what ran before.
+        noise = tie_noise * torch.rand(rest.shape, generator=torch.Generator().manual_seed(0))
+        noise = on_device(noise, device)
+    padded = sizes if min(candidates) < max(candidates) else None
+    _, score = density_peak_scores(features.flatten(0, 1)[flat], NEIGHBOURS, noise, padded)
+    peaks = top_mask(score, counts if min(quotas) < max(quotas) else quotas[0])
+    chosen = mask_to_indices(peaks.view(1, -1), sum(quotas))[0]
+    return flat.flatten()[chosen]
 
 
 def _merge(item: VisualItem, salient: Tensor, context: Tensor, plan: Quotas, variant: str, beta: float) -> Compressed:
     """Steps 6 and 7: merge into the context tokens, gather everything in order of position."""
-    features, per_frame = item.features, item.tokens_per_frame
-    kept_mask = (salient | context).flatten()
-    kept = mask_to_indices(kept_mask[None], plan.total)[0]
-    rank = kept_mask.long().cumsum(0) - 1
-    tokens = features.flatten(0, 1)[kept]
-    owner = torch.full((item.num_frames, per_frame), -1, dtype=torch.long, device=features.device)
-    best = torch.full(owner.shape, -torch.inf, device=features.device, dtype=features.dtype)
-    for batch in _batched(plan.problems):
-        frames = torch.tensor([p.anchor_frames for p in batch], device=features.device)  # [P, A]
-        start, end, count = batch[0].start, batch[0].end, batch[0].count
-        if len(batch) == 1:
-            pool, rows = features[start:end].flatten(0, 1)[None], slice(start, end)
-        else:  # single-frame problems
-            pool, rows = features[frames[:, 0]], frames[:, 0]
-        index = mask_to_indices(context[frames.flatten()], count).view(*frames.shape, count)
-        anchors = features[frames[..., None], index]
-        in_pool = ~salient[rows].view(len(batch), 1, -1)
-        flat_index = index + (frames * per_frame)[..., None]
-        if variant != "onevision":
-            own = torch.zeros(len(batch), frames.shape[1], pool.shape[1], dtype=torch.bool, device=pool.device)
-            own.scatter_(2, flat_index - (start if len(batch) == 1 else frames[:, :1, None]) * per_frame, True)
-            in_pool = in_pool & ~own
-        merged, assignment, similarity = merge_to_anchors(pool, anchors, in_pool, beta)
-        tokens[rank[flat_index]] = merged
-        # A pool token may feed one anchor of every anchor frame; provenance names the most similar of them.
-        similarity, winner = similarity.max(dim=1)
-        target = rank[flat_index].gather(2, assignment).gather(1, winner[:, None])[:, 0]
-        similarity, target = similarity.view(-1, per_frame), target.view(-1, per_frame)
-        better = similarity > best[rows]
-        owner[rows] = torch.where(better, target, owner[rows])
-        best[rows] = torch.where(better, similarity, best[rows])
-    owner = torch.where(kept_mask, rank, owner.flatten()).view(owner.shape)
+    features = item.features.flatten(0, 1)
+    is_salient = salient.flatten()
+    is_kept = is_salient.clone()
+    is_kept[context] = True
+    kept = mask_to_indices(is_kept[None], plan.total)[0]
+    rank = is_kept.cumsum(0) - 1
+    tokens = features[kept]
+    owner = torch.where(is_kept, rank, -1)
+    if plan.problems:
+        anchors, row = features[context], rank[context]
+        member = nearest_anchors(features, anchors, plan.problems)
+        blocked = is_salient[member.token]
+        used = len(member.token) - _salient_entries(plan, item.tokens_per_frame)
+        if variant != "onevision":  # an anchor frame's own context tokens are not merged into each other
+            frame = context[member.anchor] // item.tokens_per_frame
+            own = ~blocked & is_kept[member.token] & (member.token // item.tokens_per_frame == frame)
+            blocked = blocked | own
+            used -= sum(plan.context)
+        tokens[row] = blend_into_anchors(features, anchors, member, ~blocked, used, beta)
+        owner = torch.where(is_kept, rank, _most_similar(member, blocked, row, is_kept.shape[0]))
     info = {
         "variant": variant,
         "segment_sizes": plan.sizes,
         "salient_per_frame": plan.salient,
         "context_per_frame": plan.context,
     }
-    return Compressed(tokens=tokens, positions=item.positions.flatten()[kept], owner=owner, info=info)
+    return Compressed(
+        tokens=tokens,
+        positions=item.positions.flatten()[kept],
+        owner=owner.view(salient.shape),
+        info=info,
+        order="given",  # ascending
+    )
 
 
-def _batched(problems: list[Problem]) -> Iterator[list[Problem]]:
-    """Single-frame problems of equal count together, every other problem alone."""
-    single: dict[int, list[Problem]] = {}
-    for problem in problems:
-        if problem.end - problem.start == 1:
-            single.setdefault(problem.count, []).append(problem)
-        else:
-            yield [problem]
-    yield from single.values()
+def _salient_entries(plan: Quotas, per_frame: int) -> int:
+    """Salient tokens in the pools, once for every set that looks at the pool."""
+    before = [0, *accumulate(plan.salient)]
+    return sum(p.sets * (before[p.end // per_frame] - before[p.start // per_frame]) for p in plan.problems)
+
+
+def _most_similar(member: Membership, blocked: Tensor, row: Tensor, total: int) -> Tensor:
+    """[total] output row that each token was merged into, -1 where it was not.
+
+    A pool token may feed one anchor of every anchor frame; provenance names the most similar of them.
+    """
+    at = member.place * total + member.token
+    similarity = member.similarity.new_full((member.most_places * total,), -torch.inf)
+    similarity.scatter_(0, at, member.similarity.masked_fill(blocked, -torch.inf))
+    anchor = torch.zeros_like(similarity, dtype=torch.long).scatter_(0, at, member.anchor)
+    best, place = similarity.view(-1, total).max(0)
+    anchor = anchor.view(-1, total).gather(0, place[None])[0]
+    return torch.where(best > -torch.inf, row[anchor], -1)

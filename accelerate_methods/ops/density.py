@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from accelerate_methods.ops.select import by_score
+
 _EXACT_UP_TO = 25  # tokens; as torch.cdist, which computes larger sets through their products
 
 
@@ -26,17 +28,22 @@ def squared_distances(tokens: Tensor, exact: bool = False) -> Tensor:
     return squared
 
 
-def density_peak_scores(tokens: Tensor, neighbours: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def density_peak_scores(
+    tokens: Tensor, neighbours: int, noise: Tensor | None = None, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Density and density-peak score of every token within its own set.
 
     With distances ``dist_ij = |x_i - x_j| / sqrt(D)`` (float32): the density is ``exp(-mean of the k smallest
     dist_ij^2)``, i itself among the k; the peak distance is the smallest distance to a denser token, or the largest
-    distance of the whole set for the densest; the score is their product.
+    distance of the whole set for the densest; the score is their product. Of two tokens of equal density the one of
+    lower index counts as the denser: tokens that are much alike, as those of a flat region, all have density 1 in
+    float32, and without an order among them every one would be "the densest" of its set.
 
     Args:
         tokens: [B, M, D], B independent sets; any float dtype, computed in float32.
-        neighbours: k; clipped to M.
+        neighbours: k; clipped to the size of a set.
         noise: [B, M] added to the density to break ties, or None.
+        counts: [B] sizes of sets that are padded to M at the end; None where all are full. Padding scores -inf.
 
     Returns:
         density [B, M] and score [B, M], float32.
@@ -44,11 +51,18 @@ def density_peak_scores(tokens: Tensor, neighbours: int, noise: Tensor | None = 
     Source: FastVID (LunarShen/FastVID@a40a109); the rules are in docs/methods/fastvid.md, step 5.
     """
     squared = squared_distances(tokens)
-    density = (-_spread(squared, neighbours)).exp()
+    padding = None
+    if counts is not None:
+        padding = torch.arange(squared.shape[-1], device=squared.device) >= counts[:, None]
+        squared = squared.masked_fill(padding[:, None, :], torch.inf)
+    density = (-_spread(squared, neighbours, counts)).exp()
     if noise is not None:
         density = density + noise
-    denser = density[:, None, :] > density[:, :, None]
-    return density, density * _peak_distance(squared, denser)
+    if padding is None:
+        return density, density * _peak_distance(squared, density)
+    density = density.masked_fill(padding, -torch.inf)
+    squared = squared.masked_fill(padding[:, :, None] | padding[:, None, :], 0.0)
+    return density, (density * _peak_distance(squared, density)).masked_fill(padding, -torch.inf)
 
 
 def dpc_knn(
@@ -60,8 +74,8 @@ def dpc_knn(
         tokens: [B, M, D], B independent sets; any float dtype, computed in float32.
         clusters: n, clipped to 1..M; neighbours: k of the density, clipped to M.
         noise: [B, M] added to the density to break ties. Without it densities are taken relative to the largest of the
-            set: the same clusters, but no underflow where tokens lie far apart; of two equal ones, the lower index
-            counts as the denser.
+            set: the same clusters, but no underflow where tokens lie far apart. Equal ones are ordered as in
+            :func:`density_peak_scores`.
         exact: see :func:`squared_distances`.
 
     Returns:
@@ -77,22 +91,29 @@ def dpc_knn(
         density = (spread.amin(1, keepdim=True) - spread).exp()
     else:
         density = (-spread).exp() + noise
-    ours, others = density[:, :, None], density[:, None, :]
-    index = torch.arange(size, device=tokens.device)
-    denser = (others > ours) | ((others == ours) & (index[None, :] < index[:, None]))
-    score = density * _peak_distance(squared, denser)
-    centres = torch.sort(score, dim=-1, descending=True, stable=True).indices[:, :clusters]
+    score = density * _peak_distance(squared, density)
+    centres = by_score(score)[:, :clusters]
     labels = squared.gather(2, centres[:, None, :].expand(-1, size, -1)).argmin(2)
     labels.scatter_(1, centres, torch.arange(clusters, device=tokens.device).expand_as(centres))
     return labels, centres
 
 
-def _spread(squared: Tensor, neighbours: int) -> Tensor:
-    """[B, M] mean of each token's k smallest squared distances."""
-    return squared.topk(min(neighbours, squared.shape[-1]), dim=-1, largest=False).values.mean(-1)
+def _spread(squared: Tensor, neighbours: int, counts: Tensor | None = None) -> Tensor:
+    """[B, M] mean of each token's k smallest squared distances; sets of ``counts`` [B] tokens may have fewer than k."""
+    nearest = squared.topk(min(neighbours, squared.shape[-1]), dim=-1, largest=False).values
+    if counts is None:
+        return nearest.mean(-1)
+    number = counts.clamp(min=1, max=nearest.shape[-1])[:, None]
+    beyond = torch.arange(nearest.shape[-1], device=squared.device) >= number[..., None]
+    return nearest.masked_fill(beyond, 0.0).sum(-1) / number
 
 
-def _peak_distance(squared: Tensor, denser: Tensor) -> Tensor:
-    """[B, M] distance to the nearest denser token, or the largest of the set. ``denser`` [B, i, j]: j is, than i."""
+def _peak_distance(squared: Tensor, density: Tensor) -> Tensor:
+    """[B, M] distance to the nearest denser token (of equals the lower index is), or the largest of the set."""
+    order = torch.sort(density, dim=-1, descending=True, stable=True).indices
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
     farthest = squared.flatten(1).amax(1)[:, None, None]
+    denser = rank[:, None, :] < rank[:, :, None]
     return torch.where(denser, squared, farthest).amin(-1).sqrt()

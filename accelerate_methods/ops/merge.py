@@ -1,39 +1,153 @@
-"""Merging tokens into chosen ones."""
+"""Merging tokens into chosen ones, and averaging them group by group."""
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from accelerate_methods.ops.select import on_device
 
-def merge_to_anchors(pool: Tensor, anchors: Tensor, in_pool: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Blend every anchor with the mean of the pool tokens nearest to it (FastVID's density-based token merging).
 
-    Each pool token goes to the anchor of highest cosine similarity; with n tokens of mean ``m`` an anchor ``t`` becomes
-    ``w*t + (1-w)*m``, ``w = max(beta, 1/(n+1))``.
+@dataclasses.dataclass(frozen=True)
+class AnchorSets:
+    """Sets of anchors that share a pool of tokens. Host integers.
+
+    Attributes:
+        start, end: the pool: rows of the tokens.
+        first: the first anchor; ``sets`` sets of ``size`` anchors each follow one another.
+    """
+
+    start: int
+    end: int
+    first: int
+    sets: int
+    size: int
+
+
+@dataclasses.dataclass
+class Membership:
+    """Which anchor of a set each token of its pool goes to. E: one entry for every pair of a set and a token.
+
+    Attributes:
+        number: [E] running number of the set; place: [E] its number among the sets of its pool (host: ``most_places``
+            of them at most).
+        token: [E] row of the token; anchor: [E] row of the anchor.
+        similarity: [E] inner product of the token with the anchor divided by its norm.
+    """
+
+    number: Tensor
+    place: Tensor
+    token: Tensor
+    anchor: Tensor
+    similarity: Tensor
+    most_places: int
+
+
+def nearest_anchors(tokens: Tensor, anchors: Tensor, problems: Sequence[AnchorSets]) -> Membership:
+    """The anchor of highest cosine similarity in every set, for every token of the set's pool; the first one on a tie.
+
+    Pools are slices of ``tokens``: nothing is copied, and pools of one form that follow each other are one product.
 
     Args:
-        pool: [P, M, D] one pool per problem.
-        anchors: [P, A, K, D]; A independent sets of K anchors share a pool.
-        in_pool: [P, A, M] (or broadcastable) False where a pool row takes no part.
+        tokens: [T, D]; anchors: [C, D]; problems: anchors and, where pools of equal form follow each other, tokens in
+            ascending order.
+    """
+    unit = torch.nn.functional.normalize(anchors, dim=-1, eps=1e-12)
+    best = []
+    for run in _runs(problems):
+        pools, problem = len(run), run[0]
+        pool = tokens[problem.start : run[-1].end].unflatten(0, (pools, -1))
+        rows = unit[problem.first : problem.first + pools * problem.sets * problem.size].unflatten(0, (pools, -1))
+        product = torch.bmm(rows, pool.transpose(1, 2))
+        best.append(product.view(pools * problem.sets, problem.size, -1).max(dim=1))
+    similarity = torch.cat([part.values.flatten() for part in best])
+    assignment = torch.cat([part.indices.flatten() for part in best])
+    # per set: tokens in its pool, its place among the sets of the pool, its first anchor, pool row less entry number
+    table, entries = [], 0
+    for problem in problems:
+        length = problem.end - problem.start
+        for place in range(problem.sets):
+            table.append((length, place, problem.first + place * problem.size, problem.start - entries))
+            entries += length
+    lengths, *columns = on_device(list(zip(*table, strict=True)), tokens.device)
+    number = torch.repeat_interleave(lengths, output_size=entries)
+    place, first, shift = torch.stack(columns)[:, number]
+    return Membership(
+        number=number,
+        place=place,
+        token=torch.arange(entries, device=tokens.device) + shift,
+        anchor=first + assignment,
+        similarity=similarity,
+        most_places=max(problem.sets for problem in problems),
+    )
+
+
+def _runs(problems: Sequence[AnchorSets]) -> Iterator[list[AnchorSets]]:
+    """Neighbours of one form, pool next to pool and anchors next to anchors."""
+    previous: AnchorSets | None = None
+    number = 0
+    numbers = []
+    for problem in problems:
+        alike = previous is not None and (
+            (problem.start, problem.first) == (previous.end, previous.first + previous.sets * previous.size)
+            and (problem.sets, problem.size) == (previous.sets, previous.size)
+            and problem.end - problem.start == previous.end - previous.start
+        )
+        number += not alike
+        numbers.append(number)
+        previous = problem
+    for _, run in groupby(zip(numbers, problems, strict=True), key=lambda pair: pair[0]):
+        yield [problem for _, problem in run]
+
+
+def blend_into_anchors(
+    tokens: Tensor, anchors: Tensor, member: Membership, takes_part: Tensor, count: int, beta: float
+) -> Tensor:
+    """Blend every anchor with the mean of its members (FastVID's density-based token merging).
+
+    With n members of mean ``m`` an anchor ``t`` becomes ``w*t + (1-w)*m``, ``w = max(beta, 1/(n+1))``.
+
+    Args:
+        tokens: [T, D]; anchors: [C, D].
+        takes_part: [E] False where a token is no member; ``count`` entries are True (known to the host).
         beta: weight of the anchor.
 
     Returns:
-        tokens [P, A, K, D]; assignment [P, A, M] (anchor 0..K-1 of each pool token); similarity [P, A, M] to it, not
-        divided by the pool token's own norm, -inf where ``in_pool`` is False.
+        [C, D].
 
     Source: FastVID (LunarShen/FastVID@a40a109); the rules are in docs/methods/fastvid.md, step 6.
     """
-    problems, sets, count, width = anchors.shape
-    unit = torch.nn.functional.normalize(anchors, dim=-1, eps=1e-12).flatten(1, 2)
-    similarity = torch.bmm(unit, pool.transpose(1, 2)).view(problems, sets, count, -1)
-    similarity, assignment = similarity.max(dim=2)
-    member = torch.zeros(problems, sets, count, pool.shape[1], dtype=pool.dtype, device=pool.device)
-    member.scatter_(2, assignment[:, :, None], in_pool.expand_as(assignment)[:, :, None].to(pool.dtype))
-    sizes = member.sum(-1, dtype=torch.float32)
-    # Dividing the memberships instead of the sums keeps half-precision sums of thousands of tokens from overflowing.
-    shares = (member / sizes.clamp(min=1.0)[..., None]).to(pool.dtype)
-    mean = torch.bmm(shares.flatten(1, 2), pool).view(problems, sets, count, width)
-    weight = (1.0 / (sizes + 1.0)).clamp(min=beta)[..., None].to(pool.dtype)
-    similarity = similarity.masked_fill(~in_pool.expand_as(similarity), -torch.inf)
-    return weight * anchors + (1 - weight) * mean, assignment, similarity
+    owner = torch.where(takes_part, member.anchor, anchors.shape[0])  # the others sort to the end
+    mean, sizes = group_means(tokens, owner, anchors.shape[0], index=member.token, used=count)
+    weight = (1.0 / (sizes + 1.0)).clamp(min=beta)[:, None].to(tokens.dtype)
+    return weight * anchors + (1 - weight) * mean
+
+
+def group_means(
+    tokens: Tensor, owner: Tensor, count: int, index: Tensor | None = None, used: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean of the tokens of each owner, in one pass over the tokens, and how many there are.
+
+    Args:
+        tokens: [T, D]; owner: [E] 0..count-1; ``count`` and more for entries that belong to none.
+        index: [E] the token of each entry; None where entry and token are the same.
+        used: entries that belong to an owner; None for all.
+
+    Returns:
+        [count, D], zeros where an owner has none; [count] float32.
+    """
+    owners, order = torch.sort(owner, stable=True)
+    bounds = torch.searchsorted(owners, torch.arange(count + 1, device=owner.device))
+    order = order[:used]
+    members = order if index is None else index[order]
+    sizes = bounds.diff().float()
+    if tokens.dtype != torch.float16:
+        return torch.nn.functional.embedding_bag(members, tokens, bounds[:-1], mode="mean"), sizes
+    # Weights that sum up to 1: the sum of hundreds of tokens, as a mean takes it, overflows.
+    shares = sizes.clamp(min=1.0).reciprocal().half()[owners[: len(members)]]
+    mean = torch.nn.functional.embedding_bag(members, tokens, bounds[:-1], mode="sum", per_sample_weights=shares)
+    return mean, sizes

@@ -16,23 +16,25 @@ def consecutive_similarity(features: Tensor) -> Tensor:
 
 
 def dynamic_segments(features: Tensor, segments: int, threshold: float) -> list[int]:
-    """Dynamic segmentation: cut at the ``segments - 1`` weakest transitions and wherever similarity < ``threshold``.
+    """Dynamic segmentation of [F, G] global frame features; see :func:`segment_sizes` (one device read)."""
+    return segment_sizes(consecutive_similarity(features).cpu(), segments, threshold)
+
+
+def segment_sizes(similarity: Tensor, segments: int, threshold: float) -> list[int]:
+    """Cut at the ``segments - 1`` weakest transitions and wherever similarity < ``threshold``.
 
     Args:
-        features: [F, G] global frame features.
+        similarity: [F-1] of consecutive frames, read from the device beforehand; not-a-number cuts last.
         segments: minimum number of segments c; short videos get as many as they have frames.
         threshold: similarity tau below which a cut is made in any case (strict).
 
     Returns:
-        Segment sizes in time order, summing to F (one device read).
+        Segment sizes in time order, summing to F.
 
     Source: FastVID (LunarShen/FastVID@a40a109), which fails with fewer frames than segments; the rules are in
     docs/methods/fastvid.md, step 2.
     """
-    frames = features.shape[0]
-    if frames <= 1:
-        return [frames] if frames else []
-    similarity = consecutive_similarity(features)
+    frames = similarity.shape[0] + 1
     weakest = similarity.topk(min(segments - 1, frames - 1), largest=False).indices
     cut = similarity < threshold
     cut[weakest] = True

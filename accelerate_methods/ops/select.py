@@ -1,8 +1,13 @@
-"""Deterministic selection without device reads: masks from ranks, indices from masks of known count."""
+"""Deterministic selection without device reads: masks from ranks, indices from masks of known count.
+
+Scores may hold anything: one that is not a number (features that overflowed half precision) counts as lower than every
+number, and an index is always one of the row's.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +17,7 @@ def top_mask(scores: Tensor, counts: Tensor | Sequence[int] | int) -> Tensor:
     """Boolean mask of the ``counts`` largest scores per row; equal scores go to the lower index.
 
     Args:
-        scores: [R, N].
+        scores: [R, N]; -inf, below not-a-number, is what must not be taken.
         counts: one count for all rows, or one per row.
 
     Returns:
@@ -24,17 +29,31 @@ def top_mask(scores: Tensor, counts: Tensor | Sequence[int] | int) -> Tensor:
         return _top_mask(scores, counts)
     if not isinstance(counts, Tensor):
         counts = on_device(counts, scores.device)
-    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    order = by_score(scores)
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(
         -1, order, torch.arange(scores.shape[-1], device=scores.device) < counts.reshape(-1, 1)
     )
+
+
+def numbers_first(scores: Tensor) -> Tensor:
+    """The scores, float32 (or float64), with the lowest number there is in place of those that are not a number.
+
+    Comparisons with them are never true, and sorting puts them above everything.
+    """
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    return scores.nan_to_num(nan=torch.finfo(scores.dtype).min, posinf=torch.inf, neginf=-torch.inf)
+
+
+def by_score(scores: Tensor) -> Tensor:
+    """Indices [R, N] of ``scores`` [R, N], the largest first; of equal ones the lower index, not-a-number last."""
+    return torch.sort(numbers_first(scores), dim=-1, descending=True, stable=True).indices
 
 
 def _top_mask(scores: Tensor, count: int) -> Tensor:
     """One count for all rows: a threshold does without sorting."""
     if count <= 0 or count >= scores.shape[-1]:
         return torch.full(scores.shape, count > 0, dtype=torch.bool, device=scores.device)
-    scores = scores.float()  # there is no kthvalue for half precision on the CPU; order and ties stay
+    scores = numbers_first(scores)  # in float32: there is no kthvalue for half precision on the CPU
     least = scores.kthvalue(scores.shape[-1] - count + 1, dim=-1, keepdim=True).values
     above, equal = scores > least, scores == least
     return above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
@@ -46,12 +65,15 @@ def top_indices(scores: Tensor, count: int) -> Tensor:
 
 
 def mask_to_indices(mask: Tensor, count: int) -> Tensor:
-    """Ascending indices [R, count] of the True entries of ``mask`` [R, N], each row holding exactly ``count``.
+    """Ascending indices [R, count] of the True entries of ``mask`` [R, N]; a row with fewer is filled up with zeros.
 
     Unlike ``nonzero`` the output size is known beforehand, so a GPU need not be waited for.
+
+    Args:
+        count: True entries of the row that has most of them.
     """
     slot = torch.where(mask, mask.cumsum(-1) - 1, count)  # a spare slot takes the False entries
-    out = torch.empty(mask.shape[0], count + 1, dtype=torch.long, device=mask.device)
+    out = torch.zeros(mask.shape[0], count + 1, dtype=torch.long, device=mask.device)
     out.scatter_(1, slot, torch.arange(mask.shape[1], device=mask.device).expand_as(slot))
     return out[:, :count]
 
@@ -67,17 +89,24 @@ def right_aligned_indices(mask: Tensor, counts: Sequence[int]) -> tuple[Tensor, 
         None where every row fills all.
     """
     width = max(counts)
+    if min(counts) == width:
+        return mask_to_indices(mask, width), None
     # a stable sort of the mask moves the True entries, in order, to the right end
     order = torch.sort(mask.to(torch.uint8), dim=-1, stable=True).indices[:, mask.shape[1] - width :]
-    if min(counts) == width:
-        return order, None
     spare = on_device([width - count for count in counts], mask.device)
     return order, torch.arange(width, device=mask.device) >= spare[:, None]
 
 
-def on_device(values: Sequence[int], device: torch.device) -> Tensor:
-    """Numbers known to the host as a tensor; unlike ``torch.tensor(values, device=...)`` a GPU is not waited for."""
-    return torch.tensor(values).to(device, non_blocking=True)
+def on_device(values: Sequence[Any] | Tensor, device: torch.device) -> Tensor:
+    """Numbers known to the host (lists of them, or a tensor on the CPU) as a tensor there.
+
+    Unlike ``torch.tensor(values, device=...)`` a GPU is not waited for: from pinned memory the copy is one of the
+    operations in its queue.
+    """
+    values = torch.as_tensor(values)
+    if device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def random_indices(total: int, count: int, seed: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from accelerate_methods.hosts.layouts import pool_2d
 from accelerate_methods.hosts.native.qwen_vl import frame_attention
 from accelerate_methods.hosts.pooling_head import SiglipPoolingHead
 from accelerate_methods.ops.density import density_peak_scores
-from accelerate_methods.ops.merge import merge_to_anchors
+from accelerate_methods.ops.merge import AnchorSets, blend_into_anchors, nearest_anchors
 from accelerate_methods.ops.segment import dynamic_segments
 from accelerate_methods.ops.select import mask_to_indices, top_mask
 from tests.conformance.adapters import shared, whole_models
@@ -50,9 +50,13 @@ def density_score(inputs, params, context):
 
 
 def dtm_merge(inputs, params, context):
-    pool, anchors = inputs["pool"].float()[None], inputs["anchors"].float()[None]
-    everything = torch.ones(1, 1, pool.shape[1], dtype=torch.bool)
-    return {"tokens": merge_to_anchors(pool, anchors, everything, params["beta"])[0][0]}
+    pool, anchors = inputs["pool"].float(), inputs["anchors"].float()
+    sets, size = anchors.shape[:2]
+    anchors = anchors.flatten(0, 1)
+    member = nearest_anchors(pool, anchors, [AnchorSets(0, len(pool), 0, sets, size)])
+    everything = torch.ones(len(member.token), dtype=torch.bool)
+    tokens = blend_into_anchors(pool, anchors, member, everything, len(everything), params["beta"])
+    return {"tokens": tokens.unflatten(0, (sets, size))}
 
 
 def frame_quotas(inputs, params, context):
