@@ -66,47 +66,65 @@ def assemble(item: VisualItem, compressed: Compressed) -> VisualSequence:
     holds a kept token, and the single newline after a "one_token" video always does (docs/methods/fastvid.md, step 7).
     """
     tokens, positions = compressed.tokens, compressed.positions
-    content = tokens.shape[0]
-    is_content = torch.ones(content, dtype=torch.bool, device=positions.device)
-    kept = _surviving_newlines(item, compressed)
+    content, device = tokens.shape[0], positions.device
+    newlines = _surviving_newlines(item, compressed)
+    is_content = torch.ones(content, dtype=torch.bool, device=device)
     # what is sorted by: the layout position, or with a given order the stretch that a newline closes
     key = positions
-    if compressed.order == "given":
-        stretches = item.newline_of is not None and compressed.newlines != "last"
+    in_order = _in_order(item, compressed)
+    if not in_order and compressed.order == "given":
         # content before stretch s: 2s, its newline: 2s + 1, content that no newline closes: -2
-        key = item.newline_of[positions] * 2 if stretches else torch.zeros_like(positions)
-    if kept is not None:
-        at = item.newline_positions[kept]
-        tokens = torch.cat([tokens, item.newlines[kept].to(tokens.dtype)])
+        key = item.newline_of[positions] * 2
+    if newlines is not None:
+        at, rows = item.newline_positions[newlines], item.newlines[newlines].to(tokens.dtype)
         positions = torch.cat([positions, at])
-        is_content = torch.cat([is_content, is_content.new_zeros(kept.shape[0])])
-        if compressed.order == "given":
-            at = item.newline_of[at] * 2 + 1 if compressed.newlines != "last" else torch.ones_like(at)
-        key = torch.cat([key, at])
-    order = torch.argsort(key, stable=True)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(order.shape[0], device=order.device)
-    owner = torch.where(compressed.owner >= 0, rank[compressed.owner.clamp(min=0)], compressed.owner)
+        is_content = torch.cat([is_content, is_content.new_zeros(at.shape[0])])
+        if not in_order:
+            key = torch.cat([key, item.newline_of[at] * 2 + 1 if compressed.order == "given" else at])
+    owner = compressed.owner
+    if in_order:
+        tokens = tokens if newlines is None else torch.cat([tokens, rows])
+    else:
+        order = torch.argsort(key, stable=True)
+        rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=device))
+        positions, is_content = positions[order], is_content[order]
+        owner = torch.where(owner >= 0, rank[owner.clamp(min=0)], owner)
+        if newlines is None:
+            tokens = tokens[order]
+        else:  # written to where they go at once: the tokens are what takes memory
+            out = tokens.new_empty(order.shape[0], tokens.shape[-1])
+            tokens = out.index_copy_(0, rank[:content], tokens).index_copy_(0, rank[content:], rows)
+    stands = torch.zeros(item.length, dtype=torch.bool, device=device).index_fill_(0, compressed.positions, True)
     return VisualSequence(
-        tokens=tokens[order],
-        positions=positions[order],
-        is_content=is_content[order],
+        tokens=tokens,
+        positions=positions,
+        is_content=is_content,
         modality=item.modality,
         length=item.length,
         num_content=content,
         owner=owner,
-        stands=torch.isin(item.positions, compressed.positions),
+        stands=stands[item.positions],
         info=compressed.info,
     )
 
 
+def _in_order(item: VisualItem, compressed: Compressed) -> bool:
+    """Whether the LLM reads the tokens as they are given, and what newlines there are after them."""
+    if compressed.order != "given":
+        return False
+    return item.newline_of is None or compressed.newlines == "last" or item.layout == "one_token"
+
+
 def _surviving_newlines(item: VisualItem, compressed: Compressed) -> Tensor | None:
-    """Indices into ``item.newlines``, or None if the layout has none."""
+    """Indices into ``item.newlines``, or None if the layout has none.
+
+    How many rows or frames of a layout with several newlines still hold a token is for the device to say: one read.
+    """
     if item.newlines is None or not item.newlines.shape[0]:
         return None
     count, device = item.newlines.shape[0], compressed.positions.device
     if compressed.newlines == "last":
-        return torch.tensor([count - 1], device=device)
+        return torch.arange(count - 1, count, device=device)
     if compressed.newlines == "all" or item.keep_all_newlines:
         return torch.arange(count, device=device)
     # One spare slot takes the rows that no newline closes (index -1).
