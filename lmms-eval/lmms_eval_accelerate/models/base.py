@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ from lmms_eval_accelerate.models.engine import Accelerated
 from lmms_eval_accelerate.models.failing import failing_loudly
 from lmms_eval_accelerate.models.loading import Loaded
 from lmms_eval_accelerate.models.question import Likelihood, Question
-from lmms_eval_accelerate.models.visuals import VisualError, document_visuals
+from lmms_eval_accelerate.models.visuals import VisualError, document_visuals, names_of, reading, without_media
 
 
 class LlavaAccelerated(Accelerated):
@@ -99,8 +100,10 @@ class LlavaAccelerated(Accelerated):
     ) -> Question:
         where = f"task {task}, split {split}, doc {doc_id}"
         visuals = document_visuals(doc_to_visual, self.task_dict[task][split], doc_id, where)
-        question = self.question(context, visuals, gen_kwargs, {**(metadata or {}), "task": task}, where)
-        question.document = (task, doc_id)
+        files = names_of(visuals)
+        with reading(where, files, "use") if visuals else contextlib.nullcontext():
+            question = self.question(context, visuals, gen_kwargs, {**(metadata or {}), "task": task}, where)
+        question.document, question.source = (task, doc_id), f"{where} ({files})"
         return question
 
     def _inputs(self, questions: list[Question]) -> tuple[Tensor, dict[str, Any]]:
@@ -221,11 +224,11 @@ class LlavaAccelerated(Accelerated):
             except VisualError as error:
                 self._skip(error)
                 answers.append("")
+                document = without_media(self.task_dict[task][split], doc_id)
+            else:
+                document = self.task_dict[task][split][doc_id]
             visuals, context, ends, outputs, state = doc_to_text(
-                self.task_dict[task][split][doc_id],
-                previous_output=answers,
-                round_idx=len(answers),
-                previous_round_info=state,
+                document, previous_output=answers, round_idx=len(answers), previous_round_info=state
             )
             answers = list(outputs)
             if ends:

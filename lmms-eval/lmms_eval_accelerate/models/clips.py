@@ -16,15 +16,25 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
 from llava.video_utils import FrameSample
-from lmms_eval_accelerate.models.visuals import FRAME_FOLDER_FPS, VisualError, frame_files, read_frames, read_video
+from lmms_eval_accelerate.models.visuals import (
+    FRAME_FOLDER_FPS,
+    UnsupportedVisual,
+    file_name,
+    frame_files,
+    from_file,
+    read_frames,
+    read_video,
+    reading,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """Frames of a video, [T, 3, H, W] of 0..255, and what processors want to know about them."""
+    """Frames of a video, [T, 3, H, W] of 0..255, what processors want to know about them, and their file."""
 
     frames: Tensor
     metadata: dict[str, Any]
+    filename: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,17 +78,26 @@ def read_clip(video: Any, how: Sampling, where: str) -> Clip:
         span = {key: video[key] for key in ("video_start", "video_end") if video.get(key) is not None}
         video = next((video[key] for key in ("url", "path", "video") if video.get(key)), None)
     if not isinstance(video, (str, os.PathLike, list, tuple)):
-        raise VisualError(f"{where}: a video is a {type(video).__name__}; expected a path.")
+        raise UnsupportedVisual(f"{where}: a video is a {type(video).__name__}; expected a path.")
     sources = video if isinstance(video, (list, tuple)) else [video]
+    strange = next((source for source in sources if not isinstance(source, (str, os.PathLike))), None)
+    if strange is not None or not sources:
+        raise UnsupportedVisual(f"{where}: a video is a list of {type(strange).__name__}; expected paths of frames.")
     paths = [os.fspath(source).removeprefix("file://") for source in sources]
     files = frame_files(paths)
+    if files is None and len(paths) > 1:
+        raise UnsupportedVisual(f"{where}: a video is a list of files that are not all pictures: {', '.join(paths)}.")
     if files is None:
         clip = _from_file(paths[0], how, span, where)
     else:
         count = how.frames or len(files)
         frames, indices = read_frames(files, count if how.patch is None else _even(count, len(files)), where)
         clip = Clip(_planes(frames), _metadata(float(FRAME_FOLDER_FPS), indices, len(files)))
-    return clip if how.patch is None else Clip(fitted(clip.frames, how), clip.metadata)
+    clip = dataclasses.replace(clip, filename=paths[0])
+    if how.patch is None:
+        return clip
+    with reading(where, f"video {paths[0]}", "use"):
+        return dataclasses.replace(clip, frames=fitted(clip.frames, how))
 
 
 def _from_file(path: str, how: Sampling, span: dict[str, float], where: str) -> Clip:
@@ -127,10 +146,16 @@ def fitted(frames: Tensor, how: Sampling) -> Tensor:
     return resize(frames, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True).float()
 
 
-def fitted_image(image: Image.Image, how: Sampling) -> Image.Image:
-    """An image resized to whole tokens, within the limits if there are any, as ``fetch_image`` does it."""
+def fitted_image(image: Image.Image, how: Sampling, where: str = "a document") -> Image.Image:
+    """An image resized to whole tokens, within the limits if there are any, as ``fetch_image`` does it.
+
+    Raises:
+        VisualError: qwen-vl-utils refuses it, as one that is 200 times as long as wide.
+    """
     limits = {key: value for key, value in how.limits.items() if key != "total_pixels"}
-    return qwen.fetch_image({"image": image, **limits}, image_patch_size=how.patch)
+    with reading(where, f"image {file_name(image)}", "use"):
+        made = qwen.fetch_image({"image": image, **limits}, image_patch_size=how.patch)
+    return from_file(made, file_name(image))
 
 
 def _planes(frames: np.ndarray) -> Tensor:

@@ -31,9 +31,17 @@ from lmms_eval_accelerate.models.journal import Journal
 from lmms_eval_accelerate.models.placement import Placement, placement_of
 from lmms_eval_accelerate.models.provenance import Provenance
 from lmms_eval_accelerate.models.question import Question
-from lmms_eval_accelerate.models.visuals import VisualError
+from lmms_eval_accelerate.models.visuals import OF_THE_RUN, VisualError, reason
 
 _SHAPE = ("hidden_size", "num_hidden_layers", "vocab_size")
+
+
+class RefusedQuestion(VisualError):
+    """The model's processor refuses the media of a question."""
+
+    def __init__(self, message: str, question: Question):
+        super().__init__(message)
+        self.question = question
 
 
 class Accelerated(lmms):
@@ -229,9 +237,21 @@ class Accelerated(lmms):
                 yield [(index, GenerationResult("", self._skip(error)))]
             for form in list(waiting):
                 if len(waiting[form]) == self.batch_size or number == len(group):
-                    batch = waiting.pop(form)
-                    results = self._generate([question for _, question in batch], gen_kwargs)
-                    yield [(i, result) for (i, _), result in zip(batch, results, strict=True)]
+                    yield from self._answer_batch(waiting.pop(form), gen_kwargs)
+
+    def _answer_batch(
+        self, batch: list[tuple[int, Question]], gen_kwargs: dict[str, Any]
+    ) -> Iterator[list[tuple[int, GenerationResult]]]:
+        """Answer questions of one form; where the processor refuses the media of one, it is skipped alone."""
+        while batch:
+            try:
+                results = self._generate([question for _, question in batch], gen_kwargs)
+            except RefusedQuestion as error:
+                yield [(i, GenerationResult("", self._skip(error))) for i, q in batch if q is error.question]
+                batch = [(i, question) for i, question in batch if question is not error.question]
+            else:
+                yield [(i, result) for (i, _), result in zip(batch, results, strict=True)]
+                return
 
     def _skip(self, error: VisualError) -> Costs:
         if self.args.on_error == "stop":
@@ -243,7 +263,7 @@ class Accelerated(lmms):
 
     def _generate(self, questions: list[Question], gen_kwargs: dict[str, Any]) -> list[GenerationResult]:
         """One ``generate`` call."""
-        ids, inputs = self._inputs(questions)
+        ids, inputs = self._prepared(questions)
         kwargs = {**self.sampling(gen_kwargs), **inputs}
         if not kwargs.get("do_sample"):  # a checkpoint's generation_config may hold them, and transformers would warn
             kwargs.update(temperature=None, top_p=None, top_k=None)
@@ -264,6 +284,27 @@ class Accelerated(lmms):
         stops = gen_kwargs.get("until") or [] if self.args.until == "apply" else []
         stops = [stops] if isinstance(stops, str) else stops
         return [GenerationResult(cut(text, stops), c) for text, c in zip(texts, costs, strict=True)]
+
+    def _prepared(self, questions: list[Question]) -> tuple[Tensor, dict[str, Any]]:
+        """:meth:`_inputs`; where they cannot be made of all together, the question at fault is found.
+
+        Raises:
+            RefusedQuestion: the inputs of one cannot be made.
+        """
+        try:
+            return self._inputs(questions)
+        except OF_THE_RUN:
+            raise
+        except Exception:
+            for question in (q for q in questions if q.form != "text"):
+                try:
+                    self._inputs([question])
+                except Exception as error:
+                    if isinstance(error, OF_THE_RUN):
+                        raise
+                    message = f"{question.source}: cannot use its images or videos: {reason(error)}"
+                    raise RefusedQuestion(message, question) from error
+            raise
 
     def _costs_of(self, call: RequestRecord, generated: list[int], elapsed: float) -> list[Costs]:
         """Costs of a call's samples, counted in."""

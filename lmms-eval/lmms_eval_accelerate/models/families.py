@@ -18,11 +18,19 @@ from PIL import Image
 
 from accelerate_methods.stages.errors import MethodError
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+from llava.media_kind import is_picture
 from llava.mm_utils import process_images
 from llava.model.checkpoint import read_config
 from llava.model.decoders import checkpoint_decoder
 from lmms_eval_accelerate.models.base import LlavaAccelerated, Question
-from lmms_eval_accelerate.models.visuals import FRAME_FOLDER_FPS, frame_files, read_frames, read_video
+from lmms_eval_accelerate.models.visuals import (
+    FRAME_FOLDER_FPS,
+    UnsupportedVisual,
+    frame_files,
+    read_frames,
+    read_image,
+    read_video,
+)
 
 
 class Llava(LlavaAccelerated):
@@ -34,8 +42,9 @@ class Llava(LlavaAccelerated):
         return "vicuna_v1"
 
     def question(self, context: str, visuals: list[Any], gen_kwargs: dict, metadata: dict, where: str) -> Question:
+        visuals = [read_image(v, where) if isinstance(v, str) and is_picture(v) else v for v in visuals]
         if any(isinstance(v, str) for v in visuals):
-            raise TypeError(
+            raise UnsupportedVisual(
                 f"{where}: the family llava reads images, not videos; use a llava_onevision or llava_video model."
             )
         if visuals and getattr(self.config, "image_aspect_ratio", None) is None:
@@ -54,9 +63,19 @@ class Llava(LlavaAccelerated):
 
     def _processed(self, images: list[Image.Image], ratio: str | None) -> torch.Tensor | list[torch.Tensor]:
         grid = getattr(self.config, "image_grid_pinpoints", None)
-        return process_images(
-            images, self.image_processor, SimpleNamespace(image_aspect_ratio=ratio, image_grid_pinpoints=grid)
-        )
+        how = SimpleNamespace(image_aspect_ratio=ratio, image_grid_pinpoints=grid)
+        try:
+            return process_images(images, self.image_processor, how)
+        except Exception as error:
+            self._check_setting(how, error)
+            raise
+
+    def _check_setting(self, how: SimpleNamespace, error: Exception) -> None:
+        """Tell a fault of the model's setting, which concerns all documents, from one of an image."""
+        try:
+            process_images([Image.new("RGB", (64, 64))], self.image_processor, how)
+        except Exception:
+            raise MethodError(f"images cannot be prepared for this model: {error}") from error
 
     def _cast(self, pixels: torch.Tensor) -> torch.Tensor:
         return pixels.to(device=self._device, dtype=self.model.dtype)
@@ -101,7 +120,7 @@ class LlavaOneVision(Llava):
         elif all(isinstance(v, str) for v in visuals):
             question = self._video_question(context, [self._video(paths, where) for paths in _videos(visuals)])
         elif any(isinstance(v, str) for v in visuals):
-            raise TypeError(f"{where}: images and videos in one document are not supported.")
+            raise UnsupportedVisual(f"{where}: images and videos in one document are not supported.")
         else:
             ratio = getattr(self.config, "image_aspect_ratio", None)
             question = self._image_question(context, visuals, "pad" if len(visuals) > 1 or ratio is None else ratio)

@@ -7,12 +7,14 @@ cannot be subclassed: each loads, asks and generates in one piece.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 from lmms_eval.api.instance import Instance
-from lmms_eval.protocol import ChatMessages
+from lmms_eval.protocol import ChatImageContent, ChatMessages
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -21,6 +23,7 @@ from accelerate_methods import accelerate
 from accelerate_methods.hosts.native.host import class_names, family_of
 from accelerate_methods.registry import compatibility, plugins
 from accelerate_methods.stages.errors import MethodError
+from llava.media_kind import kind_of
 from lmms_eval_accelerate.models.arguments import HF, Arguments
 from lmms_eval_accelerate.models.batching import is_padding
 from lmms_eval_accelerate.models.clips import Clip, fitted_image, read_clip
@@ -29,7 +32,15 @@ from lmms_eval_accelerate.models.failing import failing_loudly
 from lmms_eval_accelerate.models.loading import Loaded
 from lmms_eval_accelerate.models.question import Question
 from lmms_eval_accelerate.models.stock import QWEN_MAX_PIXELS, QWEN_MIN_PIXELS, sampling_of, stock_of
-from lmms_eval_accelerate.models.visuals import VisualError, from_document, read_image
+from lmms_eval_accelerate.models.visuals import (
+    UnsupportedVisual,
+    VisualError,
+    from_document,
+    from_file,
+    names_of,
+    read_image,
+    without_media,
+)
 
 
 @dataclasses.dataclass
@@ -138,34 +149,41 @@ class HfAccelerated(Accelerated):
         metadata: dict | None,
     ) -> ChatQuestion:
         where = f"task {task}, split {split}, doc {doc_id}"
-        messages = from_document(doc_to_messages, self.task_dict[task][split], doc_id, where)
-        return self._question(messages, (task, doc_id), where)
+        messages, files = from_document(doc_to_messages, self.task_dict[task][split], doc_id, where)
+        return self._question(messages, (task, doc_id), where, files)
 
-    def _question(self, messages: list[dict[str, Any]], document: tuple[str, Any], where: str) -> ChatQuestion:
-        chat = ChatMessages(messages=messages)
+    def _question(
+        self, messages: list[dict[str, Any]], document: tuple[str, Any], where: str, files: str = ""
+    ) -> ChatQuestion:
+        """
+        Args:
+            files: media files that the document mentions, for messages about pictures that do not know theirs.
+        """
+        chat = _pictures_as_images(ChatMessages(messages=messages))
         visuals: list[Any] = []
         for content in [part for message in chat.messages for part in message.content]:
             if content.type == "image":
-                visuals.append(self._image(content.url, where))
+                visuals.append(self._image(content.url, files, where))
             elif content.type == "video":
                 visuals.append(self._clip(content, where))
             elif content.type != "text":
-                raise TypeError(f"{where}: the family hf reads images and videos, not {content.type}.")
+                raise UnsupportedVisual(f"{where}: the family hf reads images and videos, not {content.type}.")
         turns = chat.to_hf_messages()
         if self._system is not None and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": [{"type": "text", "text": self._system}]})
         more = {} if self._template is None else {"chat_template": self._template}
         text = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **more)
         kinds = {"video" if isinstance(visual, Clip) else "image" for visual in visuals}
-        return ChatQuestion(text, visuals, "+".join(sorted(kinds)) or "text", document=document)
+        source = f"{where} ({names_of(visuals)})"
+        return ChatQuestion(text, visuals, "+".join(sorted(kinds)) or "text", document=document, source=source)
 
-    def _image(self, image: Any, where: str) -> Any:
-        image = read_image(image, where)
-        return fitted_image(image, self._image_sampling) if self._stock.qwen else image
+    def _image(self, image: Any, files: str, where: str) -> Any:
+        image = read_image(from_file(image, files) if isinstance(image, Image.Image) else image, where)
+        return fitted_image(image, self._image_sampling, where) if self._stock.qwen else image
 
     def _clip(self, content: Any, where: str) -> Clip:
         if not self._stock.videos:
-            raise TypeError(f"{where}: {type(self.model).__name__} reads images, not videos.")
+            raise UnsupportedVisual(f"{where}: {type(self.model).__name__} reads images, not videos.")
         video, span = content.url, {"video_start": content.start_time, "video_end": content.end_time}
         if any(value is not None for value in span.values()):
             video = {"path": video, **span}
@@ -218,19 +236,38 @@ class HfAccelerated(Accelerated):
         where = f"task {task}, split {split}, doc {doc_id}"
         documents = self.task_dict[task][split]
         answers: list[str] = []
-        messages, state = from_document(doc_to_messages, documents, doc_id, where), None
+        messages, state, files = None, None, ""
         while True:
             try:
-                question = self._question(messages, (task, doc_id), where)
+                if messages is None:
+                    messages, files = from_document(doc_to_messages, documents, doc_id, where)
+                question = self._question(messages, (task, doc_id), where, files)
                 answers.append(self._generate([question], gen_kwargs)[0].text)
             except VisualError as error:
                 self._skip(error)
                 answers.append("")
+                document = without_media(documents, doc_id)
+            else:
+                document = documents[doc_id]
             so_far = {"round_idx": len(answers), "previous_output": answers, "previous_round_info": state}
-            messages, ends, outputs, state = doc_to_messages(documents[doc_id], **so_far)
+            messages, ends, outputs, state = doc_to_messages(document, **so_far)
             answers = list(outputs)
             if ends:
                 return answers
+
+
+def _pictures_as_images(chat: ChatMessages) -> ChatMessages:
+    """A task may call a picture a video: its content decides, and the placeholder in the prompt with it."""
+    for message in chat.messages:
+        message.content = [
+            ChatImageContent(url=content.url)
+            if content.type == "video"
+            and isinstance(content.url, (str, os.PathLike))
+            and kind_of(content.url) == "picture"
+            else content
+            for content in message.content
+        ]
+    return chat
 
 
 def _processor(name: str) -> Any:

@@ -23,6 +23,7 @@ class Question:
             form of ``images`` decides how the tokens of an image are laid out.
         sizes: (width, height) of the images.
         document: (task, document number) that it came from.
+        source: the same with split and files, in words, for messages.
     """
 
     text: str | list[str]
@@ -30,6 +31,7 @@ class Question:
     form: str = "text"
     sizes: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     document: tuple[str, Any] | None = None
+    source: str = "a prompt of no document"
 
     @property
     def pictures(self) -> list[Any]:
