@@ -41,6 +41,10 @@ class ItemRecord:
         start: where the item begins in the (padded) prompt; rows: [R] where each of its rows stands there, if there
             may be text in between.
         info: what the method said.
+
+    Of a prompt that was cut (:attr:`SampleRecord.cut`) the rows that were lost hold nothing: ``owner`` is -1 and
+    ``kept`` False where they would have, ``tokens_after`` does not count them. An item of which nothing is left is
+    recorded, too.
     """
 
     modality: str
@@ -79,12 +83,23 @@ def item_record(
 class SampleRecord:
     """One row of a batch. Token counts are content tokens; newlines count in the sequence lengths.
 
-    ``dense_length`` is the prompt length (text and all visual tokens) without compression, ``length`` what layer 0 saw.
+    Attributes:
+        dense_length: prompt length (text and all visual tokens) that the language model gets without compression.
+        length: what layer 0 saw.
+        cut: rows lost at the end of the prompt, which was longer than the model's context.
+        untrained: rows that were not cut but stand at positions for which the model was not trained.
+        over_dense: rows by which the uncompressed prompt is longer than the context: more than 0 also where the
+            compressed one fits. What is relative to the dense run is then relative to answers without their question.
+        limit: rows that the context holds, None if the config does not say.
     """
 
     items: list[ItemRecord] = dataclasses.field(default_factory=list)
     dense_length: int = 0
     length: int = 0
+    cut: int = 0
+    untrained: int = 0
+    over_dense: int = 0
+    limit: int | None = None
 
     @property
     def visual_tokens_before(self) -> int:

@@ -39,6 +39,26 @@ class VisualSequence:
     stands: Tensor
     info: dict[str, object] = dataclasses.field(default_factory=dict)
 
+    def first(self, rows: int) -> VisualSequence:
+        """What is left of the sequence where a prompt ends after ``rows`` of its rows.
+
+        What the method said is about the whole sequence and no longer true (``info`` is empty). Reads the device once.
+        """
+        if rows >= self.tokens.shape[0]:
+            return self
+        held = (self.owner >= 0) & (self.owner < rows)
+        content = self.is_content[:rows]
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens[:rows],
+            positions=self.positions[:rows],
+            is_content=content,
+            num_content=int(content.sum()),
+            owner=self.owner.masked_fill(~held, -1),
+            stands=self.stands & held,
+            info={},
+        )
+
 
 def uncompressed(item: VisualItem) -> VisualSequence:
     """The item as it is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -12,11 +13,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from accelerate_methods.engine import recording
 from accelerate_methods.engine.devices import computes_on, moved
+from accelerate_methods.engine.long_prompts import PromptFit, tell
 from accelerate_methods.engine.loop import DecoderOutput
 from accelerate_methods.engine.prompt import PromptLayout
 from accelerate_methods.engine.sequences import VisualSequence
 from accelerate_methods.stages.compress import VisualItem
-from llava.model.splice import Spliced, splice
+from llava.model.context import check_text, fits_of
+from llava.model.splice import Prompts, Spliced, splice
 from llava.model.vision import has_images
 
 
@@ -82,6 +85,8 @@ class MultimodalGeneration:
             kwargs |= {"pipeline": self.acceleration.pipeline, "layout": layout, "request": request}
         tokens = inputs_embeds if inputs_embeds is not None else input_ids
         decoding = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if input_ids is not None and not decoding:
+            check_text(input_ids, attention_mask, self.config)
         layers = self.config.num_hidden_layers
         if request is not None and not decoding:
             request.started(layers)
@@ -167,8 +172,10 @@ class MultimodalGeneration:
         device = computes_on(embed)
         mask = None if mask is None else mask.to(device)
         spliced = splice(inputs.to(device), mask, None, [], embed, original_positions=False, padding_side="left")
+        fits = fits_of(spliced, Prompts(inputs), [], self.config)
+        tell(fits, self.config)
         if request is not None:
-            describe(request, [], [], spliced)
+            describe(request, [], [], spliced, fits)
         return spliced
 
     def prepare_inputs_for_generation(
@@ -198,15 +205,23 @@ def describe(
     items: Sequence[VisualItem],
     sequences: Sequence[VisualSequence],
     spliced: Spliced,
+    fits: Sequence[PromptFit],
 ) -> None:
     """Fill the record of a request from what was spliced."""
-    for numbers, spans, length, dense in zip(
-        spliced.items, spliced.spans, spliced.lengths, spliced.dense_lengths, strict=True
+    for numbers, spans, length, dense, fit in zip(
+        spliced.items, spliced.spans, spliced.lengths, spliced.dense_lengths, fits, strict=True
     ):
         shrunk = sum((items[n].full_length or items[n].length) - items[n].length for n in numbers)
-        sample = recording.SampleRecord(dense_length=dense + shrunk, length=length)
-        for n, span in zip(numbers, spans, strict=False):  # a truncated prompt may have lost items
-            sample.items.append(
-                recording.item_record(items[n], sequences[n], tokens_after=span.num_content, start=span.start)
-            )
+        sample = recording.SampleRecord(
+            dense_length=min(dense + shrunk, spliced.max_length or dense + shrunk),
+            length=length,
+            cut=fit.cut,
+            untrained=fit.untrained,
+            over_dense=fit.over_dense,
+            limit=fit.limit,
+        )
+        for n, span in zip_longest(numbers, spans):  # a prompt that was cut may have lost its last items
+            start, rows = (0, 0) if span is None else (span.start, span.length)
+            left = sequences[n].first(rows)
+            sample.items.append(recording.item_record(items[n], left, tokens_after=left.num_content, start=start))
         request.samples.append(sample)

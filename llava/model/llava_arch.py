@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from accelerate_methods.engine import recording
 from accelerate_methods.engine.devices import computes_on, moved, own_weights
+from accelerate_methods.engine.long_prompts import tell
 from accelerate_methods.engine.loop import needs_loop, run_decoder
 from accelerate_methods.engine.prompt import PromptLayout
 from accelerate_methods.engine.sequences import VisualSequence, compressed_sequence
@@ -30,6 +31,7 @@ from accelerate_methods.stages.compress import VisualItem
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model.acceleration import LlavaHost
 from llava.model.checkpoint import KEY_MAPPING, check_loaded, has_tower_weights, load_config
+from llava.model.context import fits_of
 from llava.model.generation import MultimodalGeneration, describe
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
@@ -272,8 +274,10 @@ class LlavaMetaForCausalLM(MultimodalGeneration):
         with recording.stage(request, "compress", self.get_vision_tower().device):
             sequences = self.compress(items, prompts)
         spliced = self.embed(prompts, sequences)
+        fits = fits_of(spliced, prompts, items, self.config)
+        tell(fits, self.config)
         if request is not None:
-            describe(request, items, sequences, spliced)
+            describe(request, items, sequences, spliced, fits)
         return spliced
 
     def prepare_inputs_labels_for_multimodal(

@@ -42,8 +42,10 @@ class Spliced:
         mask: [B, L] True at real tokens.
         position_ids: [B, L]; 0 in padding.
         visual: [B, L] True at content tokens of images and videos (newlines count as text).
-        lengths: real tokens per sample; dense_lengths: what they would be without compression.
-        items: indices of the visual items each sample holds; spans: where they stand.
+        lengths: real tokens per sample; dense_lengths: what they would be without compression and without a limit.
+        items: indices of the visual items of each sample; spans: where they stand, of a prompt that was cut only the
+            first ones.
+        cut: tokens that each sample lost at its end; max_length: the length beyond which they are cut, or None.
     """
 
     inputs_embeds: Tensor
@@ -55,6 +57,8 @@ class Spliced:
     dense_lengths: list[int]
     items: list[list[int]]
     spans: list[list[VisualSpan]]
+    cut: list[int]
+    max_length: int | None = None
 
     @property
     def layout(self) -> PromptLayout:
@@ -81,7 +85,7 @@ def splice(
         sequences: one per visual item.
         embed: maps ids [n] to embeddings [n, D].
         original_positions: position ids of the uncompressed sequence instead of consecutive ones.
-        max_length: longer sequences lose their tail.
+        max_length: longer sequences lose their tail, as in the official code (``Spliced.cut``).
 
     A sample without a placeholder takes no item, unless there is exactly one item more for each such sample: that is
     the official training convention of giving text-only samples a dummy image, which is then skipped.
@@ -115,7 +119,7 @@ def splice(
         if not holes and dummies:
             used += 1
         built.append(sample.finished(max_length))
-    return _pad(built, padding_side)
+    return dataclasses.replace(_pad(built, padding_side), max_length=max_length)
 
 
 def beside_text(sequence: VisualSequence, device: torch.device) -> VisualSequence:
@@ -135,7 +139,7 @@ class _Sample:
         self.visual: list[Tensor] = []
         self.items: list[int] = []
         self.spans: list[VisualSpan] = []
-        self.length = self.dense_length = 0
+        self.length = self.dense_length = self.cut = 0
 
     def add_text(self, embeds: Tensor, labels: Tensor | None) -> None:
         count = embeds.shape[0]
@@ -167,19 +171,18 @@ class _Sample:
         for name in ("embeds", "labels", "positions", "visual"):
             joined = torch.cat([part.to(dtype) if name == "embeds" else part for part in getattr(self, name)])
             setattr(self, name, joined if max_length is None else joined[:max_length])
+        self.cut = self.length - self.embeds.shape[0]
         self.length = self.embeds.shape[0]
-        if max_length is not None:
-            self.dense_length = min(self.dense_length, max_length)
-            self.spans = [_cut(span, max_length) for span in self.spans if span.start < max_length]
+        if self.cut:
+            self.spans = [self._left_of(span) for span in self.spans if span.start < self.length]
         return self
 
-
-def _cut(span: VisualSpan, end: int) -> VisualSpan:
-    """What is left of a span before row ``end``. The stages of a method can then no longer rely on ``info``."""
-    if span.end <= end:
-        return span
-    length = end - span.start
-    return dataclasses.replace(span, length=length, num_content=min(span.num_content, length), info={})
+    def _left_of(self, span: VisualSpan) -> VisualSpan:
+        """What the cut left of a span. The stages of a method can then no longer rely on ``info``."""
+        if span.end <= self.length:
+            return span
+        content = int(self.visual[span.start :].sum())
+        return dataclasses.replace(span, length=self.length - span.start, num_content=content, info={})
 
 
 def _shifted(spans: list[VisualSpan], by: int) -> list[VisualSpan]:
@@ -210,4 +213,5 @@ def _pad(samples: list[_Sample], side: str) -> Spliced:
         dense_lengths=[sample.dense_length for sample in samples],
         items=[sample.items for sample in samples],
         spans=[_shifted(sample.spans, longest - sample.length if side == "left" else 0) for sample in samples],
+        cut=[sample.cut for sample in samples],
     )

@@ -50,6 +50,8 @@ class CutPrompt:
         layout: what the decoder loop needs to know.
         rows: for each item the rows at which its tokens stand.
         full: rows of the uncompressed (padded) prompt; dense: real ones of each sample.
+        full_positions: [B, L] the largest position id of each of them, -1 at padding.
+        given: [B, L] the real ones as the caller padded them; None without padding.
     """
 
     embeds: Tensor
@@ -61,6 +63,13 @@ class CutPrompt:
     rows: list[Tensor]
     full: int
     dense: list[int]
+    full_positions: Tensor
+    given: Tensor | None
+
+    def beyond(self, limit: int) -> Tensor:
+        """[B, 2] rows at positions from ``limit`` on: of what goes to the decoder, and of the uncompressed prompt."""
+        left = (_largest(self.positions) >= limit) & self.valid
+        return torch.stack([left.sum(1), (self.full_positions >= limit).sum(1)], dim=1)
 
     def without_embeds(self) -> CutPrompt:
         return dataclasses.replace(self, embeds=self.embeds.new_empty(0))
@@ -117,6 +126,7 @@ def cut_prompt(
         [dataclasses.replace(span, start=span.start + longest - n) for span in row.spans]
         for row, n in zip(rows, lengths, strict=True)
     ]
+    dense = keep.sum(1).tolist()
     return CutPrompt(
         embeds=torch.stack([_left_padded(row.embeds, longest) for row in rows]),
         source=source,
@@ -126,8 +136,15 @@ def cut_prompt(
         layout=PromptLayout(torch.stack([_left_padded(row.visual, longest) for row in rows]), lengths, spans),
         rows=[rows[item.sample].rows[n] + longest - lengths[item.sample] for n, item in enumerate(items)],
         full=length,
-        dense=keep.sum(1).tolist(),
+        dense=dense,
+        full_positions=_largest(positions).expand(batch, length).masked_fill(~keep, -1),
+        given=keep if min(dense) < length else None,
     )
+
+
+def _largest(positions: Tensor) -> Tensor:
+    """[B, L] of [B, L] position ids or [R, B, L]; a leading row of text positions (R = 4) is left out."""
+    return positions if positions.ndim == 2 else positions[-3:].amax(0)
 
 
 @dataclasses.dataclass
