@@ -64,7 +64,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def chosen(words: str, retention: float, family: str, modality: str) -> list[Setting]:
     """The settings of ``words``, dense first. "all" leaves out methods that do nothing with this kind of input."""
     settings = [Setting(), *settings_of(words, retention, {}, family)]
-    named = settings_of(re.sub(r"(?<![^\s,])all(@\S+)?(?![^\s,])", "", words), retention, {}, family)
+    rest = re.sub(r"(?<![^\s,])all(@\S+)?(?![^\s,])", "", words)
+    named = settings_of(rest, retention, {}, family) if rest.strip(" ,\t\n") else []
 
     def acts(setting: Setting) -> bool:
         return setting.method is None or any(

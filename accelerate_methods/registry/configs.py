@@ -10,9 +10,12 @@ on it and names it, with or without changes::
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate_methods.registry.families import ModelFamily, families
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
@@ -61,11 +64,83 @@ def read_config(spec: str | Path) -> dict[str, Any]:
         UnknownNameError: no such file or model, or a key that the model's file does not have.
         MethodError: the file is no mapping.
     """
-    path = config_path(spec)
-    content = _mapping(path)
+    content = written_config(spec)
     if content.get("model") is not None:
-        content["model"] = _model_section(content["model"], str(path))
+        content["model"] = _model_section(content["model"], str(config_path(spec)))
     return content
+
+
+def written_config(spec: str | Path) -> dict[str, Any]:
+    """The config file as it is written: its ``model:`` may be a name.
+
+    Raises:
+        UnknownNameError, MethodError: no such file, or no mapping.
+    """
+    return _mapping(config_path(spec))
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigModel:
+    """The model that a config is written for.
+
+    Attributes:
+        config: file or name of the config.
+        title: the model's name for a reader.
+        families: names of the families that it may belong to.
+    """
+
+    config: str
+    title: str
+    families: tuple[str, ...]
+
+    def check(self, family: str) -> None:
+        """
+        Args:
+            family: name of the family of the model at hand ("LLaVA-OneVision").
+
+        Raises:
+            MethodError: the config is written for another one.
+        """
+        if family not in self.families:
+            raise MethodError(
+                f"config {self.config} is for {self.title}, this model is {family}. Name a config of this model, or "
+                "the method and its values without a config."
+            )
+
+
+def config_model(content: Mapping[str, Any], where: str) -> ConfigModel | None:
+    """The model that the content of a config is written for; None if it names none, and goes with every model.
+
+    Raises:
+        UnknownNameError: no such model or family.
+        MethodError: the section is neither a name nor a mapping.
+    """
+    given = content.get("model")
+    if given is None:
+        return None
+    section = _model_section(given, where)
+    about = read_model(_named(given)) if _named(given) is not None else section
+    key, model_class = section.get("family"), about.get("model_class")
+    if key is None:
+        return None
+    of_key = [family for family in families() if family.key == key]
+    if not of_key:
+        raise UnknownNameError(f"family in the model section of {where}:", key, {f.key for f in families()})
+    fit = [f for f in of_key if model_class is None or model_class in f.classes]
+    fit = [f for f in fit if f.name == about.get("title")] or fit
+    names = [name for family in fit for name in (family.name, *_elsewhere(family))]
+    title = str(about.get("title") or " or ".join(f.name for f in fit))
+    return ConfigModel(where, title, tuple(names))
+
+
+def _elsewhere(family: ModelFamily) -> list[str]:
+    """The families of the same models in the other library: a paper's values are those of the weights."""
+    return [f"{family.name}-HF"] if not family.classes else []
+
+
+def _named(given: Any) -> str | None:
+    """The name out of ``configs/models`` in a model section, None where it describes a model of its own."""
+    return given if isinstance(given, str) else given.get("name")
 
 
 def _model_section(given: Any, where: str) -> dict[str, Any]:

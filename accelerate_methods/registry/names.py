@@ -74,7 +74,7 @@ def method_class(name: str) -> type[Method]:
     raise UnknownNameError("method", name, available())
 
 
-def get(name: str, **params: Any) -> Method:
+def get(name: str, /, **params: Any) -> Method:
     """``get("fastvid", retention_ratio=0.1)``: a configured method.
 
     Raises:

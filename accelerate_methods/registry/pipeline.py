@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate_methods.registry.configs import read_config
+from accelerate_methods.registry.configs import ConfigModel, config_model, written_config
 from accelerate_methods.registry.names import available, get, method_class
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from accelerate_methods.stages.method import STAGES, Method
@@ -45,9 +45,14 @@ class ModelFacts:
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """Methods that act together, at most one per stage."""
+    """Methods that act together, at most one per stage.
+
+    Attributes:
+        models: what the configs that they came from are written for; :meth:`check` refuses other models.
+    """
 
     methods: tuple[Method, ...] = ()
+    models: tuple[ConfigModel, ...] = dataclasses.field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for stage in STAGES:
@@ -98,8 +103,11 @@ class Pipeline:
         """Refuse, with one clear error, what the methods cannot do on a model.
 
         Raises:
-            MethodError: a stage, signal or modality that the model lacks, or a layer that it does not have.
+            MethodError: a config written for another model; a stage, signal or modality that the model lacks, or a
+                layer that it does not have.
         """
+        for model in self.models:
+            model.check(facts.name)
         for method in self.methods:
             for stage in method.stages:
                 if stage not in facts.stages:
@@ -135,7 +143,7 @@ class Pipeline:
         return [m.to_dict() for m in self.methods]
 
 
-def resolve(spec: Any, **params: Any) -> Pipeline:
+def resolve(spec: Any, /, **params: Any) -> Pipeline:
     """Turn whatever a caller may give as ``method=`` into a :class:`Pipeline`.
 
     Args:
@@ -148,7 +156,8 @@ def resolve(spec: Any, **params: Any) -> Pipeline:
     Raises:
         UnknownNameError, MethodError: as :func:`accelerate_methods.get`; also when ``params`` fit nothing.
     """
-    pending = _expand(spec)
+    models: list[ConfigModel] = []
+    pending = _expand(spec, models)
     if not pending:
         if params:
             raise MethodError(f"parameters {', '.join(sorted(params))} given, but no method to apply them to.")
@@ -166,7 +175,8 @@ def resolve(spec: Any, **params: Any) -> Pipeline:
         else:
             raise MethodError(f"parameter {key!r} is ambiguous for {'+'.join(names)}; write it as <method>.{key}.")
         overrides[target][field] = value
-    return Pipeline(tuple(_built(p, o) for p, o in zip(pending, overrides, strict=True)))
+    methods = tuple(_built(p, o) for p, o in zip(pending, overrides, strict=True))
+    return Pipeline(methods, tuple(dict.fromkeys(models)))
 
 
 def _built(entry: Method | dict[str, Any], overrides: dict[str, Any]) -> Method:
@@ -177,26 +187,29 @@ def _built(entry: Method | dict[str, Any], overrides: dict[str, Any]) -> Method:
         entry = entry.to_dict()
     # a budget given by the caller replaces the one that was there, whatever its unit
     replaced = method_class(entry["method"]).without_replaced_budget(overrides)
-    params = {**entry, **replaced, **overrides}
-    return get(params.pop("method"), **params)
+    name = entry["method"]
+    given = {key: value for key, value in entry.items() if key != "method"}
+    return get(name, **{**given, **replaced, **overrides})
 
 
-def _expand(spec: Any) -> list[Method | dict[str, Any]]:
+def _expand(spec: Any, models: list[ConfigModel]) -> list[Method | dict[str, Any]]:
+    """Methods, or names with parameters; the models that configs among them are written for go to ``models``."""
     if spec is None:
         return []
     if isinstance(spec, Pipeline):
+        models += spec.models
         return list(spec.methods)
     if isinstance(spec, Method):
         return [spec]
     if isinstance(spec, Mapping):
-        return _expand_mapping(spec, "the method mapping")
+        return _expand_mapping(spec, "the method mapping", models)
     if isinstance(spec, Path):
-        return load_config(spec)
+        return _expand_mapping(written_config(spec), str(spec), models)
     if isinstance(spec, str):
         if spec.lower() in {"", "none", "dense"}:
             return []
         if spec.endswith((".yaml", ".yml")) or "/" in spec:
-            return load_config(spec)
+            return _expand_mapping(written_config(spec), spec, models)
         known = set(available())
         parts = [part.strip() for part in spec.split("+")]
         for part in parts:
@@ -204,30 +217,32 @@ def _expand(spec: Any) -> list[Method | dict[str, Any]]:
                 raise UnknownNameError("method", part, known)
         return [{"method": part} for part in parts]
     if isinstance(spec, Sequence):
-        return [entry for part in spec for entry in _expand(part)]
+        return [entry for part in spec for entry in _expand(part, models)]
     raise MethodError(
         f"cannot make a method out of {type(spec).__name__}; give a name, a YAML file of configs/, a mapping with a "
         "'method' key, or a method object."
     )
 
 
-
-
-
-
-
-
-
-
-def _expand_mapping(content: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+def _expand_mapping(content: Mapping[str, Any], where: str, models: list[ConfigModel]) -> list[Method | dict[str, Any]]:
+    """One ``method:`` with ``params:``, or a list ``methods:`` of such entries."""
     if "methods" in content:
-        return [entry for part in content["methods"] for entry in _expand(part)]
-    if "method" not in content:
+        extra = [key for key in ("method", "params", "levels") if content.get(key) is not None]
+        if extra:
+            raise MethodError(f"{where}: {extra[0]!r} beside 'methods' means nothing; it belongs into their entries.")
+        entries = [entry for part in content["methods"] for entry in _expand(part, models)]
+    elif "method" in content:
+        entries = _expand_single(content, where)
+    else:
         found = ", ".join(map(str, content)) or "nothing"
         raise MethodError(f"{where}: no 'method' (or 'methods') key; found {found}.")
-    method = content["method"]
-    if method is None or str(method).lower() in {"none", "dense"}:
-        return []
+    model = config_model(content, where)
+    if model is not None:
+        models.append(model)
+    return entries
+
+
+def _expand_single(content: Mapping[str, Any], where: str) -> list[Method | dict[str, Any]]:
     if "params" in content:
         params = content["params"] or {}
         extra = set(content) - _CONFIG_KEYS
@@ -235,9 +250,11 @@ def _expand_mapping(content: Mapping[str, Any], where: str) -> list[dict[str, An
             raise UnknownNameError(f"key of {where}:", sorted(extra)[0], _CONFIG_KEYS)
     else:
         params = {k: v for k, v in content.items() if k not in _CONFIG_KEYS}
+    if not isinstance(params, Mapping):
+        raise MethodError(f"{where}: 'params' must be a mapping, got {params!r}.")
+    method = content["method"]
+    if method is None or str(method).lower() in {"none", "dense"}:
+        if params:
+            raise MethodError(f"{where}: parameters {', '.join(sorted(params))} given, but no method to apply them to.")
+        return []
     return [{"method": method, **params}]
-
-
-def load_config(spec: str | Path) -> list[dict[str, Any]]:
-    """Method entries of a config file: one ``method:`` with ``params:``, or a list ``methods:`` of such entries."""
-    return _expand_mapping(read_config(spec), str(spec))

@@ -73,7 +73,7 @@ class Method:
         return {f.name: f.default for f in dataclasses.fields(cls) if f.init}
 
     @classmethod
-    def create(cls, **params: Any) -> Method:
+    def create(cls, /, **params: Any) -> Method:
         """Build the method from keyword arguments; unknown names raise :class:`UnknownNameError`."""
         allowed = cls.parameters()
         for key in params:
