@@ -15,11 +15,12 @@ from accelerate_methods.registry.settings import Setting, has_budget, settings_o
 from accelerate_methods.stages.errors import MethodError
 from lmms_eval_accelerate import embedded
 from lmms_eval_accelerate.compare import pictures, table
-from lmms_eval_accelerate.compare.comparison import Comparison, NoCheckpointError, Wanted, comparison_of
+from lmms_eval_accelerate.compare.comparison import Comparison, Wanted, comparison_of
 from lmms_eval_accelerate.compare.options import parser
 from lmms_eval_accelerate.model_args import pairs
 from lmms_eval_accelerate.runs.launch import LaunchError
 from lmms_eval_accelerate.runs.options import machines_of
+from lmms_eval_accelerate.runs.request import Run
 from lmms_eval_accelerate.runs.runner import Runner
 
 EMBEDDED_METHODS = "dense {method}@0.25 {method} {method}@0.05 random@0.25 random@0.1"
@@ -27,22 +28,37 @@ EMBEDDED_METHODS_FIXED = "dense {method} random@0.25 random@0.1"  # a method who
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; a failure ends the process with exit code 1 (2: a checkpoint is needed), and its reason."""
+    """The command; a failure ends the process with its reason and exit code 2 (nothing was started) or 1."""
     args = parser().parse_args(argv)
     try:
-        _compare(args, Console())
-    except NoCheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        comparison, settings, runner, runs = _planned(args, Console())
     except MethodError as error:
-        raise SystemExit(f"error: {error}") from error
+        raise _stopped(error, 2) from error
+    if not args.dry_run:
+        try:
+            _compare(args, comparison, settings, runner, runs)
+        except MethodError as error:
+            raise _stopped(error, 1) from error
 
 
-def _compare(args: argparse.Namespace, console: Console) -> None:
+def _stopped(error: MethodError, code: int) -> SystemExit:
+    """The end of the process; the message is said, and stays readable in the exception."""
+    print(f"error: {error}", file=sys.stderr)
+    stop = SystemExit(f"error: {error}")
+    stop.code = code
+    return stop
+
+
+def _planned(args: argparse.Namespace, console: Console) -> tuple[Comparison, list[Setting], Runner, list[Run]]:
+    """Everything that can be wrong is found here, before anything is started."""
     comparison = comparison_of(wanted_of(args))
     machines = machines_of(args, tiny=args.pretrained is None)
     if args.picture is not None and comparison.family == "hf":
         raise MethodError("--picture draws models of the llava package only; save_provenance=N shows kept tokens.")
+    if args.picture is not None and comparison.family == "llava":
+        raise MethodError("--picture draws a video, and the family llava reads images only.")
+    if args.picture is not None and not args.picture.is_file():
+        raise MethodError(f"--picture {args.picture}: no such file.")
     settings = _settings(args, comparison)
     runs = [comparison.run(setting) for setting in settings]
     runner = Runner(machines, comparison.output, args.data, console)
@@ -50,10 +66,17 @@ def _compare(args: argparse.Namespace, console: Console) -> None:
         for run in runs:
             print(runner.command(run))
         print(f"# all of them, with one loading of the weights: {runner.command_of_all()}")
-        return
-    if machines.machines > 1 and args.output is None:
-        raise MethodError("several machines need --output (OUTPUT=...), the same folder on all of them.")
-    comparison.take_output(runs, machines, args.data)
+    else:
+        if machines.machines > 1 and args.output is None:
+            raise MethodError("several machines need --output (OUTPUT=...), the same folder on all of them.")
+        comparison.take_output(runs, machines, args.data)
+    return comparison, settings, runner, runs
+
+
+def _compare(
+    args: argparse.Namespace, comparison: Comparison, settings: list[Setting], runner: Runner, runs: list[Run]
+) -> None:
+    console = runner.console
     about = f"of {comparison.tasks} on {comparison.pretrained}; results in {comparison.output}"
     console.print(f"[bold]{len(settings)} runs[/] {about}")
     started = time.time()
@@ -75,10 +98,12 @@ def _compare(args: argparse.Namespace, console: Console) -> None:
 
 def _settings(args: argparse.Namespace, comparison: Comparison) -> list[Setting]:
     config = read_config(args.config)
-    retention = args.retention_ratio or config["params"].get("retention_ratio") or 0.1
+    own = (config.get("params") or {}).get("retention_ratio")
+    retention = 0.1 if own is None else own
     default = EMBEDDED_METHODS if has_budget(config["method"]) else EMBEDDED_METHODS_FIXED
-    default = "dense {method}" if args.pretrained else default
-    return settings_of(args.methods or default.format(method=config["method"]), retention, config, comparison.family)
+    default = default if args.pretrained is None else "dense {method}"
+    words = default.format(method=config["method"]) if args.methods is None else args.methods
+    return settings_of(words, retention, config, comparison.family, args.retention_ratio)
 
 
 def wanted_of(args: argparse.Namespace) -> Wanted:
@@ -90,7 +115,7 @@ def wanted_of(args: argparse.Namespace) -> Wanted:
         model_args=pairs(args.model_args),
         output=args.output,
         limit=args.limit,
-        batch_size=args.batch_size,
+        batch_size=str(args.batch_size),
         full=args.full,
     )
 
@@ -101,10 +126,12 @@ def _pictures(
     made = []
     if table.cut_tasks(found):
         made.append(pictures.draw_curve(found, comparison.output / "accuracy_vs_retention.png"))
-    video = args.picture or (embedded.CLIPS / "0000.mp4" if args.pretrained is None else None)
+    video = args.picture
+    if video is None and args.pretrained is None:
+        video = embedded.CLIPS / "0000.mp4"
     config = read_config(args.config)
     of_config = [s for s in settings if s.method == config["method"]]
-    usual = [s for s in of_config if dict(s.params).items() <= config["params"].items()]
+    usual = [s for s in of_config if dict(s.params).items() <= (config.get("params") or {}).items()]
     drawn = next(iter(usual or of_config), None)
     if video is not None and drawn is not None:
         made.append(pictures.draw_clip(comparison, drawn, video, comparison.output / "kept_tokens.png"))

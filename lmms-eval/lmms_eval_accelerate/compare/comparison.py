@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate_methods.registry.configs import CONFIG_DIR, read_config
-from accelerate_methods.registry.families import keys
+from accelerate_methods.registry.configs import CONFIG_DIR, config_model, read_config, written_config
+from accelerate_methods.registry.families import families, keys
+from accelerate_methods.registry.names import method_class
 from accelerate_methods.registry.settings import Setting
-from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from lmms_eval_accelerate import ROOT, embedded
 from lmms_eval_accelerate.benchmarks.contents import task_facts
-from lmms_eval_accelerate.models.arguments import COMMON, HF
+from lmms_eval_accelerate.models.arguments import COMMON, HF, Arguments, names_of, parse
 from lmms_eval_accelerate.runs.files import COMPARISON_PLAN, read_json, write_json
 from lmms_eval_accelerate.runs.fingerprint import checkpoint_facts, code_hash, versions
 from lmms_eval_accelerate.runs.launch import Machines
@@ -23,6 +24,11 @@ from lmms_eval_accelerate.runs.runner import differing
 
 EMBEDDED_FAMILY = "llava_onevision"
 EMBEDDED_ARGS = {"max_frames_num": 16, "save_provenance": 4}
+#: model arguments that have an option of this command
+_OPTIONS = {
+    **{"pretrained": "--pretrained", "method": "--methods", "config": "--config", "batch_size": "--batch-size"},
+    "gpus_per_model": "--gpus-per-model",
+}
 EMBEDDED_CONFIG = "embedded"  # configs/<method>/embedded.yaml: where a method's own values do not fit a tiny model
 
 
@@ -51,17 +57,45 @@ class Comparison:
     batch_size: str = "1"
 
     def run(self, setting: Setting) -> Run:
-        """What lmms-eval-accelerate is asked for one setting."""
+        """What lmms-eval-accelerate is asked for one setting.
+
+        Raises:
+            MethodError: what the run would refuse.
+        """
+        self.parsed(setting)
+        model, arguments = self._asked(setting)
+        request = Request(model, arguments, self.tasks, self.batch_size, self.limit)
+        return Run(setting.label, self.output / setting.folder, request.argv())
+
+    def parsed(self, setting: Setting) -> Arguments:
+        """The model arguments of a run, read as the run reads them."""
+        return parse(*self._asked(setting))
+
+    def _asked(self, setting: Setting) -> tuple[str, dict[str, Any]]:
+        """Model id and model arguments of a run."""
         arguments = {"pretrained": self.pretrained, **self.model_args}
         if setting.method is not None:
             config = self.config_of(setting.method)
             if config is None:
                 arguments["method"] = setting.method
+            elif self._of_another_model(config):
+                arguments |= {"method": setting.method, **_replaced(setting, read_config(config).get("params") or {})}
             else:
                 arguments |= {"config": config, **self._not_from(config)}
             arguments |= dict(setting.params)
-        request = Request(f"{self.family}_accelerated", arguments, self.tasks, self.batch_size, self.limit or None)
-        return Run(setting.label, self.output / setting.folder, request.argv())
+        return f"{self.family}_accelerated", arguments
+
+    def _of_another_model(self, config: str) -> bool:
+        """Whether a config of transformers' models is for another one than the checkpoint: its values are then written
+        out, as a run refuses the config itself. Checkpoints of the llava package are told apart by their family."""
+        model = read_config(config)["model"]
+        if self.family != "hf" or Path(self.pretrained).name == Path(str(model.get("pretrained"))).name:
+            return False
+        file = Path(self.pretrained) / "config.json"
+        classes = (read_json(file).get("architectures") or []) if file.is_file() else []
+        found = {family.name for family in families() if set(classes) & set(family.classes)}
+        written_for = config_model(written_config(config), config)
+        return not found or (written_for is not None and not found & set(written_for.families))
 
     def _not_from(self, config: str) -> dict[str, Any]:
         """Arguments that only the config of another method sets: back to their defaults, all runs share one setting."""
@@ -123,13 +157,25 @@ class Wanted:
     full: bool = False
 
 
+def _replaced(setting: Setting, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of a config; a budget that the setting gives takes the place of the config's."""
+    gone = method_class(setting.method).without_replaced_budget(dict(setting.params))
+    return {name: value for name, value in params.items() if name not in gone}
+
+
 def comparison_of(wanted: Wanted) -> Comparison:
     """
     Raises:
         NoCheckpointError: see there.
         MethodError: files of the embedded model or tasks are missing.
     """
-    model = read_config(wanted.config)["model"]
+    config = read_config(wanted.config)
+    for key in ("method", "model"):
+        if not config.get(key):
+            raise MethodError(f"config {wanted.config} has no {key!r}, and a comparison needs it.")
+    model = config["model"]
+    if model.get("family") not in keys():
+        raise UnknownNameError(f"family of config {wanted.config}:", str(model.get("family")), keys())
     tasks, model_args = wanted.tasks, dict(wanted.model_args)
     if wanted.pretrained is None and model["family"] == "hf":
         raise NoCheckpointError(f"{wanted.config} needs a checkpoint, e.g. PRETRAINED={model['pretrained']}.")
@@ -137,24 +183,44 @@ def comparison_of(wanted: Wanted) -> Comparison:
         embedded.require_model()
         model = model if model["family"] == "llava_video" else {**model, "family": EMBEDDED_FAMILY}
         model_args = {**EMBEDDED_ARGS, **model_args}
-        tasks = tasks or ("shapes_video_full,easy_vqa_full" if wanted.full else "shapes_video,easy_vqa")
+        if tasks is None:
+            tasks = "shapes_video_full,easy_vqa_full" if wanted.full else "shapes_video,easy_vqa"
+        elif wanted.full:
+            raise MethodError("--full (FULL=1) chooses the embedded tasks; with --tasks (TASKS=...) it means nothing.")
+    elif wanted.full:
+        raise MethodError("--full (FULL=1) is for the embedded benchmark; with --pretrained it means nothing.")
     else:
         # the setting of the paper for every method that is compared, not only for the one whose config this is
         model_args = {k: v for k, v in model.items() if k not in ("family", "pretrained")} | model_args
-    tasks = tasks or keys()[model["family"]][0].tasks
+    _check_arguments(wanted.model_args, model["family"])
+    tasks = keys()[model["family"]][0].tasks if tasks is None else tasks
     embedded.require_tasks(tasks)
     stamp = time.strftime("%Y%m%d_%H%M%S")
-    output = wanted.output or ROOT / "outputs" / f"{wanted.config.replace('/', '_')}_{stamp}"
+    output = wanted.output
+    if output is None:
+        output = ROOT / "outputs" / f"{wanted.config.replace('/', '_')}_{stamp}"
     return Comparison(
         family=model["family"],
         config=wanted.config,
-        pretrained=_absolute(wanted.pretrained) if wanted.pretrained else str(embedded.MODEL),
+        pretrained=str(embedded.MODEL) if wanted.pretrained is None else _absolute(wanted.pretrained),
         tasks=tasks,
         output=Path(output).resolve(),
         model_args=model_args,
         limit=wanted.limit,
         batch_size=wanted.batch_size,
     )
+
+
+def _check_arguments(given: Mapping[str, Any], family: str) -> None:
+    """Refuse arguments of --model-args that not all runs can share."""
+    allowed = names_of(family) - set(_OPTIONS)
+    for key in given:
+        if key not in allowed:
+            hint = f" Use {_OPTIONS[key]}." if key in _OPTIONS else ""
+            raise MethodError(
+                f"--model-args {key}=...: not an argument that all runs can share; parameters of methods stand in "
+                f'--methods "name(parameter=value)".{hint} {UnknownNameError("argument", key, allowed)}'
+            )
 
 
 def _plan_name(machine_rank: int) -> str:

@@ -8,25 +8,25 @@ same ``--output`` goes on where an interrupted comparison stopped. Ends with a t
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from lmms_eval_accelerate.runs.options import add_machine_options
+from lmms_eval_accelerate.runs.options import add_machine_options, documents, path, positive, share, text
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line of ``compare``. This file loads nothing, so that ``-h`` is quick."""
     made = argparse.ArgumentParser(prog="python -m lmms_eval_accelerate.compare", description=__doc__)
-    made.add_argument("--config", default="fastvid/llava_onevision", help="config whose method and setting are run")
-    made.add_argument("--pretrained", help="checkpoint; default: the embedded model and benchmark")
-    made.add_argument("--tasks", help="comma-separated lmms-eval tasks")
-    made.add_argument("--methods", help='e.g. "dense fastvid@0.25 dycoke(k=0.3)"; "levels"; "all"')
-    made.add_argument("--retention-ratio", type=float, help="for methods given without one (default: the config's)")
-    made.add_argument("--limit", help="documents per task")
-    made.add_argument("--batch-size", default="1")
-    made.add_argument("--model-args", default="", help="further model arguments, k=v,k=v")
-    made.add_argument("--output", type=Path, help="a new folder, or that of an interrupted comparison to go on with")
-    made.add_argument("--picture", type=Path, help="video on which the kept tokens are drawn")
+    add = made.add_argument
+    add("--config", type=text, default="fastvid/llava_onevision", help="config whose method and setting are run")
+    add("--pretrained", type=text, help="checkpoint; default: the embedded model and benchmark")
+    add("--tasks", type=text, help="comma-separated lmms-eval tasks")
+    add("--methods", type=text, help='e.g. "dense fastvid@0.25 dycoke(k=0.3)"; "levels"; "all"')
+    add("--retention-ratio", type=share, help="for methods given without one (default: the config's)")
+    add("--limit", type=documents, help="documents per task; below 1: their share")
+    add("--batch-size", type=positive, default=1)
+    add("--model-args", default="", help="further model arguments, k=v,k=v")
+    add("--output", type=path, help="a new folder, or that of an interrupted comparison to go on with")
+    add("--picture", type=path, help="video on which the kept tokens are drawn")
     add_machine_options(made)
-    made.add_argument("--full", action="store_true", help="embedded benchmark: the full sets")
-    made.add_argument("--dry-run", action="store_true", help="print the commands only")
+    add("--full", action="store_true", help="embedded benchmark: the full sets")
+    add("--dry-run", action="store_true", help="print the commands only")
     return made

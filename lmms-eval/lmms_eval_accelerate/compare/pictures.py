@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from accelerate_methods.registry.settings import Setting
 from lmms_eval_accelerate.compare.comparison import Comparison
@@ -43,6 +45,12 @@ def _method(row: TaskResult) -> str:
     return re.split(r"[@(]", row.setting)[0]
 
 
+def _changes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of the model's config that its arguments set, as in the runs: they decide what a video's tokens are."""
+    wanted = {k: v for k, v in values.items() if k.startswith("mm_") and v is not None}
+    return wanted if values.get("overwrite", True) else {}
+
+
 def draw_clip(comparison: Comparison, setting: Setting, video: Path, path: Path) -> Path:
     """Which visual tokens of ``video`` the method of ``setting`` keeps, drawn over its frames."""
     import torch
@@ -55,14 +63,20 @@ def draw_clip(comparison: Comparison, setting: Setting, video: Path, path: Path)
     from llava.video_utils import load_video
 
     logging.disable_progress_bar()
+    arguments = comparison.parsed(setting)
     _, model, processor, _ = load_pretrained_model(
-        comparison.pretrained, device_map="auto", torch_dtype="auto" if torch.cuda.is_available() else "float32"
+        comparison.pretrained,
+        device_map="auto",
+        torch_dtype="auto" if torch.cuda.is_available() else "float32",
+        overwrite_config=_changes(arguments.values),
     )
-    frames = load_video(str(video), num_frames=int(comparison.model_args["max_frames_num"])).frames
+    frames = load_video(str(video), num_frames=arguments.max_frames_num).frames
     pixels = processor.preprocess(frames, return_tensors="pt")["pixel_values"]
-    spec = comparison.config_of(setting.method) or setting.method
-    method = accelerate_methods.accelerate(model, spec, **dict(setting.params))
-    with method, accelerate_methods.record() as requests, torch.no_grad():
+    with (
+        accelerate_methods.accelerate(model, arguments.pipeline),
+        accelerate_methods.record() as requests,
+        torch.no_grad(),
+    ):
         model(torch.tensor([[IMAGE_TOKEN_INDEX, 0]], device=model.device), images=[pixels], modalities=["video"])
     item = requests[0].samples[0].items[0]
     title = f"{setting.label}: {item.tokens_after} of {item.tokens_before} visual tokens of {Path(video).name}"

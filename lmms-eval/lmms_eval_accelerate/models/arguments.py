@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +13,7 @@ from accelerate_methods.registry import compatibility
 from accelerate_methods.registry.configs import read_config
 from accelerate_methods.registry.pipeline import Pipeline, resolve
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
+from lmms_eval_accelerate.manifest import FAMILIES, model_ids
 from lmms_eval_accelerate.model_args import meant
 
 #: Arguments of every family with their defaults. Families add theirs and change defaults.
@@ -35,6 +38,26 @@ COMMON: dict[str, Any] = {
     "until": "apply",  # "ignore": do not cut answers at the task's stop strings (the stock models do not)
     "save_provenance": 0,  # documents per task whose kept tokens are saved for the report
 }
+#: Further arguments of LLaVA-OneVision.
+ONEVISION: dict[str, Any] = {
+    "max_frames_num": 32,
+    "mm_spatial_pool_mode": "bilinear",
+    "mm_spatial_pool_stride": 2,
+    "mm_newline_position": None,  # the checkpoint's
+    "video_decode_backend": "auto",
+}
+#: Further arguments of LLaVA-Video.
+VIDEO: dict[str, Any] = {
+    "max_frames_num": 20,
+    "video_fps": 1,
+    "force_sample": False,
+    "add_time_instruction": False,
+    "mm_spatial_pool_mode": "average",
+    "mm_spatial_pool_stride": 2,
+    "mm_newline_position": "grid",
+    "overwrite": True,
+    "video_decode_backend": "auto",
+}
 #: Further arguments of the family ``hf``, named as those of the stock chat classes.
 HF: dict[str, Any] = {
     "max_num_frames": 32,
@@ -47,6 +70,14 @@ HF: dict[str, Any] = {
     "video_decode_backend": "auto",
     "until": "ignore",  # an answer of a chat model may begin with more than one paragraph
 }
+#: key of a family -> its further arguments; and the common ones that mean nothing to it
+FURTHER: dict[str, dict[str, Any]] = {"llava": {}, "llava_onevision": ONEVISION, "llava_video": VIDEO, "hf": HF}
+WITHOUT: dict[str, frozenset[str]] = {"hf": frozenset({"model_base", "model_name", "conv_template"})}
+#: name of an argument in other families -> its name in this one
+_OTHER_NAMES = {"hf": {"max_frames_num": "max_num_frames"}}
+_SWITCHES = ("use_cache", "force_sample", "add_time_instruction", "overwrite")
+_COUNTS = ("max_frames_num", "max_num_frames", "min_pixels", "max_pixels", "total_pixels", "mm_spatial_pool_stride")
+_RATES = ("fps", "video_fps")
 _CHOICES = {
     "on_error": ("stop", "skip"),
     "until": ("apply", "ignore"),
@@ -74,6 +105,30 @@ class Arguments:
         return {"family": self.family, "methods": self.pipeline.to_dict(), **self.values}
 
 
+def defaults_of(family: str) -> dict[str, Any]:
+    """All arguments of the family with this key, and their defaults."""
+    common = {key: value for key, value in COMMON.items() if key not in WITHOUT.get(family, ())}
+    return {**common, "prompt_model": FAMILIES[family], **FURTHER[family]}
+
+
+def names_of(family: str) -> set[str]:
+    """All names that an argument of the family with this key can be given under."""
+    return {*defaults_of(family), *_OTHER_NAMES.get(family, ())}
+
+
+def parse(model_id: str, given: Mapping[str, Any]) -> Arguments:
+    """Check arguments for the model of an id without loading anything.
+
+    Raises:
+        UnknownNameError, MethodError: with the allowed names or values.
+    """
+    known = model_ids()
+    if model_id not in known:
+        raise UnknownNameError("model", model_id, known)
+    family, method = known[model_id]
+    return parse_arguments(model_id, family, method, defaults_of(family), given)
+
+
 def parse_arguments(
     model_id: str,
     family: str,
@@ -93,7 +148,12 @@ def parse_arguments(
     Raises:
         UnknownNameError, MethodError: with the allowed names or values.
     """
-    given = {key: meant(value) for key, value in given.items()}
+    if default_method is not None and isinstance(given.get("method"), str) and meant(given["method"]) is None:
+        raise MethodError(f"model {model_id!r} runs {default_method}; without a method it is {family}_accelerated.")
+    for key, value in given.items():
+        if isinstance(value, str) and not value.strip():
+            raise MethodError(f"model argument {key}= is empty; leave it out for its default.")
+    given = _one_name({key: meant(value) for key, value in given.items()}, family)
     config = given.get("config")
     section = _model_section(config, family, defaults) if config is not None else {}
     spec = _method_spec(model_id, default_method, given.get("method"), config)
@@ -104,8 +164,18 @@ def parse_arguments(
     compatibility.check(pipeline, family)
     values = {**defaults, **section, **{key: value for key, value in given.items() if key in defaults}}
     values["method"], values["config"] = pipeline.name, config
+    _check_values(values, defaults)
     _finish(values)
     return Arguments(model_id, family, values, pipeline)
+
+
+def _one_name(given: dict[str, Any], family: str) -> dict[str, Any]:
+    """An argument under the name that it has in this family."""
+    for other, name in _OTHER_NAMES.get(family, {}).items():
+        value = given.pop(other, None)
+        if value is not None and given.setdefault(name, value) != value:
+            raise MethodError(f"{other} and {name} are one argument; give one.")
+    return given
 
 
 def _model_section(config: Any, family: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,6 +221,30 @@ def _names_a_method(spec: Any) -> bool:
         return True
 
 
+def _check_values(values: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Make switches, counts and rates what they stand for, or refuse them: text is always true, and 0 often ignored."""
+    for key in _SWITCHES:
+        if key in values and values[key] not in (True, False):  # 0 and 1 are equal to them
+            raise MethodError(f"model argument {key} must be true or false, not {values[key]!r}.")
+        if key in values:
+            values[key] = bool(values[key])
+    for key in _COUNTS:
+        if key in values and (values[key] is not None or defaults[key] is not None):
+            values[key] = _number(key, values[key], int, "a whole number from 1")
+    for key in _RATES:
+        if key in values and (values[key] is not None or defaults[key] is not None):
+            values[key] = _number(key, values[key], float, "a number above 0")
+
+
+def _number(key: str, value: Any, kind: type, wanted: str) -> Any:
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        number = kind(value)
+        same = not isinstance(value, bool) and (isinstance(value, str) or number == value)
+        if same and 0 < number < math.inf:
+            return value if isinstance(value, (int, float)) and kind is float else number
+    raise MethodError(f"model argument {key} must be {wanted}, not {value!r}.")
+
+
 def _finish(values: dict[str, Any]) -> None:
     if not values["pretrained"]:
         raise MethodError("model argument pretrained= is needed: a checkpoint folder or hub name.")
@@ -170,7 +264,7 @@ def _finish(values: dict[str, Any]) -> None:
     if values["batch_size"] < 1:
         raise MethodError("batch_size must be a number from 1; automatic batch sizes are not supported.")
     spread = values["gpus_per_model"]
-    spread = os.environ.get("GPUS_PER_MODEL", "1") if spread is None else str(spread)
+    spread = (os.environ.get("GPUS_PER_MODEL") or "1") if spread is None else str(spread)
     if not spread.isdecimal() or int(spread) < 1:
         raise MethodError(f"gpus_per_model must be a number of GPUs from 1, not {spread!r}.")
     values["gpus_per_model"] = int(spread)

@@ -20,9 +20,8 @@ from tqdm import tqdm
 from accelerate_methods import record
 from accelerate_methods.engine.recording import RequestRecord
 from lmms_eval_accelerate import session
-from lmms_eval_accelerate.manifest import FAMILIES
 from lmms_eval_accelerate.models import loading, prompts
-from lmms_eval_accelerate.models.arguments import COMMON, Arguments, parse_arguments
+from lmms_eval_accelerate.models.arguments import Arguments, defaults_of, parse_arguments
 from lmms_eval_accelerate.models.batching import cut, generation_arguments, grouped, is_padding, until_end
 from lmms_eval_accelerate.models.costs import Costs, log_costs, of_all_ranks, sample_costs, skipped_costs
 from lmms_eval_accelerate.models.failing import failing_loudly
@@ -55,8 +54,6 @@ class Accelerated(lmms):
     family: ClassVar[str] = ""
     default_method: ClassVar[str | None] = None
     defaults: ClassVar[dict[str, Any]] = {}
-    #: common arguments that mean nothing to the family
-    without: ClassVar[frozenset[str]] = frozenset()
     #: whether ``generate`` returns the prompt in front of the answer
     prompt_in_output: ClassVar[bool] = False
 
@@ -65,8 +62,7 @@ class Accelerated(lmms):
     @classmethod
     def parse(cls, **given: Any) -> Arguments:
         """Check model arguments without loading anything."""
-        common = {key: value for key, value in COMMON.items() if key not in cls.without}
-        defaults = {**common, "prompt_model": FAMILIES[cls.family], **cls.defaults}
+        defaults = {**defaults_of(cls.family), **cls.defaults}
         if isinstance(given.get("prompt_model"), str) and given["prompt_model"].lower() == "none":
             defaults["prompt_model"] = None
         return parse_arguments(cls.model_id or cls.__name__, cls.family, cls.default_method, defaults, given)

@@ -22,6 +22,7 @@ from llava.media_kind import is_picture
 from llava.mm_utils import process_images
 from llava.model.checkpoint import read_config
 from llava.model.decoders import checkpoint_decoder
+from lmms_eval_accelerate.models.arguments import ONEVISION, VIDEO
 from lmms_eval_accelerate.models.base import LlavaAccelerated, Question
 from lmms_eval_accelerate.models.visuals import (
     FRAME_FOLDER_FPS,
@@ -88,13 +89,7 @@ class LlavaOneVision(Llava):
     """LLaVA-OneVision: images, several images (padded to squares), videos by evenly spaced frames."""
 
     family = "llava_onevision"
-    defaults: ClassVar[dict[str, Any]] = {
-        "max_frames_num": 32,
-        "mm_spatial_pool_mode": "bilinear",
-        "mm_spatial_pool_stride": 2,
-        "mm_newline_position": None,  # the checkpoint's
-        "video_decode_backend": "auto",
-    }
+    defaults: ClassVar[dict[str, Any]] = ONEVISION
 
     def default_template(self) -> str:
         return "qwen_1_5"
@@ -157,17 +152,7 @@ class LlavaVideo(LlavaOneVision):
     """LLaVA-Video: frames by rate up to a limit, or forced to it; optional time instruction."""
 
     family = "llava_video"
-    defaults: ClassVar[dict[str, Any]] = {
-        "max_frames_num": 20,
-        "video_fps": 1,
-        "force_sample": False,
-        "add_time_instruction": False,
-        "mm_spatial_pool_mode": "average",
-        "mm_spatial_pool_stride": 2,
-        "mm_newline_position": "grid",
-        "overwrite": True,
-        "video_decode_backend": "auto",
-    }
+    defaults: ClassVar[dict[str, Any]] = VIDEO
 
     def default_template(self) -> str:
         # llava_vid's default is vicuna_v1 also for Qwen checkpoints, where every user has to override it

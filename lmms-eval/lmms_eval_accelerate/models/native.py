@@ -24,7 +24,7 @@ from accelerate_methods.hosts.native.host import class_names, family_of
 from accelerate_methods.registry import compatibility, plugins
 from accelerate_methods.stages.errors import MethodError
 from llava.media_kind import kind_of
-from lmms_eval_accelerate.models.arguments import HF, Arguments
+from lmms_eval_accelerate.models.arguments import HF
 from lmms_eval_accelerate.models.batching import is_padding
 from lmms_eval_accelerate.models.clips import Clip, fitted_image, read_clip
 from lmms_eval_accelerate.models.engine import Accelerated
@@ -66,17 +66,9 @@ class HfAccelerated(Accelerated):
     is_simple = False
     family = "hf"
     prompt_in_output = True
-    without = frozenset({"model_base", "model_name", "conv_template"})
     defaults: ClassVar[dict[str, Any]] = HF
 
     # -- start -------------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def parse(cls, **given: Any) -> Arguments:
-        other = given.pop("max_frames_num", None)  # the name of the other families
-        if other is not None and given.setdefault("max_num_frames", other) != other:
-            raise MethodError("max_frames_num and max_num_frames are one argument; give one.")
-        return super().parse(**given)
 
     def _load_weights(self, dtype: str, device_map: Any, max_memory: dict[int, int] | None) -> Loaded:
         name = str(self.args.pretrained)

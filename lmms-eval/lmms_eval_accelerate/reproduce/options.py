@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from accelerate_methods.registry.configs import CONFIG_DIR
-from lmms_eval_accelerate.runs.options import add_machine_options, positive
+from lmms_eval_accelerate.runs.options import add_machine_options, path, positive, text
 
 FOLDER = CONFIG_DIR / "reproduce"
 
@@ -37,16 +36,17 @@ def parser() -> argparse.ArgumentParser:
         epilog="Arguments after -- go to lmms-eval. Tables: " + ", ".join(available()),
         allow_abbrev=False,
     )
-    made.add_argument("table", nargs="?", help="name of a file of configs/reproduce/, or a path; or 'leaderboard'")
-    made.add_argument("--list", action="store_true", help="the tables, or the parts, rows and columns of TABLE")
-    made.add_argument("--part", help="one part (model) of the table; default: all")
-    made.add_argument("--rows", nargs="+", metavar="ROW", help="row names, or methods for all their rows; dense always")
-    made.add_argument("--columns", nargs="+", metavar="COLUMN", help="column titles; default: all that can be measured")
-    made.add_argument("--limit", type=positive, help="first N documents per task; not the paper's numbers then")
-    made.add_argument("--pretrained", help="another checkpoint (folder or hub name), or 'embedded': the tiny model")
-    made.add_argument("--output", type=Path, help="default: outputs/reproduce/<table>_<hash of the choices>")
-    made.add_argument("--batch-size", type=positive, default=1)
-    made.add_argument("--model-args", default="", help="further model arguments of all rows, k=v,k=v")
+    add = made.add_argument
+    add("table", nargs="?", help="name of a file of configs/reproduce/, or a path; or 'leaderboard'")
+    add("--list", action="store_true", help="the tables, or the parts, rows and columns of TABLE")
+    add("--part", type=text, help="one part (model) of the table; default: all")
+    add("--rows", nargs="+", type=text, metavar="ROW", help="row names, or methods for all their rows; dense always")
+    add("--columns", nargs="+", type=text, metavar="COLUMN", help="column titles; default: all that can be measured")
+    add("--limit", type=positive, help="first N documents per task; not the paper's numbers then")
+    add("--pretrained", type=text, help="another checkpoint (folder or hub name), or 'embedded': the tiny model")
+    add("--output", type=path, help="default: outputs/reproduce/<table>_<hash of the choices>")
+    add("--batch-size", type=positive, default=1)
+    add("--model-args", default="", help="further model arguments of all rows, k=v,k=v")
     add_machine_options(made)
-    made.add_argument("--dry-run", action="store_true", help="print the commands and what would be used again")
+    add("--dry-run", action="store_true", help="print the commands and what would be used again")
     return made

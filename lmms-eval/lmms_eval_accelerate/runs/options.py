@@ -18,11 +18,11 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     add("--num-processes", "--nproc", type=positive, help="per machine; default: the visible GPUs (embedded model: 1)")
     add("--num-machines", type=positive, default=1)
     add("--machine-rank", type=int, default=0)
-    add("--main-process-ip")
+    add("--main-process-ip", type=text)
     add("--main-process-port", type=positive)
-    per_model = os.environ.get("GPUS_PER_MODEL", "1")
+    per_model = os.environ.get("GPUS_PER_MODEL") or "1"
     add("--gpus-per-model", type=positive, default=per_model, help="GPUs over which a large model is spread")
-    add("--data", type=Path, help="local data folder; runs offline on it (docs/benchmarks.md)")
+    add("--data", type=path, help="local data folder; runs offline on it (docs/benchmarks.md)")
 
 
 def machines_of(args: argparse.Namespace, tiny: bool) -> Machines:
@@ -45,9 +45,38 @@ def machines_of(args: argparse.Namespace, tiny: bool) -> Machines:
     )
 
 
-def positive(text: str) -> int:
+def positive(given: str) -> int:
     """Argument type: a whole number above 0."""
     with contextlib.suppress(ValueError):
-        if int(text) > 0:
-            return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+        if int(given) > 0:
+            return int(given)
+    raise argparse.ArgumentTypeError(f"{given!r} is not a whole number above 0")
+
+
+def share(given: str) -> float:
+    """Argument type: a share of the visual tokens, above 0 and up to 1."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(given) <= 1:
+            return float(given)
+    raise argparse.ArgumentTypeError(f"{given!r} is not a number above 0 and up to 1")
+
+
+def documents(given: str) -> str:
+    """Argument type: what lmms-eval's --limit takes, as it is written. It runs no document with 0."""
+    with contextlib.suppress(ValueError):
+        number = float(given)
+        if number == -1 or 0 < number < 1 or (number >= 1 and number.is_integer()):
+            return given
+    raise argparse.ArgumentTypeError(f"{given!r} is not a number of documents from 1, a share below 1, or -1 for all")
+
+
+def text(given: str) -> str:
+    """Argument type: some text. An empty one is mostly a variable of the shell that is not set."""
+    if not given.strip():
+        raise argparse.ArgumentTypeError("is empty; leave the option out for its default")
+    return given
+
+
+def path(given: str) -> Path:
+    """Argument type: a path that is not empty."""
+    return Path(text(given))
