@@ -1,20 +1,27 @@
-"""The KV cache of a request: what the loop remembers beside it, views of chosen keys, cuts.
+"""The KV cache of a request: what the loop remembers beside it, and how that follows whatever is done to the cache.
 
-What has to survive from prefill to decode (padding and visual masks of every layer's cache) is kept on the cache object
-of the request (attribute ``accelerate_state``), each layer's part on the device of that layer.
+What has to survive from prefill to decode (padding and visual masks of every layer's cache, positions, what a decode
+method keeps) is kept on the cache object of the request, each layer's part on the device of that layer. The cache is
+made a :class:`RequestCache`, so that crops, copies, beams and changes of the batch take that state along.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from accelerate_methods.engine.devices import moved
 from accelerate_methods.stages.errors import MethodError
+
+#: decode steps that a decode method's memory can be taken back by; fewer after the batch has changed
+_STEPS_BACK = 64
 
 
 @dataclasses.dataclass
@@ -35,37 +42,186 @@ class LayerCache:
 
 
 @dataclasses.dataclass
+class Mark:
+    """Positions of one call.
+
+    Attributes:
+        before: entries that layer 0 had cached before it.
+        following: [B, q] position of the token behind each of its rows.
+    """
+
+    before: int
+    following: Tensor
+
+
+@dataclasses.dataclass
 class CacheState:
     """What the loop remembers of a request beside its cache.
+
+    Lengths are those of layer 0. Layers may differ in length after a prefill method, but whatever is added behind the
+    prompt, or taken away again, is as much in all of them.
 
     Attributes:
         has_visual: whether there is anything for a decode method to act on.
         length: rows of the prompt.
+        name: of the pipeline that made the cache.
         layers: per decoder layer, what its cache holds.
-        next_position: [B, 1] position of the next token.
         memory: what the decode method keeps between steps.
+        base: entries right behind the prompt.
+        dropped: rows of the prompt, as the caller counts them, that layer 0 does not hold.
+        seen: entries when the loop last saw the cache; fewer are there now if it was cropped since.
+        marks: where positions were said: the prompt and later turns. In between they are counted.
+        steps: (entries, memory) after the last decode steps, for crops.
+        forgets: whether ``steps`` does not reach back to the prompt.
     """
 
     has_visual: bool
     length: int
+    name: str = ""
     layers: list[LayerCache] = dataclasses.field(default_factory=list)
-    next_position: Tensor | None = None
     memory: dict[str, Any] = dataclasses.field(default_factory=dict)
+    base: int = 0
+    dropped: int = 0
+    seen: int = 0
+    marks: list[Mark] = dataclasses.field(default_factory=list)
+    steps: list[tuple[int, dict[str, Any]]] = dataclasses.field(default_factory=list)
+    forgets: bool = False
+    _lost: bool = False
+    _used: bool = False
 
-    def keep_on(self, cache: DynamicCache) -> None:
-        """Stay with ``cache``. Beam search re-orders caches; the memory of a decode method follows."""
+    # -- the cache and its state -------------------------------------------------------------------------------------
+
+    def keep_on(self, cache: DynamicCache, following: Tensor, full: int) -> None:
+        """Stay with ``cache``, which holds the prompt now.
+
+        Args:
+            following: [B, length] position of the token behind each row of the prompt.
+            full: rows of the prompt as the caller counts them.
+        """
+        self.base = self.seen = cached_length(cache)
+        self.dropped = full - self.base
+        if self.base != following.shape[1]:  # layer 0 was cut: which rows it holds matters to nobody
+            following = following[:, -1:]
+        self.marks = [Mark(self.base - following.shape[1], following)]
+        cache.__class__ = _request_class(type(cache))
         cache.accelerate_state = self
-        if not self.has_visual:
+
+    @property
+    def cut(self) -> bool:
+        """Whether layers hold different rows of the prompt."""
+        return any(known.rows is not None for known in self.layers)
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """While the loop runs on the cache, which nothing else may if the prompt is not whole."""
+        self._used = True
+        try:
+            yield
+        finally:
+            self._used = False
+
+    def check_used(self) -> None:
+        if not self._used and (self.dropped or self.cut):
+            raise MethodError(
+                f"this cache holds a prompt that {self.name} has cut: the model can go on with it only while "
+                f"{self.name} is attached. Start with a new cache."
+            )
+
+    # -- positions ---------------------------------------------------------------------------------------------------
+
+    @property
+    def next_position(self) -> Tensor:
+        """[B, 1] position of the next token."""
+        return self.position(self.seen)
+
+    def position(self, entries: int) -> Tensor:
+        """[B, 1] position of the token that comes behind so many entries."""
+        mark = self.marks[-1]
+        behind = entries - mark.before - mark.following.shape[1]
+        return mark.following[:, -1:] + behind
+
+    def ran(self, past: int, new: int, following: Tensor | None) -> None:
+        """A call with ``new`` rows on top of ``past`` entries is done; ``following`` [B, new] if it said positions."""
+        self.seen = past + new
+        if following is None:
             return
-        reorder = cache.reorder_cache
+        step = new == 1 and len(self.marks) > 1 and self.marks[-1].following.shape[1] == 1
+        if step:  # of decode steps the last one is enough: the others count on
+            self.marks.pop()
+        self.marks.append(Mark(past, following))
 
-        def reorder_both(beams: Tensor) -> None:
-            reorder(beams)
-            for name, value in self.memory.items():
-                if isinstance(value, Tensor) and value.ndim and value.shape[0] == beams.shape[0]:
-                    self.memory[name] = value.index_select(0, beams.to(value.device))
+    # -- crops -------------------------------------------------------------------------------------------------------
 
-        cache.reorder_cache = reorder_both
+    def check_crop(self, entries: int) -> None:
+        """MethodError if so many entries would be a cut prompt without its end."""
+        if entries < self.base and self.cut:
+            raise MethodError(
+                f"{self.name} has dropped tokens inside the model, and by the end of the prompt: {self.base - entries} "
+                "tokens of the prompt itself cannot be cropped any more. Start with a new cache."
+            )
+
+    def follow(self, cache: DynamicCache) -> None:
+        """Forget what has been cropped since the loop last saw the cache."""
+        entries = cached_length(cache)
+        if entries >= self.seen:
+            return
+        self.check_crop(entries)
+        while self.marks[-1].before >= entries:
+            self.marks.pop()
+        mark = self.marks[-1]
+        mark.following = mark.following[:, : entries - mark.before]
+        for index, known in enumerate(self.layers):
+            left = cache.get_seq_length(index)
+            if known.visual.shape[1] > left:
+                known.visual = known.visual[:, :left]
+                known.valid = None if known.valid is None else known.valid[:, :left]
+        self.base, self.seen = min(self.base, entries), entries
+        if self.memory:
+            while self.steps and self.steps[-1][0] > entries:
+                self.steps.pop()
+            self.forgets &= entries > self.base
+            self._lost = self.forgets and not self.steps
+            self.memory = dict(self.steps[-1][1]) if self.steps else {}
+
+    # -- what a decode method keeps ----------------------------------------------------------------------------------
+
+    def recalled(self) -> dict[str, Any]:
+        """The memory for the next decode step."""
+        if self._lost:
+            raise MethodError(
+                f"{self.name} decides in every step by the step before. The cache was cropped further back than this "
+                f"is kept ({_STEPS_BACK} steps, fewer if its batch was changed). Crop to the end of the prompt instead."
+            )
+        return self.memory
+
+    def stepped(self) -> None:
+        """A decode step has just changed the memory."""
+        self.steps.append((self.seen, dict(self.memory)))
+        if len(self.steps) > _STEPS_BACK:
+            del self.steps[0]
+            self.forgets = True
+
+    # -- the batch ---------------------------------------------------------------------------------------------------
+
+    def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """The rows of the batch become others: ``change`` [B, ...] -> [B', ...]."""
+        batch = self.marks[0].following.shape[0]
+        done: dict[int, Tensor] = {}
+
+        def changed(value: Any) -> Any:  # what layers share, and compare by identity, they go on sharing
+            if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != batch:
+                return value
+            if id(value) not in done:
+                done[id(value)] = change(value)
+            return done[id(value)]
+
+        self.layers = [LayerCache(*map(changed, (k.visual, k.valid, k.rows, k.shift))) for k in self.layers]
+        self.marks = [Mark(mark.before, changed(mark.following)) for mark in self.marks]
+        self.memory = {name: changed(value) for name, value in self.memory.items()}
+        if self.memory:  # in beam search this is every step: what was before is not worth it
+            self.steps, self.forgets = [(self.seen, dict(self.memory))], True
+
+    # -- the prompt --------------------------------------------------------------------------------------------------
 
     def trim(self, cache: DynamicCache, layers: int, picked: Tensor, left: LayerCache) -> None:
         """Cut the first ``layers`` layers of ``cache`` to entries ``picked`` [B, K], of which ``left`` is known."""
@@ -90,6 +246,122 @@ class CacheState:
         return torch.cat([prompt.gather(1, fewer), keep[:, rows.shape[1] :]], dim=1)
 
 
+class FollowedCache(DynamicCache):
+    """In front of the class of a cache: the request's state goes along with every operation.
+
+    Assigned to the object that the caller knows (``cache.__class__``), which stays a cache of its class.
+    """
+
+    #: None for a prompt that the loop has not seen
+    accelerate_state: CacheState | None = None
+
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
+        """Entries of a layer; without one the length of the whole sequence as the caller counts it.
+
+        ``generate`` and draft models compare that with their ids, which know nothing of dropped tokens.
+        """
+        entries = super().get_seq_length(layer_idx or 0)
+        whole = layer_idx is None and entries and self.accelerate_state is not None
+        return entries + self.accelerate_state.dropped if whole else entries
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
+        if self.accelerate_state is not None and super().get_seq_length(0):
+            self.accelerate_state.check_used()
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length of the whole sequence to keep.
+
+        Raises:
+            MethodError: they reach into a prompt that was cut between layers.
+        """
+        count = tokens_to_remove
+        if count > 0:
+            count = min(0, count - self.get_seq_length())
+        state = self.accelerate_state
+        if state is not None:
+            state.follow(self)
+            state.check_crop(super().get_seq_length(0) + count)
+        super().crop(count)
+        if state is None:
+            return
+        if super().get_seq_length(0):
+            state.follow(self)
+        else:
+            self.accelerate_state = None
+
+    def reset(self) -> None:
+        super().reset()
+        self.accelerate_state = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._change_rows(lambda value: value.index_select(0, beam_idx.to(value.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._change_rows(lambda value: value.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Any) -> None:
+        super().batch_select_indices(indices)
+        self._change_rows(lambda value: value[moved(indices, value.device)])
+
+    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.accelerate_state is not None:
+            self.accelerate_state.change_rows(change)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For copies and pickles. What records a request (``accelerate_request``) does not record its copies."""
+        plain = next(c for c in type(self).__mro__ if not issubclass(c, FollowedCache))
+        return _unfilled, (plain,), {**self.__dict__, "accelerate_request": None}
+
+
+class RequestCache(FollowedCache):
+    """A plain ``DynamicCache`` with the state of its request."""
+
+
+@functools.cache
+def _request_class(plain: type) -> type:
+    """``plain`` with :class:`FollowedCache` in front."""
+    if issubclass(plain, FollowedCache):
+        return plain
+    return RequestCache if plain is DynamicCache else type(f"Request{plain.__name__}", (FollowedCache, plain), {})
+
+
+def _unfilled(plain: type) -> FollowedCache:
+    """For unpickling: an object whose attributes come from elsewhere."""
+    made = _request_class(plain)
+    return made.__new__(made)
+
+
+def request_state(cache: Any) -> CacheState | None:
+    """What the loop remembers of the request whose prompt ``cache`` holds; None if there is none, or not of the loop.
+
+    Raises:
+        MethodError: the cache holds a cut prompt and nothing that says so: somebody copied its tensors.
+    """
+    if not isinstance(cache, DynamicCache) or not cached_length(cache):
+        return None
+    state: CacheState | None = getattr(cache, "accelerate_state", None)
+    if state is not None:
+        state.follow(cache)
+    elif len({cache.get_seq_length(index) for index in range(len(cache.layers))}) > 1:
+        raise MethodError(
+            "the layers of this cache differ in length, and nothing on it says what they hold. Copy caches as a whole "
+            "(copy.deepcopy), not their tensors, and do not go on with one whose first call failed."
+        )
+    return state
+
+
+def check_cache(cache: Any, name: str) -> None:
+    """MethodError unless the decoder loop can work on ``cache`` (None: it makes one)."""
+    if cache is not None and not isinstance(cache, DynamicCache):
+        raise MethodError(
+            f"{name} needs a DynamicCache (layers may differ in length), got {type(cache).__name__}; do not set "
+            "cache_implementation."
+        )
+
+
 class KeyView:
     """Cache stand-in for one layer of one decode step: stores everything, shows the chosen keys [B, K]."""
 
@@ -105,8 +377,9 @@ class KeyView:
         return getattr(self._cache, name)
 
 
-def cached_length(cache: DynamicCache | None) -> int:
-    return 0 if cache is None else cache.get_seq_length()
+def cached_length(cache: Cache | None) -> int:
+    """Entries of layer 0."""
+    return 0 if cache is None else cache.get_seq_length(0)
 
 
 def whole_keys(cache: DynamicCache, index: int) -> Tensor:

@@ -23,7 +23,15 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from accelerate_methods.engine.cache import CacheState, KeyView, cached_length, grown, whole_keys
+from accelerate_methods.engine.cache import (
+    CacheState,
+    KeyView,
+    cached_length,
+    check_cache,
+    grown,
+    request_state,
+    whole_keys,
+)
 from accelerate_methods.engine.devices import moved
 from accelerate_methods.engine.layers import DecoderLayers, LayerInput
 from accelerate_methods.engine.masks import cached_mask, key_mask, prefill_mask
@@ -88,11 +96,7 @@ def run_decoder(
     Prefill methods act once, on the first prompt of a cache; later turns run uncut on what they left. They expect
     padding on the left and leave it there.
     """
-    if past_key_values is not None and not isinstance(past_key_values, DynamicCache):
-        raise MethodError(
-            f"{pipeline.name} needs a DynamicCache (layers may differ in length), got "
-            f"{type(past_key_values).__name__}; do not set cache_implementation."
-        )
+    check_cache(past_key_values, pipeline.name)
     if attention_mask is not None and attention_mask.dim() != 2:
         raise MethodError(f"the decoder loop takes a 2-D padding mask, got {attention_mask.dim()}-D.")
     use_cache = decoder.config.use_cache if use_cache is None else use_cache
@@ -117,7 +121,7 @@ class _Loop:
         self.layers, self.config, self.pipeline = DecoderLayers(decoder), decoder.config, pipeline
         self.cache, self.use_cache, self.request = cache, use_cache, request
         self.past = cached_length(cache)
-        self.state: CacheState | None = getattr(cache, "accelerate_state", None) if self.past else None
+        self.state: CacheState | None = request_state(cache)
         #: what the layer got for which a method will ask attention
         self.inputs: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
 
@@ -126,8 +130,9 @@ class _Loop:
     ) -> None:
         """The rows of this call, as :func:`run_decoder` got them."""
         batch, self.new = hidden.shape[:2]
+        self.told = position_ids is not None  # or else counted
         if position_ids is None:
-            start = self.past if self.state is None else moved(self.state.next_position, hidden.device)
+            start = self.past if self.state is None else moved(self.state.position(self.past), hidden.device)
             position_ids = start + torch.arange(self.new, device=hidden.device)[None]
         if position_ids.ndim == 3:
             position_ids = position_ids[-3:].expand(-1, batch, -1)
@@ -164,22 +169,30 @@ class _Loop:
         return masks
 
     def run(self) -> DecoderOutput:
-        next_position = None if self.layout is None else self.layout.next_position
-        if next_position is None:
-            last = self.rows.position_ids.amax(-1, keepdim=True) + 1
-            next_position = last.amax(0) if last.ndim == 3 else last
-        if self.past:
+        if not self.past:
+            following, full = self._following(), self.new if self.layout is None else self.layout.full or self.new
+            self._prefill()
+            if self.cache is not None:
+                self.state.keep_on(self.cache, following, full)
+        elif self.state is None:
             self._continue()
         else:
-            self._prefill()
-        if self.state is not None:
-            self.state.next_position = next_position
+            with self.state.used():
+                self._continue()
         return DecoderOutput(
             last_hidden_state=self.layers.norm(self.rows.hidden),
             past_key_values=self.cache if self.use_cache else None,
             kept=self.rows.kept,
             kept_valid=self.rows.valid if self.rows.kept is not None else None,
         )
+
+    def _following(self) -> Tensor:
+        """[B, q] position of the token behind each row."""
+        at = self.rows.position_ids
+        at = at.amax(0) if at.ndim == 3 else at
+        last = None if self.layout is None else self.layout.next_position
+        last = at.amax(1, keepdim=True) + 1 if last is None else moved(last, at.device)
+        return torch.cat([at[:, :-1] + 1, last], dim=1)
 
     # -- the first prompt of a cache ---------------------------------------------------------------------------------
 
@@ -188,7 +201,7 @@ class _Loop:
         acts = method is not None and self.new > 1 and any(self.spans)
         at = set(method.prefill_layers(len(self.layers))) if acts else set()
         lengths = self.rows.lengths() if self.layout is None else self.layout.lengths
-        state = self.state = CacheState(has_visual=self.decodes, length=self.new)
+        state = self.state = CacheState(has_visual=self.decodes, length=self.new, name=self.pipeline.name)
         masks: dict[str, Any] = {}
         for index in range(len(self.layers)):
             if index in at and self._select(method, index):
@@ -209,8 +222,6 @@ class _Loop:
                 self.request.layer_tokens.append(lengths)
         if len(self.layers) in at:
             self._select(method, len(self.layers))
-        if self.cache is not None:
-            state.keep_on(self.cache)
 
     def _select(self, method: Any, index: int) -> bool:
         """Let the prefill method act before layer ``index``; whether it dropped anything."""
@@ -232,6 +243,7 @@ class _Loop:
         state, method, start = self.state, self.pipeline.decode, len(self.layers)
         if method is not None and state is not None and state.has_visual and self.new == 1:
             start = method.decode_layer(len(self.layers))
+        memory = state.recalled() if start < len(self.layers) else {}
         keep: Tensor | None = None
         shown: Selection | None = None
         shift: Tensor | None = None
@@ -244,7 +256,7 @@ class _Loop:
                 shift = known.shift
                 self.rows.rope = self.layers.rotary(self.rows.hidden, self.rows.position_ids - shift)
             if index == start and index > 0:
-                keep = method.decode(DecodeStep(self, index, self._keys_visual(index), valid, state.memory))
+                keep = method.decode(DecodeStep(self, index, self._keys_visual(index), valid, memory))
                 shown = _visible(keep, valid)
             elif keep is not None and known.rows is not state.layers[index - 1].rows:  # a shorter cache from here on
                 keep = state.carried(keep, index - 1, index)
@@ -259,6 +271,10 @@ class _Loop:
         if state is not None and self.new > 1:  # a later turn: its tokens become part of what decode steps must see
             for index, known in enumerate(state.layers):
                 known.valid, known.visual = self._keys_valid(index, done=True), self._keys_visual(index, done=True)
+        if state is not None:
+            state.ran(self.past, self.new, self._following() if self.told else None)
+            if start < len(self.layers):
+                state.stepped()
 
     def _mask(self, index: int, valid: Tensor | None) -> Any:
         """Mask of layer ``index`` over all of its cache."""

@@ -22,6 +22,7 @@ class PromptLayout:
         spans: the images and videos of each sample, in order.
         added: [B, L, D] each, what the model adds to the outputs of layers 0, 1, ... (deepstack features of Qwen3-VL).
         next_position: [B, 1] where generated tokens go on; None: after the last of the position ids.
+        full: rows of the prompts as the caller counts them, if more than there are here.
     """
 
     visual: Tensor
@@ -29,6 +30,7 @@ class PromptLayout:
     spans: list[list[VisualSpan]] = dataclasses.field(default_factory=list)
     added: Sequence[Tensor] = ()
     next_position: Tensor | None = None
+    full: int | None = None
 
     def expanded(self, batch: int) -> PromptLayout:
         """Repeated for beams or several return sequences."""
@@ -42,6 +44,7 @@ class PromptLayout:
             spans=[s for s in self.spans for _ in range(times)],
             added=[part.repeat_interleave(times, dim=0) for part in self.added],
             next_position=None if following is None else following.repeat_interleave(times, dim=0),
+            full=self.full,
         )
 
     def moved(self, device: torch.device) -> PromptLayout:
@@ -64,3 +67,25 @@ class PromptLayout:
             for span in sample:
                 row[span.start : span.end] = True
         return mask
+
+
+def goes_on(positions: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether position ids count on from token to token. They do not where several prompts are packed into a row.
+
+    Reads the device once.
+
+    Args:
+        positions: [B or 1, L]; [R, B, L] of a model with several per token: of these only a leading row of text
+            positions (R = 4) counts, the others are coordinates; None for consecutive ones.
+        mask: [B, L] of padding, whose positions may be anything; None without any.
+    """
+    if positions is not None and positions.ndim == 3:
+        positions = positions[0] if len(positions) == 4 else None
+    if positions is None:
+        return True
+    if mask is None:
+        return bool((positions.diff(dim=-1) == 1).all())
+    real = mask.bool().to(positions.device)
+    behind = positions - (real.long().cumsum(1) - 1)
+    start = behind.gather(1, real.long().argmax(1, keepdim=True))  # of the first real token
+    return bool(((behind == start) | ~real).all())
