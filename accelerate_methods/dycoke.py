@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from accelerate_methods.ops.select import top_mask
+from accelerate_methods.ops.select import numbers_first
 from accelerate_methods.registry import register
 from accelerate_methods.stages.budget import floor_share
 from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem, selection
@@ -31,6 +32,7 @@ from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.fields import flag, integer, real
 
 WINDOW = 4  # frames compared with each other, a constant of the paper's code
+REFERENCES = ((1, 0), (2, 0), (3, 2))  # which frame of a window is compared with which
 
 
 @register("dycoke")
@@ -52,6 +54,11 @@ class DyCoke(CompressMethod, DecodeMethod):
     code: ClassVar[str] = "KD-TAO/DyCoke@dd746349"
     licence: ClassVar[str] = "none stated"
     modalities: ClassVar[frozenset[str]] = frozenset({"video"})
+    misleading: ClassVar[Mapping[str, str]] = {
+        "merging_ratio": "give k, the share of a compressed frame's tokens that is dropped; others may mean what is kept",
+        "pruning_ratio": "give p, the share of the visual keys that is hidden; others may mean what is kept",
+        "pruning_layer": "give l, the first decoder layer (0-based) with the reduced view",
+    }
     positions: ClassVar[str] = "compact"
 
     k: float = real(0.7, low=0, high=1)
@@ -80,18 +87,35 @@ class DyCoke(CompressMethod, DecodeMethod):
         return min(self.l, num_layers)
 
     def decode(self, step: DecodeStep) -> Tensor | None:
-        scores = step.attention().float().mean(1)
-        rank = step.visual.long().cumsum(1)
-        count = (rank[:, -1] - 1).clamp(min=0)
-        candidates = step.visual & (rank <= count[:, None])  # the last visual token never hides
-        scores = scores.masked_fill(~candidates, 0.0)
+        scores = step.attention().mean(1, dtype=torch.float32)
+        rank = step.visual.cumsum(1)
+        total = rank[:, -1:]
+        shown = ~step.visual | (rank == total)  # the last visual token never hides
+        scores = scores.masked_fill(shown, 0.0)
         similarity = similarity_to_previous(scores, step.memory.get("dycoke.scores"))
         step.memory["dycoke.scores"], step.memory["dycoke.similarity"] = scores, similarity
         if self.p == 0:
             return None
-        kept = (count.double() * (1 - self.p)).long()  # int(count * (1 - p)), but without a device read
-        top = top_mask(scores.masked_fill(~candidates, -torch.inf), kept)
-        return ~candidates | top | (similarity >= self.threshold)[:, None]
+        kept = ((total - 1).clamp(min=0).double() * (1 - self.p)).long()  # int(count * (1 - p)), without a device read
+        best = best_share(scores.masked_fill(shown, -torch.inf), kept, 1 - self.p)
+        return shown | best | (similarity >= self.threshold)[:, None]
+
+
+def best_share(scores: Tensor, counts: Tensor, share: float) -> Tensor:
+    """:func:`top_mask` where nothing but the device knows the counts, and no row has more than this share of them.
+
+    That bounds them, so that the best need not be told from all others by sorting everything.
+
+    Args:
+        scores: [B, S] float32, -inf where nothing may be taken; counts: [B, 1], at most ``int(S * share)``.
+    """
+    most = min(scores.shape[1], int(scores.shape[1] * share) + 1)
+    scores = numbers_first(scores)
+    ordered = scores.topk(most, dim=1).values
+    least = ordered.gather(1, (counts - 1).clamp(min=0))
+    above, equal = scores > least, scores == least
+    spare = counts - above.sum(1, keepdim=True)  # of the equal ones the first
+    return above | (equal & (equal.cumsum(1) <= spare))
 
 
 def temporal_tokens(features: Tensor, k: float) -> tuple[Tensor, list[int]]:
@@ -129,23 +153,23 @@ def reference_similarity(features: Tensor) -> Tensor:
         features: [F, N, D], F even.
     """
     frames, per_frame, width = features.shape
-    windows, blocks = features.split(WINDOW), math.gcd(width, 8)
+    blocks, grams = math.gcd(width, 8), []
     # Inner products within each window at each place; zeros stand for the missing frames of a half window. One product
     # per window needs no copy of the features, as any product of all windows would. Blocks of the width, summed in
-    # float64, make it more exact than an elementwise product in float32 at the same speed.
-    gram = features.new_zeros(len(windows), per_frame, WINDOW, WINDOW, dtype=torch.float64)
-    for products, window in zip(gram, windows, strict=True):
-        size = window.shape[0]
+    # float64, make it more exact than an elementwise product in float32 at the same speed. What is chosen by it has no
+    # gradient.
+    for window in features.detach().split(WINDOW):
         part = window.float().unflatten(2, (blocks, -1)).permute(1, 2, 0, 3).flatten(0, 1)  # [N * blocks, size, d]
-        products[:, :size, :size] = (part @ part.mT).unflatten(0, (per_frame, blocks)).sum(1, dtype=gram.dtype)
-
-    def cosine(frame: int, reference: int) -> Tensor:
-        # the root of the product, not the product of the roots: exactly 1 for equal tokens, so that they tie
-        squares = gram[..., frame, frame] * gram[..., reference, reference]
-        return gram[..., frame, reference] / squares.sqrt().clamp(min=1e-8)
-
-    first = gram.new_zeros(len(windows), per_frame)
-    return torch.stack([first, cosine(1, 0), cosine(2, 0), cosine(3, 2)], dim=1).flatten(0, 1)[:frames]
+        products = (part @ part.mT).unflatten(0, (per_frame, blocks)).sum(1, dtype=torch.float64)
+        missing = WINDOW - window.shape[0]
+        grams.append(torch.nn.functional.pad(products, (0, missing, 0, missing)) if missing else products)
+    gram = torch.stack(grams)
+    squares = gram.diagonal(dim1=2, dim2=3)
+    inner = torch.stack([gram[..., frame, reference] for frame, reference in REFERENCES], dim=1)
+    both = torch.stack([squares[..., frame] * squares[..., reference] for frame, reference in REFERENCES], dim=1)
+    # the root of the product, not the product of the roots: exactly 1 for equal tokens, so that they tie
+    cosine = inner / both.sqrt().clamp(min=1e-8)
+    return torch.nn.functional.pad(cosine, (0, 0, 1, 0)).flatten(0, 1)[:frames]
 
 
 def similarity_to_previous(scores: Tensor, previous: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from accelerate_methods.ops.select import top_indices
+from accelerate_methods.ops.select import pick_rows, row_numbers, top_indices
 from accelerate_methods.registry import register
 from accelerate_methods.stages.compress import Compressed, ViewCompressMethod, VisualItem, selection
 from accelerate_methods.stages.fields import choice, integer, share
@@ -70,17 +70,16 @@ class FasterVLM(ViewCompressMethod):
         if count >= per_frame:
             return selection(item, torch.arange(item.num_tokens, device=item.features.device))
         kept = top_indices(item.signal("cls_attention", "received_attention"), count)
-        frame = torch.arange(item.num_frames, device=kept.device)[:, None]
-        return selection(item, (kept + frame * per_frame).flatten())
+        return selection(item, row_numbers(kept, per_frame), order="given")  # ascending
 
 
 def keep_patches(views: Views, kept: Tensor, newlines: str) -> CompressedViews:
     """The patches ``kept`` [V, T] of every view, ascending."""
-    count, patches, width = views.features.shape
+    count, patches, _ = views.features.shape
     rows = torch.arange(kept.numel(), device=kept.device).view_as(kept)
     owner = torch.full((count, patches), -1, dtype=torch.long, device=kept.device)
     return CompressedViews(
-        tokens=views.features.gather(1, kept[..., None].expand(-1, -1, width)).flatten(0, 1),
+        tokens=pick_rows(views.features, kept).flatten(0, 1),
         view=torch.arange(count, device=kept.device).repeat_interleave(kept.shape[1]),
         patch=kept.flatten(),
         section=torch.zeros(kept.numel(), dtype=torch.long, device=kept.device),

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from accelerate_methods.ops.contextual import contextual_merge
-from accelerate_methods.ops.select import top_indices
+from accelerate_methods.ops.select import by_score, mask_to_indices, on_device, pick_rows, top_mask
 from accelerate_methods.registry import register
 from accelerate_methods.stages.compress import Compressed, ViewCompressMethod, VisualItem, selection
 from accelerate_methods.stages.fields import choice, integer, share
@@ -55,8 +55,8 @@ class VisionZip(ViewCompressMethod):
     budget_required: ClassVar[bool] = False
     positions: ClassVar[str] = "compact"
 
-    dominant: int | None = integer(None, low=1, budget="counts")
-    contextual: int | None = integer(None, low=0, budget="counts")
+    dominant: int | None = integer(None, low=1, budget="counts", aliases=("dominant_num",))
+    contextual: int | None = integer(None, low=0, budget="counts", aliases=("contextual_num",))
     retention_ratio: float | None = share(None, budget=True)
     grid_order: str = choice("raster", "raster", "as_released")
 
@@ -95,7 +95,7 @@ class VisionZip(ViewCompressMethod):
         in_grid = item.layout == "grid"
         places = zipped.dominant
         if in_grid and self.grid_order == "as_released":
-            places = by_score(scores, dominant)
+            places = by_score(scores)[:, :dominant]
         places = torch.cat([places, zipped.targets], dim=1)
         first = torch.arange(item.num_frames, device=places.device)[:, None] * places.shape[1]
         owner = zipped.owner(0)
@@ -132,19 +132,13 @@ class Zipped:
         return owner.scatter_(1, self.dominant, ranks.expand_as(self.dominant))
 
 
-def by_score(scores: Tensor, count: int) -> Tensor:
-    """[V, count] the patches of highest score [V, P], best first; of equal scores the first."""
-    return torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :count]
-
-
 def zip_tokens(features: Tensor, scores: Tensor, keys: Tensor, dominant: int, contextual: int) -> Zipped:
     """Steps 2 and 3, all views at once: features [V, P, D], scores [V, P], keys [V, P, d]; counts without CLS token."""
     patches = features.shape[1]
-    index = top_indices(scores, dominant)
-    rest = torch.ones(scores.shape, dtype=torch.bool, device=scores.device).scatter_(1, index, False)
-    merged, targets, slot = contextual_merge(features, keys, rest, patches - dominant, contextual)
-    kept = features.gather(1, index[..., None].expand(-1, -1, features.shape[-1]))
-    return Zipped(kept=kept, merged=merged, dominant=index, targets=targets, slot=slot)
+    best = top_mask(scores, dominant)
+    index = mask_to_indices(best, dominant)
+    merged, targets, slot = contextual_merge(features, keys, ~best, patches - dominant, contextual)
+    return Zipped(kept=pick_rows(features, index), merged=merged, dominant=index, targets=targets, slot=slot)
 
 
 def zipped_views(special: Tensor, zipped: Zipped) -> CompressedViews:
@@ -154,15 +148,18 @@ def zipped_views(special: Tensor, zipped: Zipped) -> CompressedViews:
     """
     views, before = special.shape[:2]
     groups = (before, zipped.dominant.shape[1], zipped.targets.shape[1])
-    each, device = sum(groups), special.device
-    owner, first = zipped.owner(before), torch.arange(views, device=device)[:, None] * each
-    no_patch = zipped.dominant.new_full((views, before), -1)
+    each = sum(groups)
     section = [s for s, count in zip((1, 0, 2), groups, strict=True) for _ in range(count)]
+    number = [view for view in range(views) for _ in range(each)]
+    view, section = on_device([number, section * views], special.device)
+    owner = zipped.owner(before)
+    first = torch.arange(0, views * each, each, device=owner.device)[:, None]
+    no_patch = zipped.dominant.new_full((views, before), -1)
     return CompressedViews(
         tokens=torch.cat([special, zipped.kept, zipped.merged], dim=1).flatten(0, 1),
-        view=torch.arange(views, device=device).repeat_interleave(each),
+        view=view,
         patch=torch.cat([no_patch, zipped.dominant, zipped.targets], dim=1).flatten(),
-        section=torch.tensor(section, device=device).repeat(views),
+        section=section,
         owner=torch.where(owner >= 0, owner + first, owner),
         newlines="single",
     )

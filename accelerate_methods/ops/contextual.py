@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from accelerate_methods.ops.select import mask_to_indices
+from accelerate_methods.ops.merge import group_means
+from accelerate_methods.ops.select import flat_rows, mask_to_indices, pick_rows, row_numbers
 
 
 def contextual_merge(
@@ -30,17 +31,18 @@ def contextual_merge(
     if count == 0:
         empty = rest.new_empty(rest.shape[0], 0, dtype=torch.long)
         return features[:, :0], empty, torch.full(rest.shape, -1, dtype=torch.long, device=rest.device)
+    sets, size = rest.shape
     step = rest_count // count
     targets = mask_to_indices(rest, rest_count)[:, : step * count : step]
     unit = torch.nn.functional.normalize(keys.float(), dim=-1, eps=1e-12)
-    anchors = unit.gather(1, targets[..., None].expand(-1, -1, unit.shape[-1]))
-    slot = (anchors @ unit.transpose(1, 2)).argmax(1)
+    anchors = pick_rows(unit, targets)
+    slot = (anchors @ unit.transpose(1, 2)).max(1).indices  # of equal ones the first, as argmax, but quicker
     slot.scatter_(1, targets, torch.arange(count, device=slot.device).expand_as(targets))
     members = rest.scatter(1, targets, False)
-    shares = torch.zeros(rest.shape[0], count, rest.shape[1], dtype=torch.float32, device=rest.device)
-    shares.scatter_(1, slot[:, None], members[:, None].float())
-    # Dividing the shares instead of the sums keeps half-precision sums of hundreds of tokens from overflowing.
-    shares /= shares.sum(-1, keepdim=True).clamp(min=1.0)
-    tokens = features.gather(1, targets[..., None].expand(-1, -1, features.shape[-1]))
-    tokens = tokens + shares.to(features.dtype) @ features
+    first = torch.arange(0, sets * count, count, device=slot.device)[:, None]
+    owner = torch.where(members, slot + first, sets * count)  # the others sort to the end
+    rows, pitch = flat_rows(features)
+    index = None if pitch == size else row_numbers(torch.arange(size, device=slot.device).expand(sets, -1), pitch)
+    mean, _ = group_means(rows, owner.flatten(), sets * count, index, used=sets * (rest_count - count))
+    tokens = pick_rows(features, targets) + mean.view(sets, count, -1)
     return tokens, targets, slot.masked_fill(~rest, -1)

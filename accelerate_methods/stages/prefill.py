@@ -57,7 +57,9 @@ class Selection:
 
     @classmethod
     def from_mask(cls, keep: Tensor, **kwargs: Any) -> Selection:
-        """From a boolean [B, L]; reads the counts from the device once."""
+        """From a boolean [B, L]; one device read, since how many rows there are is what the sizes to come depend on."""
+        if keep.shape[0] == 1:
+            return cls(indices=keep[0].nonzero().squeeze(1)[None], **kwargs)
         indices, valid = right_aligned_indices(keep, keep.sum(1).tolist())
         return cls(indices=indices, valid=valid, **kwargs)
 

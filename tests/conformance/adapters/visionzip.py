@@ -13,9 +13,10 @@ from accelerate_methods.engine.encoder_attention import cls_attention, encoder_s
 from accelerate_methods.engine.sequences import assemble as lay_out
 from accelerate_methods.engine.sequences import assemble_views
 from accelerate_methods.hosts.layouts import pool_2d, video_item
+from accelerate_methods.ops.select import by_score
 from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.views import Views
-from accelerate_methods.visionzip import VisionZip, Zipped, by_score, zip_tokens, zipped_views
+from accelerate_methods.visionzip import VisionZip, Zipped, zip_tokens, zipped_views
 from tests.conformance.adapters import whole_models
 
 
@@ -56,7 +57,7 @@ def compress(inputs, params, context):
     return {
         "tokens": zipped_views(hidden[:, :1], zipped).tokens.view(len(hidden), -1, hidden.shape[-1]),
         "keep_idx": torch.cat([cls, zipped.dominant + 1], dim=1),
-        "keep_idx_by_score": torch.cat([cls, by_score(ranking, dominant) + 1], dim=1),
+        "keep_idx_by_score": torch.cat([cls, by_score(ranking)[:, :dominant] + 1], dim=1),
         "target_idx": zipped.targets + 1,
         "merged_idx": everywhere[members].view(len(hidden), -1),
         "assign": zipped.slot[members].view(len(hidden), -1),
