@@ -1,6 +1,6 @@
 """``lmms-eval-accelerate``: the command line of lmms-eval with an honest exit code and a folder of its own per run.
 
-All arguments are lmms-eval's own and go through to it. What this command adds:
+All arguments are lmms-eval's own, their names written in full, and go through to it. What this command adds:
 
 * every run writes into a fresh folder (``--output_path``, or ``logs/<time>_<model>_<hash>``), samples included;
 * our tasks are found (``--include_path`` of the user comes on top);
@@ -18,7 +18,8 @@ from __future__ import annotations
 import os
 import sys
 
-from lmms_eval_accelerate.runs.evaluation import own_parser, run_evaluation, stock_command
+from lmms_eval_accelerate.runs.command_line import own_parser
+from lmms_eval_accelerate.runs.evaluation import run_evaluation, stock_command
 from lmms_eval_accelerate.runs.fingerprint import code_hash
 from lmms_eval_accelerate.session import session
 

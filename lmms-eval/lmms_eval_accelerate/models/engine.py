@@ -20,7 +20,7 @@ from tqdm import tqdm
 from accelerate_methods import record
 from accelerate_methods.engine.recording import RequestRecord
 from lmms_eval_accelerate import session
-from lmms_eval_accelerate.models import loading, prompts
+from lmms_eval_accelerate.models import generation, loading, prompts
 from lmms_eval_accelerate.models.arguments import Arguments, defaults_of, parse_arguments
 from lmms_eval_accelerate.models.batching import cut, generation_arguments, grouped, is_padding, until_end
 from lmms_eval_accelerate.models.costs import Costs, log_costs, of_all_ranks, sample_costs, skipped_costs
@@ -208,6 +208,7 @@ class Accelerated(lmms):
 
     def _begin(self, requests: list[Instance]) -> None:
         prompts.align(requests, self.prompt_model)
+        generation.check_requests(requests)
         self._provenance.choose(requests)
 
     def _take_up(

@@ -24,6 +24,7 @@ from llava.model.checkpoint import read_config
 from llava.model.decoders import checkpoint_decoder
 from lmms_eval_accelerate.models.arguments import ONEVISION, VIDEO
 from lmms_eval_accelerate.models.base import LlavaAccelerated, Question
+from lmms_eval_accelerate.models.generation import OF_SAMPLING, READS
 from lmms_eval_accelerate.models.visuals import (
     FRAME_FOLDER_FPS,
     UnsupportedVisual,
@@ -123,11 +124,12 @@ class LlavaOneVision(Llava):
         return question
 
     def sampling(self, gen_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """llava_onevision hands everything on, and samples only if ``do_sample`` says so."""
+        """llava_onevision hands on what generate knows, and samples only if ``do_sample`` says so."""
         dropped = {"until", "image_aspect_ratio"}
         if not gen_kwargs.get("do_sample", False):
-            dropped |= {"temperature", "top_p", "top_k"}
-        return {"max_new_tokens": 1024, **{k: v for k, v in gen_kwargs.items() if k not in dropped}}
+            dropped |= {"temperature", *OF_SAMPLING}
+        handed = {k: v for k, v in gen_kwargs.items() if k in READS[self.family] and k not in dropped}
+        return {"max_new_tokens": 1024, **handed}
 
     def _video(self, paths: list[str], where: str) -> torch.Tensor:
         count = int(self.args.max_frames_num)

@@ -6,17 +6,14 @@ import argparse
 import os
 import sys
 import traceback
-from pathlib import Path
 from typing import Any
 
 from accelerate_methods.registry import plugins
 from accelerate_methods.stages.errors import MethodError
-from lmms_eval_accelerate import TASKS, embedded
-from lmms_eval_accelerate.benchmarks.catalog import require_judges
+from lmms_eval_accelerate import TASKS
+from lmms_eval_accelerate.runs.command_line import own_options
 from lmms_eval_accelerate.runs.folder import RunError, RunFolder, run_name
 from lmms_eval_accelerate.session import Session
-
-_LISTINGS = ("list", "list_groups", "list_tags", "list_subtasks")
 
 
 class _Failed(SystemExit):
@@ -66,62 +63,6 @@ def alone() -> bool:
 def rank() -> int:
     """Number of this process among all that were started together."""
     return int(os.environ.get("RANK", 0))
-
-
-def own_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Options that this command must know, and the arguments that go to lmms-eval.
-
-    Raises:
-        RunError, MethodError: options that contradict each other, a judge without a key, missing data.
-    """
-    own, passed = own_parser().parse_known_args(argv)
-    # the rest is only looked at; it stays in `passed`
-    look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--model", "--model_args", "--tasks", "--config"):
-        look.add_argument(name, default="")
-    look.add_argument("--use_cache", "-c", default=None)
-    look.add_argument("--predict_only", "-x", action="store_true")
-    seen, _ = look.parse_known_args(passed)
-    file = _config_file(seen.config) if seen.config else {}
-    for name in ("model", "model_args", "tasks", "use_cache", "predict_only"):
-        setattr(own, name, getattr(seen, name) or file.get(name) or getattr(seen, name))
-    own.output_path = own.output_path or file.get("output_path")
-    own.listing = own.tasks in _LISTINGS
-    own.predict_only = own.predict_only or own.allow_no_score
-    if own.resume and not own.output_path:
-        raise RunError("--resume needs the --output_path of the run that was interrupted.")
-    if own.use_cache and not own.allow_cache:
-        raise RunError("--use_cache gives answers without costs; add --allow_cache if that is meant.")
-    if not own.listing:
-        embedded.require_tasks(own.tasks)
-        if not own.predict_only:
-            require_judges(own.tasks, os.environ)
-    return own, passed
-
-
-def own_parser() -> argparse.ArgumentParser:
-    """The options that lmms-eval does not have, or that this command reads itself."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--output_path", help="folder of the run, samples included (default: a new one below logs/)")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run in --output_path")
-    parser.add_argument("--allow_no_score", action="store_true", help="a task without any number is no failure")
-    parser.add_argument("--allow_cache", action="store_true", help="let --use_cache give answers without costs")
-    parser.add_argument("--log_samples", action="store_true", help=argparse.SUPPRESS)  # always on
-    return parser
-
-
-def _config_file(path: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RunError(f"cannot read --config {path}: {error}") from error
-    if isinstance(content, list):
-        if len(content) != 1:
-            raise RunError(f"{path} describes {len(content)} runs; start this command once per run (one folder each).")
-        content = content[0]
-    return content or {}
 
 
 def _harness(own: argparse.Namespace, passed: list[str]) -> dict[str, Any]:

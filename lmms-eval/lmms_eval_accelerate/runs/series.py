@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from accelerate_methods.stages.errors import MethodError
-from lmms_eval_accelerate.runs.evaluation import alone, complain, own_options, rank, run_evaluation
+from lmms_eval_accelerate.runs.command_line import own_options
+from lmms_eval_accelerate.runs.evaluation import alone, complain, rank, run_evaluation
 from lmms_eval_accelerate.runs.folder import RunError, finished
 from lmms_eval_accelerate.runs.launch import MARKS
 from lmms_eval_accelerate.session import session
