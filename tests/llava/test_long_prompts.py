@@ -20,7 +20,10 @@ from accelerate_methods.visualize import draw_kept_tokens
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.builder import load_pretrained_model
 from tests.support.configured import configured
+from tests.support.native_models import expanded, native_model
 from tests.support.paths import ROOT
+from tests.support.qwen_inputs import image as qwen_image
+from tests.support.qwen_inputs import inputs, qwen
 
 PREFILL = sorted(name for name in available() if "prefill" in method_class(name).class_stages())
 ASK = {"max_new_tokens": 2, "do_sample": False}
@@ -296,3 +299,60 @@ def test_scaled_rotary_embeddings_lengthen_the_context():
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
     assert trained_positions(config(max_position_embeddings=32, rope_scaling=yarn)) == 32
     assert context_length(config(max_position_embeddings=8, tokenizer_model_max_length=5)) == 5
+
+
+# -- models of transformers: never cut ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["qwen2-vl", "llava-1.5"])
+def native(request):
+    """A native model that was trained on 30 positions, and arguments of ``generate``."""
+    if request.param == "llava-1.5":
+        model = native_model("tiny-llava-1.5")
+        count = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
+        side = model.config.vision_config.image_size
+        pixels = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+        asked = {"input_ids": expanded([5, 7, 9, 10], 7, count), "pixel_values": pixels}
+    else:
+        model = qwen("tiny-qwen2-vl")
+        asked = inputs(model, [9, qwen_image(8, 12), 10, *range(11, 40)])
+    text = model.config.get_text_config()
+    before, text.max_position_embeddings = text.max_position_embeddings, 30
+    yield model, asked
+    text.max_position_embeddings = before
+    model.config.on_long_prompt = None
+
+
+def test_a_native_prompt_beyond_the_trained_positions_is_told_and_counted(native, told):
+    model, asked = native
+    with accelerate(model, None), record() as requests:
+        model.generate(**asked, **ASK)
+    (message,) = told()
+    (sample,) = requests[0].samples
+    assert "sample 0 (of 1 in the batch)" in message and f"{sample.untrained} of its {sample.length} tokens" in message
+    assert sample.cut == 0 < sample.untrained == sample.over_dense and sample.limit == 30
+    assert sample.length == sample.dense_length == asked["input_ids"].shape[1], "nothing is cut"
+    if asked["input_ids"].shape[1] > 100:  # positions that count tokens
+        assert sample.untrained == sample.length - 30
+
+
+def test_a_native_prompt_that_is_too_long_can_be_refused(native, told):
+    model, asked = native
+    model.config.on_long_prompt = "error"
+    with accelerate(model, None), pytest.raises(LongPromptError, match="sample 0"):
+        model.generate(**asked, **ASK)
+    assert told() == []
+
+
+def test_a_compressed_native_prompt_knows_that_dense_would_run_beyond(told):
+    model = native_model("tiny-llava-1.5")
+    side, count = model.config.vision_config.image_size, (336 // 14) ** 2
+    text = model.config.get_text_config()
+    before, text.max_position_embeddings = text.max_position_embeddings, 100
+    try:
+        with accelerate(model, "visionzip", retention_ratio=0.1), record() as requests:
+            model.generate(expanded([5, 7, 9], 7, count), pixel_values=torch.rand(1, 3, side, side), **ASK)
+    finally:
+        text.max_position_embeddings = before
+    (sample,) = requests[0].samples
+    assert told() == [] and sample.untrained == 0 and sample.over_dense == count + 2 - 100
