@@ -15,7 +15,7 @@ docs/methods/fastv.md.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -49,12 +49,16 @@ class FastV(PrefillMethod):
     paper: ClassVar[str] = "arXiv 2403.06764"
     code: ClassVar[str] = "pkunlp-icler/FastV@d1659729"
     licence: ClassVar[str] = "none stated"
+    misleading: ClassVar[Mapping[str, str]] = {
+        "fastv_r": "some code bases mean the share that is dropped, others the one that is kept; give r (dropped) or "
+        "retention_ratio (kept)"
+    }
     positions: ClassVar[str] = "original"
 
-    k: int = integer(2, low=0)
+    k: int = integer(2, low=0, aliases=("fastv_k",))
     r: float | None = real(0.5, low=0, high=1, budget=True)
     retention_ratio: float | None = share(None, budget=True)
-    tokens_per_image: int | None = integer(None, low=0, budget=True)
+    tokens_per_image: int | None = integer(None, low=0, budget=True, aliases=("fast_v_attention_rank",))
     seed: int = integer(0, low=0)
 
     def prefill_layers(self, num_layers: int) -> tuple[int, ...]:

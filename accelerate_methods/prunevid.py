@@ -58,9 +58,9 @@ class PruneVid(CompressMethod, PrefillMethod):
     modalities: ClassVar[frozenset[str]] = frozenset({"video"})
     positions: ClassVar[str] = "compact"
 
-    gamma: float = share(0.25)
+    gamma: float = share(0.25, aliases=("temporal_segment_ratio",))
     tau: float = real(0.8, low=-1)
-    beta: float = share(0.5)
+    beta: float = share(0.5, aliases=("cluster_ratio",))
     alpha: float = share(0.4)
     selected_layer: int = integer(10, low=0)
     k: int = integer(7, low=1)

@@ -185,11 +185,11 @@ def _built(entry: Method | dict[str, Any], overrides: dict[str, Any]) -> Method:
         if not overrides:
             return entry
         entry = entry.to_dict()
-    # a budget given by the caller replaces the one that was there, whatever its unit
-    replaced = method_class(entry["method"]).without_replaced_budget(overrides)
     name = entry["method"]
-    given = {key: value for key, value in entry.items() if key != "method"}
-    return get(name, **{**given, **replaced, **overrides})
+    cls = method_class(name)
+    given, overrides = cls.canonical({k: v for k, v in entry.items() if k != "method"}), cls.canonical(overrides)
+    # a budget given by the caller replaces the one that was there, whatever its unit
+    return get(name, **{**given, **cls.without_replaced_budget(overrides), **overrides})
 
 
 def _expand(spec: Any, models: list[ConfigModel]) -> list[Method | dict[str, Any]]:

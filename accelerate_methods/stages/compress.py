@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from accelerate_methods.stages.contract import check_kept
 from accelerate_methods.stages.method import Method
 from accelerate_methods.stages.signals import pick_signal
 from accelerate_methods.stages.views import CompressedViews, Views
@@ -121,6 +122,7 @@ def selection(
     item: VisualItem, kept: Tensor, info: dict[str, object] | None = None, order: str = "layout"
 ) -> Compressed:
     """Compressed form of a pure selection: ``kept`` [K] are flat content indices (frame*N + token), in output order."""
+    check_kept(kept, item.num_tokens)
     owner = torch.full((item.num_tokens,), -1, dtype=torch.long, device=item.features.device)
     owner[kept] = torch.arange(kept.shape[0], device=kept.device)
     return Compressed(

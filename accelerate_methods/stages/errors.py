@@ -15,7 +15,8 @@ class UnknownNameError(MethodError):
 
     def __init__(self, what: str, name: object, allowed: Iterable[str]):
         allowed = sorted(allowed)
-        close = difflib.get_close_matches(str(name), allowed, n=1, cutoff=0.5)
+        spelt = {word.lower(): word for word in reversed(allowed)}
+        close = [spelt[word] for word in difflib.get_close_matches(str(name).lower(), spelt, n=1, cutoff=0.5)]
         hint = f" Did you mean {close[0]!r}?" if close else ""
         super().__init__(f"unknown {what} {name!r}.{hint} Allowed: {', '.join(allowed) or '(none)'}.")
         self.name, self.allowed, self.suggestion = name, allowed, close[0] if close else None

@@ -7,7 +7,8 @@
     merging: bool = flag(True)
 
 Fields with ``budget`` say how much is kept, each in its own way: exactly one way is given, and a caller who gives one
-replaces the one that was there. Two fields that make up one way together have the same text as ``budget``.
+replaces the one that was there. Two fields that make up one way together have the same text as ``budget``. ``aliases``
+are names that other code bases have for the same thing.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Rule:
         low, high: bounds of a number; ``open_low``: whether ``low`` itself is outside.
         options: what a choice may be.
         budget: name of the way to say how much is kept that this field belongs to, None for other fields.
+        aliases: names of the same thing in other code bases.
     """
 
     kind: str
@@ -41,6 +43,7 @@ class Rule:
     open_low: bool = False
     options: tuple[str, ...] = ()
     budget: str | None = None
+    aliases: tuple[str, ...] = ()
 
     @property
     def range(self) -> str:
@@ -79,36 +82,39 @@ class Rule:
 
 
 def real(
-    default: float | None, *, low: float = -math.inf, high: float = math.inf, budget: bool | str = False
+    default: float | None, *, low: float = -math.inf, high: float = math.inf, **more: Any
 ) -> Any:
-    """A number in [low, high]."""
-    return _field(default, Rule("number", low, high), budget)
+    """A number in [low, high]; ``more``: ``budget`` and ``aliases``."""
+    return _field(default, Rule("number", low, high), **more)
 
 
-def share(default: float | None, *, budget: bool | str = False) -> Any:
+def share(default: float | None, **more: Any) -> Any:
     """A number in (0, 1]."""
-    return _field(default, Rule("number", 0.0, 1.0, open_low=True), budget)
+    return _field(default, Rule("number", 0.0, 1.0, open_low=True), **more)
 
 
-def integer(
-    default: int | None, *, low: float = -math.inf, high: float = math.inf, budget: bool | str = False
-) -> Any:
+def integer(default: int | None, *, low: float = -math.inf, high: float = math.inf, **more: Any) -> Any:
     """A whole number in [low, high]."""
-    return _field(default, Rule("integer", low, high), budget)
+    return _field(default, Rule("integer", low, high), **more)
 
 
-def flag(default: bool) -> Any:
+def flag(default: bool, **more: Any) -> Any:
     """True or False."""
-    return _field(default, Rule("flag"))
+    return _field(default, Rule("flag"), **more)
 
 
-def choice(default: str, *options: str) -> Any:
+def choice(default: str, *options: str, **more: Any) -> Any:
     """One of ``options``."""
-    return _field(default, Rule("choice", options=options))
+    return _field(default, Rule("choice", options=options), **more)
 
 
-def _field(default: Any, rule: Rule, budget: bool | str = False) -> Any:
-    return dataclasses.field(default=default, metadata={_KEY: (rule, budget)})
+def _field(default: Any, rule: Rule, *, budget: bool | str = False, aliases: tuple[str, ...] = ()) -> Any:
+    """
+    Args:
+        budget: True, or the name of the way to say how much is kept that several fields make up together.
+        aliases: names of the same thing in other code bases, accepted in its place.
+    """
+    return dataclasses.field(default=default, metadata={_KEY: (dataclasses.replace(rule, aliases=aliases), budget)})
 
 
 def rules(cls: type) -> dict[str, Rule | None]:
@@ -121,6 +127,11 @@ def rules(cls: type) -> dict[str, Rule | None]:
             way = field.name if budget is True else budget or None
             found[field.name] = dataclasses.replace(rule, budget=way) if rule else None
     return found
+
+
+def aliases(cls: type) -> dict[str, str]:
+    """Name in other code bases -> the field that means the same."""
+    return {alias: name for name, rule in rules(cls).items() if rule is not None for alias in rule.aliases}
 
 
 def budgets(cls: type) -> dict[str, list[str]]:
@@ -167,6 +178,7 @@ class Parameter:
         allowed: interval or options, "" where the field declares nothing.
         meaning: what the class's docstring says of it.
         budget: whether it says how much is kept.
+        aliases: names of the same thing in other code bases.
     """
 
     name: str
@@ -175,6 +187,7 @@ class Parameter:
     allowed: str
     meaning: str
     budget: bool
+    aliases: tuple[str, ...] = ()
 
 
 def parameters_of(cls: type) -> list[Parameter]:
@@ -182,9 +195,9 @@ def parameters_of(cls: type) -> list[Parameter]:
     said = _meanings(cls)
     found = []
     for name, rule in rules(cls).items():
-        kind, allowed = (rule.kind, rule.allowed) if rule else ("", "")
+        kind, allowed, names = (rule.kind, rule.allowed, rule.aliases) if rule else ("", "", ())
         is_budget = rule is not None and rule.budget is not None
-        found.append(Parameter(name, cls.parameters()[name], kind, allowed, said.get(name, ""), is_budget))
+        found.append(Parameter(name, cls.parameters()[name], kind, allowed, said.get(name, ""), is_budget, names))
     return found
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from accelerate_methods.stages import fields
-from accelerate_methods.stages.errors import UnknownNameError
+from accelerate_methods.stages.errors import MethodError, UnknownNameError
 
 STAGES = ("sample", "encode", "compress", "prefill", "decode")
 
@@ -29,6 +29,7 @@ class Method:
         code: repository of the official release, "owner/name@commit".
         signals: names out of :data:`.signals.SIGNALS` that the host must provide.
         substitutes: signal -> signal that serves where an encoder lacks the first; its use is reported as adaptation.
+        misleading: names that other code bases use for something else than ours, with what to write here.
         budget_required: whether one of the fields declared as budget has to be given (see ``fields.py``).
         modalities: kinds of visual item the method changes; others pass through unpruned.
         positions: "original" keeps the position ids of the uncompressed sequence (with gaps; generated tokens go on
@@ -43,6 +44,7 @@ class Method:
     baseline: ClassVar[bool] = False
     signals: ClassVar[frozenset[str]] = frozenset()
     substitutes: ClassVar[Mapping[str, str]] = {}
+    misleading: ClassVar[Mapping[str, str]] = {}
     budget_required: ClassVar[bool] = True
     modalities: ClassVar[frozenset[str]] = frozenset({"image", "video"})
     positions: ClassVar[str] = "compact"
@@ -74,12 +76,39 @@ class Method:
 
     @classmethod
     def create(cls, /, **params: Any) -> Method:
-        """Build the method from keyword arguments; unknown names raise :class:`UnknownNameError`."""
-        allowed = cls.parameters()
-        for key in params:
-            if key not in allowed:
-                raise UnknownNameError(f"parameter of method {cls.name!r}:", key, allowed)
+        """Build the method from keyword arguments.
+
+        Raises:
+            UnknownNameError: a name that is none of the parameters.
+            MethodError: one that means something else here, a value that is not allowed.
+        """
+        params = cls.canonical(params)
         return cls(**cls.without_replaced_budget(params), **params)
+
+    @classmethod
+    def canonical(cls, params: Mapping[str, Any]) -> dict[str, Any]:
+        """``params`` under the names of the fields: aliases are translated, unknown names refused."""
+        allowed, aliases = cls.parameters(), fields.aliases(cls)
+        found: dict[str, Any] = {}
+        for key, value in params.items():
+            name = aliases.get(key, key)
+            if name in found:
+                raise MethodError(f"{cls.name}: {key} is another name of {name}; give one of them.")
+            if name in cls.misleading:
+                raise MethodError(f"{cls.name} has no parameter {name!r}: {cls.misleading[name]}.")
+            if name == "retention_ratio" and name not in allowed:
+                raise MethodError(f"{cls.name} has no retention_ratio: {cls._budget_in_words()}.")
+            if name not in allowed:
+                raise UnknownNameError(f"parameter of method {cls.name!r}:", key, allowed)
+            found[name] = value
+        return found
+
+    @classmethod
+    def _budget_in_words(cls) -> str:
+        own = cls.budget_fields()
+        if own:
+            return f"say how much it keeps with {' or '.join(own)}"
+        return f"how much it keeps follows from {', '.join(cls.parameters()) or 'the input alone'}"
 
     @classmethod
     def without_replaced_budget(cls, given: Mapping[str, Any]) -> dict[str, None]:

@@ -25,8 +25,8 @@ class Views:
         grid: (rows, columns) of a view's patches, rows*columns == P.
         tiles: (columns, rows) in which views 1.. tile the image, view 0 being the whole image; None if they do not.
         signals: what the method asked for (see :data:`.signals.SIGNALS`), over the P patches.
-        uncompressed: gives the image (a ``VisualItem``) as the model has it without any method, for a method that leaves
-            it alone.
+        uncompressed: gives the image (a ``VisualItem``) as the model has it without any method, for a method that
+            leaves it alone.
     """
 
     features: Tensor

@@ -1,6 +1,7 @@
 """Declared hyper-parameters: every kind of rule, budgets of one and of two fields, and what pages read of them."""
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -101,3 +102,62 @@ def test_every_parameter_is_declared_and_explained(name):
     assert all(rule is not None for rule in rules(cls).values())
     assert all(p.meaning for p in parameters_of(cls)), [p.name for p in parameters_of(cls) if not p.meaning]
     assert cls.title and cls.paper
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Renamed(Method):
+    """Fields that other code bases call otherwise."""
+
+    name = "renamed"
+    misleading: ClassVar[dict[str, str]] = {"r": "some drop it, others keep it; give keep"}
+
+    keep: float | None = share(0.5, budget=True, aliases=("keep_ratio",))
+    tokens: int | None = integer(None, low=1, budget=True, aliases=("num_tokens", "rank"))
+
+
+def test_names_of_other_code_bases():
+    assert Renamed.create(keep_ratio=0.1) == Renamed(keep=0.1)
+    assert Renamed.create(rank=4) == Renamed(keep=None, tokens=4), "an alias replaces the other budget, too"
+    with pytest.raises(MethodError, match="renamed: rank is another name of tokens; give one of them"):
+        Renamed.create(num_tokens=4, rank=4)
+    with pytest.raises(MethodError, match="renamed has no parameter 'r': some drop it, others keep it; give keep"):
+        Renamed.create(r=0.5)
+    with pytest.raises(MethodError, match="renamed has no retention_ratio: say how much it keeps with keep or tokens"):
+        Renamed.create(retention_ratio=0.5)
+    assert parameters_of(Renamed)[1].aliases == ("num_tokens", "rank")
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "meant"),
+    [
+        ("fastvid", {"dyseg_c": 3, "dyseg_tau": 0.5, "stprune_d": 0.1}, {"c": 3, "tau": 0.5, "d": 0.1}),
+        ("fastvid", {"dtm_p": 2, "dtm_alpha": 0.9}, {"p": 2, "beta": 0.9}),
+        ("prunevid", {"temporal_segment_ratio": 0.5, "cluster_ratio": 0.3}, {"gamma": 0.5, "beta": 0.3}),
+        ("visionzip", {"dominant_num": 54, "contextual_num": 10}, {"dominant": 54, "contextual": 10}),
+        ("fastv", {"fastv_k": 3, "fast_v_attention_rank": 72}, {"k": 3, "tokens_per_image": 72}),
+    ],
+)
+def test_aliases_of_the_methods(method, given, meant):
+    from accelerate_methods import get, resolve
+
+    assert get(method, **given) == get(method, **meant)
+    assert resolve({"method": method, **given}) == resolve(method, **meant)
+    configured = f"{method}/{'llava_1_5' if method in ('visionzip', 'fastv') else 'llava_onevision'}"
+    assert resolve(configured, **given).methods == resolve(configured, **meant).methods, "over those of a config"
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "says"),
+    [
+        ("dycoke", {"retention_ratio": 0.5}, "how much it keeps follows from k, p, l, threshold, ttm, dp"),
+        ("dycoke", {"merging_ratio": 0.5}, "give k, the share of a compressed frame's tokens that is dropped"),
+        ("fastv", {"fastv_r": 0.5}, r"give r \(dropped\) or retention_ratio \(kept\)"),
+        ("FastVID", {}, "unknown method 'FastVID'. Did you mean 'fastvid'"),
+        ("fastvid", {"Tau": 0.5}, "'Tau'. Did you mean 'tau'"),
+    ],
+)
+def test_what_names_that_mean_something_else_get(method, given, says):
+    from accelerate_methods import get
+
+    with pytest.raises(MethodError, match=says):
+        get(method, **given)
