@@ -18,6 +18,8 @@ from lmms_eval_accelerate.compare import pictures, table
 from lmms_eval_accelerate.compare.comparison import Comparison, Wanted, comparison_of
 from lmms_eval_accelerate.compare.options import parser
 from lmms_eval_accelerate.model_args import pairs
+from lmms_eval_accelerate.runs.command_line import own_options
+from lmms_eval_accelerate.runs.folder import RunError
 from lmms_eval_accelerate.runs.launch import LaunchError
 from lmms_eval_accelerate.runs.options import machines_of
 from lmms_eval_accelerate.runs.request import Run
@@ -69,8 +71,18 @@ def _planned(args: argparse.Namespace, console: Console) -> tuple[Comparison, li
     else:
         if machines.machines > 1 and args.output is None:
             raise MethodError("several machines need --output (OUTPUT=...), the same folder on all of them.")
+        _check_start(runs)
         comparison.take_output(runs, machines, args.data)
     return comparison, settings, runner, runs
+
+
+def _check_start(runs: list[Run]) -> None:
+    """Refuse what every run would."""
+    try:
+        for run in runs[:1]:
+            own_options(list(run.argv))
+    except RunError as error:
+        raise MethodError(str(error)) from error
 
 
 def _compare(

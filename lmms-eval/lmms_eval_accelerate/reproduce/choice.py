@@ -13,6 +13,8 @@ from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from lmms_eval_accelerate import embedded
 from lmms_eval_accelerate.reproduce import guards
 from lmms_eval_accelerate.reproduce.schema import DENSE, Column, Part, Table, TableRow
+from lmms_eval_accelerate.runs.command_line import read
+from lmms_eval_accelerate.runs.folder import RunError
 
 if TYPE_CHECKING:
     from lmms_eval_accelerate.reproduce.plan import Unit
@@ -191,7 +193,11 @@ def _named(things: Sequence[Any], name: str, what: str, key: Any) -> Any:
 
 
 def check_extra(extra: Sequence[str]) -> None:
-    """Arguments for lmms-eval that would contradict the table or take answers out of a cache."""
+    """Refuse arguments for lmms-eval that would contradict the table, take answers out of a cache, or are none of its.
+
+    Raises:
+        MethodError: with what to use instead.
+    """
     for word in extra:
         flag = word.partition("=")[0]
         if short := re.match("-w*([bcx])", word):  # -b4, -cfolder, and behind -w, which takes no value
@@ -208,6 +214,10 @@ def check_extra(extra: Sequence[str]) -> None:
         for name in _OURS:
             if _is_one_of(flag, (name,)):
                 raise MethodError(f"{flag} is set by this command; use {_OURS[name]}.")
+    try:
+        read(list(extra))
+    except RunError as error:
+        raise MethodError(f"behind --: {error}") from error
 
 
 def _is_one_of(flag: str, names: Sequence[str]) -> bool:

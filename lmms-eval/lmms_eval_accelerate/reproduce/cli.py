@@ -24,8 +24,10 @@ from lmms_eval_accelerate.reproduce.choice import EMBEDDED, Choices, ChosenPart,
 from lmms_eval_accelerate.reproduce.options import own_and_extra, parser
 from lmms_eval_accelerate.reproduce.plan import Unit, hub_commits, plan
 from lmms_eval_accelerate.reproduce.tables import available, load
+from lmms_eval_accelerate.runs.command_line import own_options
 from lmms_eval_accelerate.runs.files import ANSWERS, LAUNCH, OUTCOME, OUTCOME_TEXT, PLAN, RUNS, write_json, write_text
 from lmms_eval_accelerate.runs.fingerprint import code_hash, short_hash, versions
+from lmms_eval_accelerate.runs.folder import RunError
 from lmms_eval_accelerate.runs.launch import LaunchError, Machines
 from lmms_eval_accelerate.runs.options import machines_of
 from lmms_eval_accelerate.runs.request import Run
@@ -92,6 +94,7 @@ def _reproduce(argv: list[str], console: Console) -> int:
         return 0
     if choices.data is not None and (missing := _missing(columns, choices.data)):
         raise MethodError(missing)
+    _check_start(units)
     for warning in dict.fromkeys(w for b in columns.values() for w in guards.limit(b, choices.limit)):
         _warn(warning, console)
     with folders.locked(output, machines.machine_rank, lambda text: _warn(text, console)):
@@ -110,6 +113,15 @@ def _reproduce(argv: list[str], console: Console) -> int:
     render.show(made, console)
     console.print(f"everything is in {output} ({OUTCOME}, {OUTCOME_TEXT}, {RUNS}/)", highlight=False, soft_wrap=True)
     return 0
+
+
+def _check_start(units: Sequence[Unit]) -> None:
+    """Refuse what every run would: all have the same arguments behind ``--``."""
+    try:
+        for unit in units[:1]:
+            own_options(list(unit.argv))
+    except RunError as error:
+        raise MethodError(str(error)) from error
 
 
 def _warn(text: str, console: Console) -> None:

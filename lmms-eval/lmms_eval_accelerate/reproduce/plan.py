@@ -18,6 +18,7 @@ from accelerate_methods.registry.pipeline import resolve
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from lmms_eval_accelerate import ROOT, embedded
 from lmms_eval_accelerate.benchmarks import contents
+from lmms_eval_accelerate.models.arguments import parse
 from lmms_eval_accelerate.reproduce.choice import EMBEDDED, Choices, ChosenPart, check_extra
 from lmms_eval_accelerate.reproduce.schema import Column, Part, TableRow
 from lmms_eval_accelerate.reproduce.tables import MODEL_KEYS
@@ -140,6 +141,7 @@ def _unit(
     identity = json.loads(json.dumps(identity, default=str))
     limits = {"batch_size": choices.batch_size, "limit": choices.limit}
     argv = Request(identity["model"], arguments, measured.task, **limits, extra=choices.extra).argv()
+    parse(shared["model"], arguments)  # what the run would refuse
     folder = output / RUNS / measured.task / f"{row.folder}_{short_hash(identity)}"
     weights = short_hash([identity["model"], common])
     return Unit(part.name, row.name, measured.task, argv, identity, folder, row.dense, weights, measured.tasks)

@@ -25,10 +25,12 @@ import yaml
 
 from accelerate_methods.registry import compatibility
 from accelerate_methods.registry.configs import read_config
+from accelerate_methods.registry.families import keys
 from accelerate_methods.registry.pipeline import Pipeline, resolve
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from lmms_eval_accelerate import ROOT
 from lmms_eval_accelerate.benchmarks.catalog import benchmark
+from lmms_eval_accelerate.models.arguments import defaults_of
 from lmms_eval_accelerate.reproduce.options import FOLDER, available
 from lmms_eval_accelerate.reproduce.schema import DENSE, RELATIVE, Column, Part, Table, TableRow
 
@@ -37,26 +39,17 @@ __all__ = [
     *("available", "load"),
 ]
 
-#: model arguments that a part may set: those of the lmms-eval plugin that belong to the setting
-_COMMON = (
-    *("pretrained", "model_base", "model_name", "conv_template", "dtype", "torch_dtype", "attn_implementation"),
-    *("use_cache", "prompt_model", "until"),
-)
-_ONEVISION = (
-    *("max_frames_num", "mm_spatial_pool_mode", "mm_spatial_pool_stride", "mm_newline_position"),
-    "video_decode_backend",
-)
-_VIDEO = ("video_fps", "force_sample", "add_time_instruction", "overwrite")
-MODEL_KEYS: dict[str, tuple[str, ...]] = {
-    "llava": _COMMON,
-    "llava_onevision": (*_COMMON, *_ONEVISION),
-    "llava_video": (*_COMMON, *_ONEVISION, *_VIDEO),
-}
-#: the plugin's other arguments: the row's (method, config), and the run's (a test compares)
+#: arguments of the plugin that are the row's (method, config) or the run's, not a setting of the model
 OTHER_KEYS = (
     *("method", "config", "device", "device_map", "gpus_per_model", "batch_size", "max_batch_size"),
     *("on_error", "save_provenance"),
 )
+#: family of the llava package -> model arguments that a part may set: those of the plugin that belong to the setting
+MODEL_KEYS: dict[str, tuple[str, ...]] = {
+    key: tuple(name for name in defaults_of(key) if name not in OTHER_KEYS)
+    for key, declared in keys().items()
+    if not any(family.classes for family in declared)
+}
 _CHECKPOINT_KEYS = ("hidden_size", "num_hidden_layers")
 _TABLE_KEYS = ("table", "title", "paper", "source", "secondary", "note", "relative", "parts")
 _PART_KEYS = (
