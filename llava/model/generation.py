@@ -14,21 +14,26 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from accelerate_methods.engine import recording
 from accelerate_methods.engine.devices import computes_on, moved
 from accelerate_methods.engine.long_prompts import PromptFit, tell
-from accelerate_methods.engine.loop import DecoderOutput
-from accelerate_methods.engine.prompt import PromptLayout
+from accelerate_methods.engine.output_rows import OutputRows, on_the_right, real_rows
+from accelerate_methods.engine.prompt import PromptLayout, goes_on
 from accelerate_methods.engine.sequences import VisualSequence
+from accelerate_methods.hosts.calls import PACKING, refuse_embeddings
+from accelerate_methods.hosts.drafts import refuse_drafts
 from accelerate_methods.stages.compress import VisualItem
+from accelerate_methods.stages.errors import MethodError
 from llava.model.context import check_text, fits_of
 from llava.model.splice import Prompts, Spliced, splice
-from llava.model.vision import has_images
+from llava.model.targets import Targets
+from llava.model.vision import brings_images, has_images
 
 
 class ForwardArguments(TypedDict, total=False):
     """What ``forward`` takes beside the arguments of every causal LM.
 
     ``images``, ``image_sizes``, ``modalities``: as in ``generate``. ``return_dict=False`` gives a tuple;
-    ``dpo_forward`` gives (logits, labels). ``layout`` and ``request`` travel from ``generate`` to the decoder loop and
-    the recorder. Anything else goes to the decoder.
+    ``dpo_forward`` gives (logits, labels). ``num_items_in_batch`` and ``shift_labels`` (the label behind each id) go to
+    the loss. ``layout`` and ``request`` travel from ``generate`` to the decoder loop and the recorder. Anything else
+    goes to the decoder.
     """
 
     images: Any
@@ -39,6 +44,8 @@ class ForwardArguments(TypedDict, total=False):
     output_hidden_states: bool | None
     return_dict: bool | None
     dpo_forward: bool
+    num_items_in_batch: int | Tensor | None
+    shift_labels: Tensor | None
     cache_position: Tensor | None
     layout: PromptLayout | None
     request: recording.RequestRecord | None
@@ -61,22 +68,38 @@ class MultimodalGeneration:
         logits_to_keep: int | Tensor = 0,
         **kwargs: Unpack[ForwardArguments],
     ):
-        """Causal LM over the expanded sequence; ``images`` are spliced in when ``input_ids`` hold placeholders."""
+        """Causal LM over the expanded sequence; ``images`` are spliced in when ``input_ids`` hold placeholders.
+
+        With a method attached, the logits are those of the rows that the last layer still had, and labels go along.
+        Padding stands where it stands without a method.
+
+        Raises:
+            ValueError: placeholders and images do not match. In training (in training mode, or with ``labels``) a
+                sample without a placeholder may bring a dummy image, which is skipped.
+            MethodError: a prompt of embeddings, or states of the layers, while a method is attached.
+        """
         visual = {name: kwargs.pop(name) for name in ("images", "image_sizes", "modalities") if name in kwargs}
         layout, request = kwargs.pop("layout", None), kwargs.pop("request", None)
         dpo_forward, return_dict = kwargs.pop("dpo_forward", False), kwargs.pop("return_dict", None)
+        targets = Targets(labels, kwargs.pop("shift_labels", None), kwargs.pop("num_items_in_batch", None))
         kwargs.pop("cache_position", None)
         for name in ("output_attentions", "output_hidden_states"):
             if kwargs.get(name, ...) is None:
                 del kwargs[name]
-        if inputs_embeds is None and has_images(visual.get("images")) and input_ids.shape[1] > 1:
+        decoding = past_key_values is not None and past_key_values.get_seq_length() > 0
+        spliced: Spliced | None = None
+        if self.acceleration is not None and layout is None:
+            refuse_embeddings(self.acceleration.pipeline, {"inputs_embeds": inputs_embeds}, begins=not decoding)
+        if inputs_embeds is None and brings_images(input_ids, visual.get("images"), decoding):
             request = request or recording.new_request()
-            side = "left" if self._cuts_inside() else None
+            self._check_text_side(attention_mask, position_ids, kwargs)
             spliced = self.prepare_multimodal(
-                input_ids, attention_mask, labels, **visual, padding_side=side, request=request
-            )
+                input_ids, attention_mask, targets.of_ids, **visual, request=request,
+                padding_side="left" if self._cuts_inside() else None,
+                dummies=self.training or labels is not None,
+            )  # fmt: skip
+            targets = targets.spliced(spliced, attention_mask)
             inputs_embeds, input_ids = spliced.inputs_embeds, None
-            labels = None if labels is None else spliced.labels
             attention_mask = spliced.mask.long() if len(set(spliced.lengths)) > 1 else None
             position_ids = spliced.position_ids if self._gapped() or attention_mask is not None else None
             layout = spliced.layout
@@ -84,7 +107,6 @@ class MultimodalGeneration:
         if self.acceleration is not None:
             kwargs |= {"pipeline": self.acceleration.pipeline, "layout": layout, "request": request}
         tokens = inputs_embeds if inputs_embeds is not None else input_ids
-        decoding = past_key_values is not None and past_key_values.get_seq_length() > 0
         if input_ids is not None and not decoding:
             check_text(input_ids, attention_mask, self.config)
         layers = self.config.num_hidden_layers
@@ -93,17 +115,19 @@ class MultimodalGeneration:
         with _llm_stage(request, tokens, decoding):
             outputs = self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
             hidden = outputs.last_hidden_state
+            if spliced is not None:
+                rows = self._output_rows(spliced, outputs, logits_to_keep)
+                hidden = hidden if rows is None else rows.of_states(hidden)
+                targets = targets.left(outputs, spliced.mask, rows)
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             # back to the first device, also so that the time of this stage covers the work on all of them
             logits = moved(self.lm_head(hidden[:, kept]), tokens.device)
         if request is not None and not decoding and not request.layer_tokens:  # the model's own forward: no layer cuts
             request.layer_tokens = [[sample.length for sample in request.samples]] * layers
-        if labels is not None and isinstance(outputs, DecoderOutput):
-            labels = outputs.labels(labels)
         if dpo_forward:
-            return logits, labels
+            return logits, targets.labels
         result = CausalLMOutputWithPast(
-            loss=None if labels is None else self.loss_function(logits, labels, vocab_size=logits.shape[-1]),
+            loss=targets.loss(self.loss_function, logits),
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=getattr(outputs, "hidden_states", None),
@@ -117,6 +141,33 @@ class MultimodalGeneration:
     def _cuts_inside(self) -> bool:
         """Whether the sequence gets shorter between decoder layers."""
         return self.acceleration is not None and self.acceleration.pipeline.prefill is not None
+
+    def _check_text_side(self, mask: Tensor | None, positions: Tensor | None, kwargs: dict[str, Any]) -> None:
+        """What is beside the ids of a prompt with images: one row of the batch is one prompt."""
+        error = ValueError if self.acceleration is None else MethodError
+        if mask is not None and mask.ndim != 2:
+            raise error(f"prompts with images need a 2-D attention_mask of their ids, got {mask.ndim}-D.")
+        if any(kwargs.get(name) is not None for name in PACKING) or not goes_on(positions, mask):
+            raise error(
+                "prompts with images cannot be packed (position_ids that jump or start again, cu_seq_lens): give each "
+                "prompt a row of the batch, with an attention_mask."
+            )
+
+    def _output_rows(self, spliced: Spliced, outputs: Any, logits_to_keep: int | Tensor) -> OutputRows | None:
+        """Where the rows of the decoder's output go so that padding is on the side of the config; None: they are there.
+
+        Raises:
+            MethodError: the caller wants logits at certain rows, and rows were dropped.
+        """
+        kept = getattr(outputs, "kept", None)
+        if isinstance(logits_to_keep, Tensor) and (kept is not None or spliced.shortened):
+            raise MethodError(
+                f"{self.acceleration.pipeline.name} has dropped rows of the prompt: logits_to_keep cannot name rows by "
+                "their numbers. Give how many of the last ones to keep."
+            )
+        if not self._cuts_inside() or self.padding_side == "left" or len(set(spliced.lengths)) == 1:
+            return None
+        return on_the_right(real_rows(outputs, spliced.mask))
 
     @torch.no_grad()
     def generate(
@@ -154,10 +205,10 @@ class MultimodalGeneration:
             spliced = self.prepare_multimodal(
                 inputs, attention_mask, None, images, modalities, image_sizes, padding_side="left", request=request
             )
-            if self.acceleration is not None:
-                kwargs["layout"] = spliced.layout
         else:
             spliced = self._text_only(inputs, attention_mask, request)
+        if self.acceleration is not None:
+            kwargs["layout"] = spliced.layout
         if request is not None:
             kwargs["request"] = request
         return super().generate(
@@ -177,6 +228,26 @@ class MultimodalGeneration:
         if request is not None:
             describe(request, [], [], spliced, fits)
         return spliced
+
+    def _get_candidate_generator(self, **kwargs: Any) -> Any:
+        """Assisted decoding begins.
+
+        Raises:
+            MethodError: it cannot give the answer of greedy decoding with the method that is attached.
+            NotImplementedError: a draft model; with a method attached a MethodError.
+        """
+        if self.acceleration is not None:
+            refuse_drafts(self.acceleration.pipeline, kwargs.get("generation_config"))
+        early_exit = getattr(kwargs.get("generation_config"), "assistant_early_exit", None)
+        if kwargs.get("assistant_model") is not None or early_exit is not None:
+            raise (NotImplementedError if self.acceleration is None else MethodError)(
+                "a draft model (assistant_model, assistant_early_exit) is not possible with this tree: it would be "
+                "given this model's embeddings of the prompt. Use prompt_lookup_num_tokens, or transformers' own model."
+            )
+        # There is one sample, which is not padded; transformers (5.17) would cut its mask to as many columns as there
+        # are ids, and the ids are the new tokens alone.
+        kwargs["model_kwargs"].pop("attention_mask", None)
+        return super()._get_candidate_generator(**kwargs)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, layout: PromptLayout | None = None,

@@ -19,13 +19,21 @@ import torch
 from torch import Tensor, nn
 
 from accelerate_methods.engine import recording
+from accelerate_methods.engine.cache import cached_length, check_cache, request_state
 from accelerate_methods.engine.devices import computes_on, moved, own_weights
 from accelerate_methods.engine.long_prompts import tell
 from accelerate_methods.engine.loop import needs_loop, run_decoder
 from accelerate_methods.engine.prompt import PromptLayout
 from accelerate_methods.engine.sequences import VisualSequence, compressed_sequence
 from accelerate_methods.hosts import register_host
-from accelerate_methods.hosts.layouts import flat_item, image_item, pool_2d, video_item
+from accelerate_methods.hosts.calls import refuse_outputs
+from accelerate_methods.hosts.layouts import (
+    flat_item,
+    image_item,
+    pool_2d,
+    unpad_image,  # noqa: F401 (official name)
+    video_item,
+)
 from accelerate_methods.registry.pipeline import Pipeline
 from accelerate_methods.stages.compress import VisualItem
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
@@ -61,15 +69,18 @@ class LlavaMetaModel:
 
     def forward(self, *args: Any, pipeline: Pipeline | None = None, layout: PromptLayout | None = None,
                 request: recording.RequestRecord | None = None, **kwargs: Any):
-        """The decoder: transformers' own forward, or the decoder loop when a pipeline needs it."""
+        """The decoder: transformers' own forward, or the decoder loop when a pipeline has visual tokens to act on."""
         if not needs_loop(pipeline):
+            return super().forward(*args, **kwargs)
+        refuse_outputs(pipeline, kwargs, self.config)
+        cache = kwargs.get("past_key_values")
+        check_cache(cache, pipeline.name)
+        acts = request_state(cache) is not None if cached_length(cache) else layout is not None and any(layout.spans)
+        if not acts:  # text alone: packed prompts and masks of any kind are as right as without a method
             return super().forward(*args, **kwargs)
         inputs_embeds = kwargs.get("inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(args[0] if args else kwargs["input_ids"])
-        for name in ("output_attentions", "output_hidden_states"):
-            if kwargs.get(name):
-                raise ValueError(f"{name} is not available while {pipeline.name} is attached; detach it first.")
         passed = ("attention_mask", "position_ids", "past_key_values", "use_cache")
         return run_decoder(
             self,
@@ -238,6 +249,11 @@ class LlavaMetaForCausalLM(MultimodalGeneration):
         method = self.acceleration.pipeline.compress if self.acceleration is not None else None
         return [compressed_sequence(item, method, self.project) for item in items]
 
+    @property
+    def padding_side(self) -> str:
+        """Where ``forward`` pads a batch of prompts with images."""
+        return getattr(self.config, "tokenizer_padding_side", "right")
+
     # -- embed -------------------------------------------------------------------------------------------------------
 
     def embed(self, prompts: Prompts, sequences: Sequence[VisualSequence]) -> Spliced:
@@ -249,8 +265,9 @@ class LlavaMetaForCausalLM(MultimodalGeneration):
             [beside_text(sequence, prompts.input_ids.device) for sequence in sequences],
             self.get_model().embed_tokens,
             original_positions=self._gapped(),
-            padding_side=prompts.padding_side or getattr(self.config, "tokenizer_padding_side", "right"),
+            padding_side=prompts.padding_side or self.padding_side,
             max_length=getattr(self.config, "tokenizer_model_max_length", None),
+            dummies=prompts.dummies,
         )
 
     # -- all three ---------------------------------------------------------------------------------------------------
@@ -265,10 +282,11 @@ class LlavaMetaForCausalLM(MultimodalGeneration):
         image_sizes: Any = None,
         padding_side: str | None = None,
         request: recording.RequestRecord | None = None,
+        dummies: bool = False,
     ) -> Spliced:
         """Encode, compress and embed: everything between raw inputs and the decoder."""
         modalities = [modalities] * len(images) if isinstance(modalities, str) else list(modalities)
-        prompts = Prompts(input_ids, attention_mask, labels, padding_side)
+        prompts = Prompts(input_ids, attention_mask, labels, padding_side, dummies)
         prompts = moved(prompts, computes_on(self.get_model().embed_tokens))
         items = self.encode(images, modalities, image_sizes, request)
         with recording.stage(request, "compress", self.get_vision_tower().device):
@@ -296,9 +314,13 @@ class LlavaMetaForCausalLM(MultimodalGeneration):
         The outputs whose inputs were None are None. Differs from the official code in one thing: a batch is never cut
         to the number of ``modalities``.
         """
-        if self.get_vision_tower() is None or not has_images(images) or input_ids.shape[1] == 1:
+        decoding = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if self.get_vision_tower() is None or not has_images(images) or (decoding and input_ids.shape[1] == 1):
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
-        spliced = self.prepare_multimodal(input_ids, attention_mask, labels, images, modalities, image_sizes)
+        training = self.training or labels is not None
+        spliced = self.prepare_multimodal(
+            input_ids, attention_mask, labels, images, modalities, image_sizes, dummies=training
+        )
         return (
             None,
             None if position_ids is None else spliced.position_ids,

@@ -24,12 +24,14 @@ class Prompts:
         input_ids: [B, n] with one IMAGE_TOKEN_INDEX per visual item, in the order of the items.
         attention_mask: [B, n] of padding, or None; labels: [B, n], or None.
         padding_side: "left" or "right"; None for that of the config.
+        dummies: whether a sample without placeholder may bring an image that is skipped (training data do).
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None = None
     labels: Tensor | None = None
     padding_side: str | None = None
+    dummies: bool = False
 
 
 @dataclasses.dataclass
@@ -61,6 +63,11 @@ class Spliced:
     max_length: int | None = None
 
     @property
+    def shortened(self) -> bool:
+        """Whether a sample has fewer tokens than without compression."""
+        return any(a + c < b for a, b, c in zip(self.lengths, self.dense_lengths, self.cut, strict=True))
+
+    @property
     def layout(self) -> PromptLayout:
         """What the decoder loop needs to know."""
         return PromptLayout(self.visual, self.lengths, self.spans)
@@ -76,6 +83,7 @@ def splice(
     original_positions: bool,
     padding_side: str,
     max_length: int | None = None,
+    dummies: bool = False,
 ) -> Spliced:
     """Interleave text embeddings and visual sequences.
 
@@ -87,8 +95,8 @@ def splice(
         original_positions: position ids of the uncompressed sequence instead of consecutive ones.
         max_length: longer sequences lose their tail, as in the official code (``Spliced.cut``).
 
-    A sample without a placeholder takes no item, unless there is exactly one item more for each such sample: that is
-    the official training convention of giving text-only samples a dummy image, which is then skipped.
+        dummies: each sample without a placeholder may bring one item, which is skipped: the official training code
+            gives text-only samples a dummy image. Without it a picture that no prompt asks for is an error.
 
     Raises:
         ValueError: placeholders and visual items do not match in number.
@@ -96,7 +104,7 @@ def splice(
     keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     per_sample = ((input_ids == IMAGE_TOKEN_INDEX) & keep).sum(1).tolist()
     placeholders, text_only = sum(per_sample), per_sample.count(0)
-    dummies = text_only > 0 and len(sequences) == placeholders + text_only
+    dummies = dummies and text_only > 0 and len(sequences) == placeholders + text_only
     if placeholders != len(sequences) and not dummies:
         raise ValueError(
             f"the prompts hold {placeholders} <image> placeholders but {len(sequences)} images or videos were given."

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from llava.constants import IMAGE_TOKEN_INDEX
 
 _MODALITIES = ("image", "video", "text")
 
@@ -36,7 +39,8 @@ def gather_visuals(
     Args:
         images: [N, 3, S, S] (N plain images), or a list / 5-D tensor of items, each [3, S, S] or [V, 3, S, S].
         modalities: "image", "video" or "text" per item; items beyond the list are images.
-        image_sizes: (width, height) per item, or None.
+        image_sizes: (width, height) per item, or None. Read of images only: LLaVA-NeXT's video scripts give
+            ``frame.size`` of numpy frames, which is a number, and one of each frame.
     """
     for value in modalities:
         if value not in _MODALITIES:
@@ -46,14 +50,21 @@ def gather_visuals(
     pixels = torch.cat([v.to(device) for v in views])
     counts = [1] * len(pixels) if plain else [len(v) for v in views]
     kinds = ["plain"] * len(counts) if plain else [*modalities, *["image"] * len(counts)][: len(counts)]
-    # plain integers: the grid arithmetic is that of python floats
-    sizes = [] if image_sizes is None else [tuple(int(edge) for edge in size) for size in image_sizes]
+    sizes = list(image_sizes) if isinstance(image_sizes, Iterable) else []
     sizes += [None] * (len(counts) - len(sizes))
     visuals = [
-        VisualInput(kind, size, slice(end - count, end))
+        VisualInput(kind, None if kind == "video" else _size_of(size), slice(end - count, end))
         for kind, size, count, end in zip(kinds, sizes, counts, itertools.accumulate(counts), strict=False)
     ]
     return pixels, visuals
+
+
+def _size_of(size: Any) -> tuple[int, int] | None:
+    """(width, height) as plain integers (the grid arithmetic is that of python floats); None if it is no such pair."""
+    edges = size.tolist() if hasattr(size, "tolist") else size
+    if isinstance(edges, (list, tuple)) and len(edges) == 2:
+        return int(edges[0]), int(edges[1])
+    return None
 
 
 def resized_like(tokens: Tensor, patch: int, side: int, full_side: int) -> Tensor:
@@ -64,3 +75,18 @@ def resized_like(tokens: Tensor, patch: int, side: int, full_side: int) -> Tenso
 
 def has_images(images: Any) -> bool:
     return images is not None and len(images) > 0
+
+
+def brings_images(input_ids: Tensor, images: Any, decoding: bool) -> bool:
+    """Whether a call of ``forward`` has images to splice in; those of a decode step are in the cache already.
+
+    Raises:
+        ValueError: placeholders, but nothing to put in their place.
+    """
+    if has_images(images):
+        return not decoding or input_ids.shape[1] > 1
+    if not decoding and input_ids is not None:
+        count = int((input_ids == IMAGE_TOKEN_INDEX).sum())
+        if count:
+            raise ValueError(f"the prompts hold {count} <image> placeholders but 0 images or videos were given.")
+    return False

@@ -12,10 +12,15 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from accelerate_methods.engine import recording
+from accelerate_methods.engine.cache import check_cache, request_state
 from accelerate_methods.engine.devices import moved
+from accelerate_methods.engine.long_prompts import PromptFit, context_length, tell
 from accelerate_methods.engine.loop import DecoderOutput, needs_loop, run_decoder
+from accelerate_methods.engine.output_rows import IGNORED, OutputRows, as_the_caller_had_them, shifted, unshifted
 from accelerate_methods.engine.prompt import PromptLayout
 from accelerate_methods.engine.sequences import VisualSequence, compressed_sequence
+from accelerate_methods.hosts.calls import check_visuals, refuse_embeddings, refuse_outputs
+from accelerate_methods.hosts.drafts import drafts_behind, expect_drafts, in_two, refuse_drafts
 from accelerate_methods.hosts.native.family import Call, Family
 from accelerate_methods.hosts.native.prompt import CutPrompt, PromptItem, cut_prompt
 from accelerate_methods.hosts.native.watching import Forward, VisionWatch
@@ -25,7 +30,6 @@ from accelerate_methods.stages.compress import ViewCompressMethod, VisualItem
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.signals import resolve_signal
 
-_STATE = "accelerate_prompt"  # attribute of a cache: what its prompt was
 _REQUEST = "accelerate_request"  # attribute of a cache: the record of its request
 
 
@@ -46,6 +50,8 @@ class NativeAcceleration:
         acts = isinstance(method, ViewCompressMethod)
         self._on_views = family.views & method.modalities if acts else frozenset()
         self._now: ContextVar[Forward | None] = ContextVar("accelerate_forward", default=None)
+        #: attention mask that ``generate`` has just prepared for a forward
+        self._generated_mask: ContextVar[Any] = ContextVar("accelerate_generated_mask", default=None)
         self._vision = VisionWatch(model, family, self._now)
         self._wrappers = Wrappers()
         self._signature = inspect.signature(model.forward)
@@ -56,7 +62,8 @@ class NativeAcceleration:
         wrap = self._wrappers.wrap
         self._outer = wrap(self.model, "forward", self._forward)
         self._inner = wrap(self.family.language, "forward", self._decode)
-        self._prepare_inputs = wrap(self.model, "prepare_inputs_for_generation", self._later_turn)
+        self._prepare_inputs = wrap(self.model, "prepare_inputs_for_generation", self._prepared)
+        self._candidate_generator = wrap(self.model, "_get_candidate_generator", self._drafting)
         self._vision.install(self._wrappers)
 
     def remove(self) -> None:
@@ -64,72 +71,103 @@ class NativeAcceleration:
 
     # -- generate ----------------------------------------------------------------------------------------------------
 
-    def _later_turn(self, *args: Any, **kwargs: Any) -> Any:
-        """In the place of ``model.prepare_inputs_for_generation``.
+    def _prepared(self, *args: Any, **kwargs: Any) -> Any:
+        """In the place of ``model.prepare_inputs_for_generation``."""
+        prepared = self._prepare_inputs(*args, **kwargs)
+        self._generated_mask.set(prepared.get("attention_mask"))
+        return prepared
 
-        Given a whole chat and the cache of its former turns, ``generate`` leaves out as many tokens as the cache holds;
-        of a cut prompt it holds fewer than there were.
-        """
-        cut: CutPrompt | None = getattr(kwargs.get("past_key_values"), _STATE, None)
-        new = kwargs.get("next_sequence_length")
-        if cut is not None and new is not None and kwargs.get("is_first_iteration"):
-            kwargs["next_sequence_length"] = new - (cut.full - cut.valid.shape[1])
-        return self._prepare_inputs(*args, **kwargs)
+    def _drafting(self, **kwargs: Any) -> Any:
+        """In the place of ``model._get_candidate_generator``, with which assisted decoding begins."""
+        refuse_drafts(self.pipeline, kwargs.get("generation_config"))
+        expect_drafts(kwargs["model_kwargs"].get("past_key_values"), kwargs["input_ids"].shape[1])
+        return self._candidate_generator(**kwargs)
 
     # -- one forward -------------------------------------------------------------------------------------------------
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         """In the place of ``model.forward``."""
         arguments = dict(self._signature.bind_partial(*args, **kwargs).arguments)
-        arguments |= arguments.pop("kwargs", {})
+        extra = arguments.pop("kwargs", {})
+        arguments |= extra
         cache = arguments.get("past_key_values")
+        if needs_loop(self.pipeline):
+            check_cache(cache, self.pipeline.name)
+        begins = cache is None or not cache.get_seq_length()
+        drafts = drafts_behind(arguments) if begins and needs_loop(self.pipeline) else 0
+        if drafts:
+            return self._in_two_steps(arguments, drafts)
         now, ahead = Forward(arguments), self._vision.take_request()
+        mask, generated = arguments.get("attention_mask"), self._generated_mask.get()
+        now.generates = mask is not None and mask is generated
+        self._generated_mask.set(None)
         if now.seen:
             now.request = ahead
-        elif cache is None or not cache.get_seq_length():
+        elif begins:
             now.request = recording.new_request()
         visuals = bool(now.seen) or any(v is not None for k, v in arguments.items() if k.startswith("pixel_values"))
         if visuals:
-            self._check(arguments)
+            check_visuals(self.pipeline, arguments, begins)
+        refuse_embeddings(self.pipeline, arguments, begins)
+        if needs_loop(self.pipeline):
+            refuse_outputs(self.pipeline, arguments, self.model.config, self.family.language.config)
         if now.unseen and needs_loop(self.pipeline):
             raise MethodError(
                 f"{self.pipeline.name}: the features of the {' and '.join(now.unseen)}s were computed before it was "
-                "attached, or cut into pieces (prefill_chunk_size); give the pixels and the prompt as a whole."
+                "attached, by another model (which this one drafts for: attach a method to that one, too), or cut into "
+                "pieces (prefill_chunk_size); give the pixels and the prompt as a whole."
             )
-        labels = kwargs.pop("labels", None) if visuals and needs_loop(self.pipeline) else None
         token = self._now.set(now)
         try:
-            output = self._outer(*args, **kwargs)
+            if visuals and needs_loop(self.pipeline):
+                return self._cut_forward(now, arguments, extra)
+            return self._outer(*args, **kwargs)
         finally:
             self._now.reset(token)
-        if labels is not None:
-            output.loss = self.model.loss_function(
-                logits=output.logits,
-                labels=now.output.labels(self._labels(labels, now.cut)),
-                vocab_size=output.logits.shape[-1],
-            )
+
+    def _in_two_steps(self, arguments: dict[str, Any], drafts: int) -> Any:
+        """A first call with drafts behind the prompt, as two calls."""
+        prompt, later = in_two(arguments, drafts)
+        self._generated_mask.set(prompt.get("attention_mask"))
+        first = self._forward(**prompt)
+        output = self._forward(**later)
+        output.logits = torch.cat([first.logits[:, -1:], output.logits], dim=1)
         return output
 
-    def _check(self, arguments: dict[str, Any]) -> None:
-        if arguments.get("input_ids") is None:
-            raise MethodError("images and videos need input_ids: their placeholders say where the tokens stand.")
-        cache, mask = arguments.get("past_key_values"), arguments.get("attention_mask")
-        if cache is not None and cache.get_seq_length() and needs_loop(self.pipeline):
-            raise MethodError(
-                f"{self.pipeline.name}: images of a later turn need a new cache; give the whole chat again."
+    def _cut_forward(self, now: Forward, arguments: dict[str, Any], extra: dict[str, Any]) -> Any:
+        """A forward whose prompt is cut; the loss is that of the rows that are left, and is computed here.
+
+        Args:
+            extra: those of the ``arguments`` that the loss gets too (``num_items_in_batch``, ``shift_labels`` ...).
+        """
+        asked, labels = arguments.get("return_dict"), arguments.get("labels")
+        output = self._outer(**{**arguments, "labels": None, "return_dict": True})
+        if labels is not None:
+            shift_labels = extra.get("shift_labels")
+            more = {} if shift_labels is None else {"shift_labels": self._shift_labels(shift_labels, now)}
+            loss = self.model.loss_function(
+                logits=output.logits,
+                labels=now.in_rows(self._labels(labels, now)),
+                vocab_size=output.logits.shape[-1],
+                **{**extra, **more},
             )
-        if isinstance(mask, Tensor) and mask.ndim != 2:
-            raise MethodError("a 2-D attention_mask is needed; do not set cache_implementation.")
+            output = type(output)(**{**output, "loss": loss})  # anew: the loss comes first in a tuple
+        return output if (self.model.config.return_dict if asked is None else asked) else output.to_tuple()
 
     @staticmethod
-    def _labels(labels: Tensor, cut: CutPrompt) -> Tensor:
-        """[B, L] labels of the uncompressed prompt -> of the rows that are left; none at visual tokens and padding.
+    def _labels(labels: Tensor, now: Forward) -> Tensor:
+        """[B, L] labels of the uncompressed prompt -> [B, K] of the rows that are left; none in padding.
 
         Neither at the first row of a sample: what stands before it is padding, which predicts nothing.
         """
-        left = labels.to(cut.source.device).gather(1, cut.source)
-        first = cut.valid & (cut.valid.cumsum(1) == 1)
-        return left.masked_fill(~cut.valid | first | cut.layout.visual, -100)
+        left = now.output.labels(labels.to(now.cut.source.device).gather(1, now.cut.source))
+        return left.masked_fill(~now.left | (now.left.cumsum(1) == 1), IGNORED)
+
+    def _shift_labels(self, shift_labels: Tensor, now: Forward) -> Tensor:
+        """[B, L] label behind each row of the uncompressed prompt -> [B, R] behind each row of the output."""
+        source = now.cut.source if now.output.kept is None else now.cut.source.gather(1, now.output.kept)
+        last = shift_labels.to(source.device).gather(1, source[:, -1:]).squeeze(1)  # padding is on the left
+        return now.in_rows(shifted(self._labels(unshifted(shift_labels), now), now.left, last))
 
     def _decode(self, *args: Any, **kwargs: Any) -> Any:
         """In the place of the language model's ``forward``."""
@@ -139,12 +177,12 @@ class NativeAcceleration:
         cache = kwargs.get("past_key_values")
         if cache is None or not cache.get_seq_length():
             return self._prefill(now, kwargs)
-        cut: CutPrompt | None = getattr(cache, _STATE, None)
+        state = request_state(cache)
         request = getattr(cache, _REQUEST, None)
         if request is not None:
             request.decode_steps += 1
         with recording.stage(request, "decode", kwargs["inputs_embeds"].device):
-            if cut is None:
+            if state is None:  # text alone so far
                 return self._inner(**kwargs)
             # Several ids per token are coordinates, kept whatever was dropped: transformers says where tokens go on
             # (generate: behind the last one; forward: behind the largest, which may be that of a long video).
@@ -152,11 +190,16 @@ class NativeAcceleration:
             positions = kwargs.get("position_ids")
             counted = kwargs.get("attention_mask") is not None or now.arguments.get("position_ids") is not None
             more = {"position_ids": positions} if counted and positions is not None and positions.ndim == 3 else {}
-            mask = _mask_behind(cut, kwargs)
-            return self._plain(self._run(kwargs, kwargs["inputs_embeds"], attention_mask=mask, **more))
+            embeds = kwargs["inputs_embeds"]
+            # what is padding among the keys is known; a turn of several tokens may be padded itself
+            mask = moved(kwargs.get("attention_mask"), embeds.device) if embeds.shape[1] > 1 else None
+            return self._plain(self._run(kwargs, embeds, attention_mask=mask, **more))
 
     def _prefill(self, now: Forward, kwargs: dict[str, Any]) -> Any:
-        embeds = kwargs["inputs_embeds"]
+        embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        if not now.seen and not (mask is None or (isinstance(mask, Tensor) and mask.shape == embeds.shape[:2])):
+            return self._inner(**kwargs)  # text under a mask of its own kind: the model's affair, and not recorded
+        acts = bool(now.seen) and needs_loop(self.pipeline)
         with recording.stage(now.request, "compress", embeds.device):
             # a model over several devices gets these as the caller has them
             as_given = now.arguments.get("input_ids"), kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -169,11 +212,13 @@ class NativeAcceleration:
             )
             now.seen.clear()
         request = now.request
+        fits = _fits(cut, self.family.language.config)
+        tell(fits, self.model.config)
         if request is not None:
-            _describe(request, items, sequences, cut)
+            _describe(request, items, sequences, cut, fits)
             request.started(len(self.family.language.layers))
         with recording.stage(request, "prefill", embeds.device):
-            if needs_loop(self.pipeline):
+            if acts:
                 now.output = self._run(
                     kwargs,
                     cut.embeds,
@@ -182,26 +227,22 @@ class NativeAcceleration:
                     layout=self._layout(cut, kwargs),
                     request=request,
                 )
-                output = self._plain(now.output)
-            else:
+                now.rows = self._rows(now)
+                output = self._plain(now.output, now.rows)
+            else:  # there is nothing to cut; packed prompts are as right as without a method
                 output = self._inner(**kwargs)
         if request is not None and not request.layer_tokens:
             request.layer_tokens = [cut.layout.lengths] * len(self.family.language.layers)
         cache = output.past_key_values
         if cache is not None:
-            # the embeddings are not needed any more, and the cache lives on
-            setattr(cache, _STATE, cut.without_embeds() if needs_loop(self.pipeline) else None)
             setattr(cache, _REQUEST, request)
         return output
 
     def _layout(self, cut: CutPrompt, kwargs: dict[str, Any]) -> PromptLayout:
         added = [cut.taken(part) for part in self.family.added(kwargs)]
-        return dataclasses.replace(cut.layout, added=added, next_position=cut.next_position)
+        return dataclasses.replace(cut.layout, added=added, next_position=cut.next_position, full=cut.full)
 
     def _run(self, kwargs: dict[str, Any], embeds: Tensor, **more: Any) -> DecoderOutput:
-        for name in ("output_attentions", "output_hidden_states"):
-            if kwargs.get(name):
-                raise MethodError(f"{name} is not available while {self.pipeline.name} is attached; detach it first.")
         return run_decoder(
             self.family.language,
             self.pipeline,
@@ -211,32 +252,58 @@ class NativeAcceleration:
             **more,
         )
 
+    def _rows(self, now: Forward) -> OutputRows | None:
+        """Where the rows that are left go; None: as the loop has them.
+
+        Raises:
+            MethodError: the caller wants logits at certain rows, and rows were dropped.
+        """
+        cut, dropped = now.cut, now.output.kept is not None or now.cut.layout.lengths != now.cut.dense
+        if dropped and isinstance(now.arguments.get("logits_to_keep"), Tensor):
+            raise MethodError(
+                f"{self.pipeline.name} has dropped rows of the prompt: logits_to_keep cannot name rows by their "
+                "numbers. Give how many of the last ones to keep."
+            )
+        if cut.given is None or now.generates:  # generate reads the last row, wherever the padding was
+            return None
+        return as_the_caller_had_them(now.left, cut.given)
+
     @staticmethod
-    def _plain(output: DecoderOutput) -> BaseModelOutputWithPast:
+    def _plain(output: DecoderOutput, rows: OutputRows | None = None) -> BaseModelOutputWithPast:
         """What the language model itself would return: some models hand on whatever they find."""
-        return BaseModelOutputWithPast(output.last_hidden_state, output.past_key_values)
+        hidden = output.last_hidden_state
+        return BaseModelOutputWithPast(hidden if rows is None else rows.of_states(hidden), output.past_key_values)
 
     def _sequence(self, item: VisualItem) -> VisualSequence:
         item.signals = moved(item.signals, item.features.device)
         return compressed_sequence(item, self.pipeline.compress, self.family.project)
 
 
-def _mask_behind(cut: CutPrompt, kwargs: dict[str, Any]) -> Tensor | None:
-    """Padding mask of a later call over what is left of the prompt and everything after it."""
-    mask = kwargs.get("attention_mask")
-    if mask is None or not cut.padded:
-        return None
-    after = mask[:, cut.full :].bool().to(cut.valid.device)
-    valid = cut.valid.repeat_interleave(after.shape[0] // cut.valid.shape[0], dim=0)
-    return torch.cat([valid, after], dim=1)
+def _fits(cut: CutPrompt, config: Any) -> list[PromptFit]:
+    """How the prompts fit into the positions for which the model was trained: transformers cuts none. One device read.
+
+    Positions count, not tokens: those of several ids per token (M-RoPE) may be far below or above.
+    """
+    limit = context_length(config)
+    over = [[0, 0]] * len(cut.dense) if limit is None else cut.beyond(limit).tolist()
+    return [
+        PromptFit(tokens=length, limit=limit, untrained=untrained, over_dense=dense)
+        for length, (untrained, dense) in zip(cut.layout.lengths, over, strict=True)
+    ]
 
 
 def _describe(
-    request: recording.RequestRecord, items: list[PromptItem], sequences: list[VisualSequence], cut: CutPrompt
+    request: recording.RequestRecord,
+    items: list[PromptItem],
+    sequences: list[VisualSequence],
+    cut: CutPrompt,
+    fits: list[PromptFit],
 ) -> None:
     request.samples = [
-        recording.SampleRecord(dense_length=dense, length=length)
-        for dense, length in zip(cut.dense, cut.layout.lengths, strict=True)
+        recording.SampleRecord(
+            dense_length=dense, length=fit.tokens, untrained=fit.untrained, over_dense=fit.over_dense, limit=fit.limit
+        )
+        for dense, fit in zip(cut.dense, fits, strict=True)
     ]
     for found, sequence, rows in zip(items, sequences, cut.rows, strict=True):
         record = recording.item_record(found.item, sequence, tokens_after=sequence.num_content, rows=rows)

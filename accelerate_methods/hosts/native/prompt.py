@@ -106,22 +106,23 @@ def cut_prompt(
     text = keep.clone()
     for item in items:
         text[item.sample, item.rows] = False
-    if positions is None:
-        positions = (keep.long().cumsum(1) - 1).clamp(min=0)
+    if positions is None:  # as transformers counts: padding too
+        positions = torch.arange(length, device=embeds.device)[None]
     rows = [_row(b, embeds, text, items, sequences) for b in range(batch)]
     lengths = [len(row.source) for row in rows]
     longest = max(lengths)
     source = torch.stack([_left_padded(row.source, longest) for row in rows])
     starts = torch.tensor([[longest - n] for n in lengths], device=embeds.device)
     valid = torch.arange(longest, device=embeds.device)[None] >= starts
+    every = positions.expand(*positions.shape[:-2], batch, length)
     if positions.ndim == 3 or original:
-        every = positions.expand(*positions.shape[:-2], batch, length)
         new = every.gather(-1, source.expand(*positions.shape[:-2], *source.shape))
         every = every if every.ndim == 2 else every[-3:].amax(0)
         following = every.masked_fill(~keep, 0).amax(1, keepdim=True) + 1
     else:
-        new = (torch.arange(longest, device=embeds.device)[None] - starts).clamp(min=0)
-        following = longest - starts
+        first = every.gather(1, keep.long().argmax(1, keepdim=True))
+        new = (torch.arange(longest, device=embeds.device)[None] - starts).clamp(min=0) + first
+        following = longest - starts + first
     spans = [
         [dataclasses.replace(span, start=span.start + longest - n) for span in row.spans]
         for row, n in zip(rows, lengths, strict=True)

@@ -10,11 +10,12 @@ import inspect
 from contextvars import ContextVar
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from accelerate_methods.engine import recording
 from accelerate_methods.engine.loop import DecoderOutput
+from accelerate_methods.engine.output_rows import OutputRows, real_rows
 from accelerate_methods.hosts.native.family import Family, Seen
 from accelerate_methods.hosts.native.prompt import CutPrompt
 from accelerate_methods.hosts.native.wrapping import Wrappers
@@ -40,6 +41,19 @@ class Forward:
                 self.unseen.append(kind)
         self.cut: CutPrompt | None = None
         self.output: DecoderOutput | None = None
+        #: where the rows of ``output`` go, None: where they are
+        self.rows: OutputRows | None = None
+        #: whether ``generate`` is the caller, which reads the last row
+        self.generates = False
+
+    @property
+    def left(self) -> Tensor:
+        """[B, K] which rows of ``output`` are real, padding on the left."""
+        return real_rows(self.output, self.cut.valid)
+
+    def in_rows(self, labels: Tensor) -> Tensor:
+        """[B, K] labels of the rows of ``output`` -> of those that the caller gets."""
+        return labels if self.rows is None else self.rows.of_labels(labels)
 
 
 class VisionWatch:

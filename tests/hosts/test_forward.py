@@ -1,0 +1,447 @@
+"""What ``forward`` is given and gives back while a method is attached, in the LLaVA tree and in transformers' models.
+
+Rows stand where they stand without a method, the loss is that of the same labels, text alone is left alone, and what a
+method cannot do is one clear error.
+"""
+
+import copy
+
+import pytest
+import torch
+
+from accelerate_methods import MethodError, accelerate, available, detach
+from accelerate_methods.engine.output_rows import as_the_caller_had_them, on_the_right, shifted, unshifted
+from accelerate_methods.engine.prompt import goes_on
+from accelerate_methods.registry import method_class
+from tests.hosts.native.test_llava import PAIRS
+from tests.methods import test_every_method as tree_side
+from tests.methods.test_every_method import IMAGE, OV, TEXT, V15, V16
+from tests.support import native_questions as asking
+from tests.support.configured import configured
+from tests.support.native_models import tree_model
+
+pytestmark = pytest.mark.usefixtures("one_thread", "siglip_tower")
+
+HOSTS = ("tree", "native")
+NAMES = (V15, V16, OV)
+FULL = [(m, n) for m, n in PAIRS if m is not None and "retention_ratio" in method_class(m).parameters()]
+FEW = [("fastv", V15), ("visionzip", V15), ("fastv", V16), ("fastvid", OV), ("dycoke", OV), ("prunevid", OV)]
+
+each_host = pytest.mark.parametrize("host", HOSTS)
+
+
+def model_of(host, name):
+    return tree_model(name) if host == "tree" else asking.native(name)
+
+
+@pytest.fixture
+def model(host, name):
+    model = model_of(host, name)
+    yield model
+    detach(model)
+
+
+def inputs(host, name, *questions, left=False):
+    """Arguments of ``forward``, with a mask also for a single prompt."""
+    if host == "native":
+        return asking.inputs(name, *questions, left=left)
+    asked = tree_side.inputs(tree_model(name), *questions, left=left)
+    return {**asked, "attention_mask": mask_of(asked)}
+
+
+def mask_of(asked):
+    mask = asked["attention_mask"]
+    return torch.ones_like(asked["input_ids"]) if mask is None else mask
+
+
+def real_rows(host, name, asked):
+    """[B, L] real rows of the logits without a method."""
+    if host == "native" or "images" not in asked:
+        return asked["attention_mask"].bool()
+    spliced = tree_model(name).prepare_multimodal(
+        asked["input_ids"], asked["attention_mask"], None, asked["images"], asked["modalities"], asked["image_sizes"]
+    )
+    return spliced.mask
+
+
+def text_batch(left=False):
+    rows = [[5, 6, 7, 8, 9], [11, 12, 13]]
+    ids = torch.tensor([[*[0] * (5 - len(r)), *r] if left else [*r, *[0] * (5 - len(r))] for r in rows])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+def labels_of(asked):
+    """Labels of the text behind the first visual token of each sample (of all text but the first in one without)."""
+    ids, text = asked["input_ids"], (asked["input_ids"] >= 0) & (asked["input_ids"] < asking.IMAGE_TOKEN)
+    mask = asked["attention_mask"].bool()
+    behind = ((~text).cumsum(1) > 0) | (text & mask & ((text & mask).cumsum(1) > 1)) & ~(~text).any(1, keepdim=True)
+    return ids.masked_fill(~(text & mask & behind), -100)
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+@each_host
+@pytest.mark.parametrize(("method", "name"), FULL)
+def test_a_full_budget_gives_the_rows_of_the_model(method, name, host, left, model):
+    asked = inputs(host, name, *asking.BATCH[name], left=left)
+    plain, real = model(**asked).logits, real_rows(host, name, asked)
+    with accelerate(model, configured(method, 1.0)):
+        logits = model(**asked).logits
+        some = model(**asked, logits_to_keep=5).logits
+    assert logits.shape == plain.shape
+    torch.testing.assert_close(logits[real], plain[real], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(some, logits[:, -5:], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+@each_host
+@pytest.mark.parametrize(("method", "name"), FEW)
+def test_a_sample_of_a_padded_batch_is_the_sample_alone(method, name, host, left, model):
+    """At a real budget the rows that are left follow each other, and padding is on the caller's side."""
+    questions = asking.BATCH[name]
+    with accelerate(model, configured(method, 0.3)):
+        together = model(**inputs(host, name, *questions, left=left)).logits
+        for row, question in enumerate(questions):
+            alone = model(**inputs(host, name, question)).logits[0]
+            # the tree makes the padding of a prompt with images anew, on the side of its config
+            mine = together[row, -len(alone) :] if left and host == "native" else together[row, : len(alone)]
+            torch.testing.assert_close(mine, alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("pads", [(0, 3), (3, 0), (2, 1)], ids=["right", "left", "both"])
+@pytest.mark.parametrize("method", ["fastv", "visionzip"])
+def test_a_single_prompt_with_padding(method, pads):
+    """Padding that no other sample needs (``pad_to_multiple_of``) stays, too."""
+    model, asked = asking.native(V15), inputs("native", V15, asking.IMAGES["image"])
+    padded = {
+        **asked,
+        "input_ids": torch.nn.functional.pad(asked["input_ids"], pads, value=0),
+        "attention_mask": torch.nn.functional.pad(asked["attention_mask"], pads, value=0),
+    }
+    real = padded["attention_mask"].bool()
+    plain = model(**padded).logits
+    with accelerate(model, configured(method, 1.0)):
+        full = model(**padded).logits
+    assert full.shape == plain.shape
+    torch.testing.assert_close(full[real], plain[real], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("method", ["fastv", "visionzip"])
+def test_generate_answers_right_padded_prompts_as_left_padded_ones(method):
+    """transformers reads the last row, which is padding there; a prompt that is cut has its padding on the left."""
+    model = asking.native(V15)
+    questions = asking.IMAGES["image"], asking.IMAGES["two images"]
+    with accelerate(model, configured(method, 0.3)):
+        left, right = (
+            model.generate(**(asked := inputs("native", V15, *questions, left=side)), **asking.GREEDY)[
+                :, asked["input_ids"].shape[1] :
+            ]
+            for side in (True, False)
+        )
+    assert torch.equal(left, right)
+
+
+@pytest.mark.usefixtures("no_grad")
+@each_host
+@pytest.mark.parametrize(("method", "name"), [("fastv", V15), ("visionzip", V15)])
+def test_logits_of_rows_by_number(method, name, host, model):
+    """Numbers are those of the caller's rows: right as long as no row was dropped."""
+    asked, wanted = inputs(host, name, asking.IMAGES["image"]), torch.tensor([0, 7, 578])
+    plain = model(**asked, logits_to_keep=wanted).logits
+    with accelerate(model, configured(method, 1.0)):
+        torch.testing.assert_close(model(**asked, logits_to_keep=wanted).logits, plain, atol=1e-5, rtol=1e-5)
+    with accelerate(model, configured(method, 0.3)):
+        with pytest.raises(MethodError, match=f"{method} has dropped rows of the prompt: logits_to_keep"):
+            model(**asked, logits_to_keep=wanted)
+        text = {"input_ids": torch.tensor([[5, 6, 7]]), "logits_to_keep": torch.tensor([1])}
+        assert model(**text).logits.shape[1] == 1
+
+
+def test_moving_rows():
+    left = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]).bool()
+    states = torch.arange(8.0).view(2, 4, 1) + 1
+    right = on_the_right(left)
+    assert right.of_states(states).squeeze(-1).tolist() == [[3, 4, 0, 0], [5, 6, 7, 8]]
+    assert right.of_labels(torch.arange(8).view(2, 4)).tolist() == [[2, 3, -100, -100], [4, 5, 6, 7]]
+    holes = torch.tensor([[0, 1, 0, 1, 0], [1, 1, 1, 1, 0]])
+    assert as_the_caller_had_them(left, holes).of_states(states).squeeze(-1).tolist() == [
+        [0, 3, 0, 4, 0], [5, 6, 7, 8, 0]
+    ]  # fmt: skip
+    assert as_the_caller_had_them(left, left.long()) is None
+    shorter = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])  # a row of each was dropped
+    moved = as_the_caller_had_them(left, shorter)
+    assert moved.valid.tolist() == [[True, True, False, False], [True] * 4]
+    assert as_the_caller_had_them(left, shorter.flip(1)) is None
+
+
+def test_shifted_labels_and_back():
+    labels = torch.tensor([[-100, 1, 2, 3], [-100, -100, 7, 8]])
+    valid = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]]).bool()
+    behind = shifted(labels, valid, torch.tensor([4, 9]))
+    assert behind.tolist() == [[1, 2, 4, -100], [-100, 7, 8, 9]]
+    assert unshifted(torch.tensor([[1, 2, 3, 4]])).tolist() == [[-100, 1, 2, 3]]
+
+
+def test_positions_that_go_on():
+    mask = torch.tensor([[0, 1, 1], [1, 1, 0]])
+    assert goes_on(None, None) and goes_on(torch.arange(3)[None], mask) and goes_on(torch.arange(5, 8)[None], None)
+    assert goes_on(torch.tensor([[1, 0, 1], [0, 1, 1]]), mask)
+    assert not goes_on(torch.tensor([[0, 1, 0]]), None) and not goes_on(torch.tensor([[0, 2, 3]]), None)
+    assert not goes_on(torch.tensor([[0, 1, 3], [0, 1, 2]]), mask)
+    assert goes_on(torch.zeros(3, 1, 4), None), "coordinates"
+    assert not goes_on(torch.tensor([[[0, 1, 0]]] * 4), None)
+
+
+# -- losses ------------------------------------------------------------------------------------------------------------
+
+
+@each_host
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+@pytest.mark.parametrize(("method", "name"), [("fastv", V15), ("visionzip", V15), ("fastvid", OV), ("prunevid", OV)])
+def test_losses_and_gradients_at_a_full_budget(method, name, left, host, model):
+    asked = inputs(host, name, *asking.BATCH[name], left=left)
+    labels = labels_of(asked)
+    behind = torch.cat([labels[:, 1:], torch.full((len(labels), 1), -100)], 1)
+    last = torch.full((len(labels), 1), 17)  # a label behind the last token: only shifted labels can say it
+    beyond = behind if not left else torch.cat([behind[:, :-1], last], 1)
+    ways = {
+        "mean": {},
+        "sum": {"num_items_in_batch": torch.tensor(40)},
+        "number": {"num_items_in_batch": 40},
+        "shifted": {"shift_labels": behind},
+        "shifted beyond": {"shift_labels": beyond, "num_items_in_batch": 40},
+    }
+
+    def losses():
+        return {way: model(**asked, labels=labels, **more).loss for way, more in ways.items()}
+
+    def gradients(loss):
+        model.zero_grad()
+        loss.backward()
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return found
+
+    plain, wanted = losses(), None
+    wanted = gradients(plain["sum"])
+    with accelerate(model, configured(method, 1.0)):
+        got = losses()
+        found = gradients(got["sum"])
+    for way, loss in plain.items():
+        torch.testing.assert_close(got[way], loss, atol=1e-5, rtol=1e-5, msg=way)
+    assert plain["sum"] < plain["mean"], "gradient accumulation divides by the number that it was given"
+    # what is no parameter of the answer (padding's embedding) apart, both know the same parameters
+    for key, gradient in wanted.items():
+        if gradient.abs().max() > 1e-4 and "embed_tokens" not in key:
+            torch.testing.assert_close(found[key], gradient, atol=1e-4, rtol=1e-3, msg=key)
+
+
+@pytest.mark.usefixtures("no_grad")
+@each_host
+@pytest.mark.parametrize(("method", "name"), FEW)
+def test_losses_at_a_real_budget(method, name, host, model):
+    """The loss is that of the rows that are left: a mean, a sum, and by shifted labels the same."""
+    questions = [q for q in asking.BATCH[name] if q.items] + [TEXT]
+    with accelerate(model, configured(method, 0.3)):
+        sums, counts = [], []
+        for question in questions:
+            asked = inputs(host, name, question)
+            labels = labels_of(asked)
+            counts.append(int((labels[:, 1:] != -100).sum()))
+            sums.append(model(**asked, labels=labels, num_items_in_batch=1).loss)
+        total, count = torch.stack(sums).sum(), sum(counts)
+        for left in (True, False):
+            asked = inputs(host, name, *questions, left=left)
+            labels = labels_of(asked)
+            behind = torch.cat([labels[:, 1:], torch.full((len(labels), 1), -100)], 1)
+            for more, wanted in (
+                ({}, total / count),
+                ({"num_items_in_batch": torch.tensor(50)}, total / 50),
+                ({"shift_labels": behind}, total / count),
+            ):
+                loss = model(**asked, labels=labels, **more).loss
+                torch.testing.assert_close(loss, wanted, atol=1e-4, rtol=1e-4, msg=f"{left} {more}")
+
+
+@pytest.mark.usefixtures("no_grad")
+@each_host
+@pytest.mark.parametrize(("method", "name"), [("fastv", V15), ("visionzip", V15)])
+def test_a_loss_in_every_form_of_output(method, name, host, model):
+    asked = inputs(host, name, asking.IMAGES["image"])
+    labels = labels_of(asked)
+    plain = model(**asked, labels=labels, return_dict=False)
+    with accelerate(model, configured(method, 1.0)):
+        output, parts = model(**asked, labels=labels), model(**asked, labels=labels, return_dict=False)
+    assert output["loss"] is output.loss is output[0] and next(iter(output)) == "loss"
+    assert isinstance(parts, tuple) and len(parts) == len(plain)
+    torch.testing.assert_close(parts[0], plain[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(parts[1], plain[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_arguments_by_place():
+    model, asked = asking.native(V15), inputs("native", V15, asking.IMAGES["image"])
+    first = asked["input_ids"], asked["pixel_values"], asked["attention_mask"]
+    labels = labels_of(asked)
+    with accelerate(model, configured("fastv", 0.3)):
+        wanted = model(**asked, labels=labels)
+        got = model(*first, labels=labels)
+        placed = model(*first, None, None, None, None, None, labels)
+    for output in (got, placed):
+        assert torch.equal(output.logits, wanted.logits) and torch.equal(output.loss, wanted.loss)
+
+
+# -- text alone --------------------------------------------------------------------------------------------------------
+
+PACKED = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
+
+
+def text_calls():
+    ids = torch.randint(10, 600, (1, 12), generator=torch.Generator().manual_seed(4))
+    packed = (PACKED.diff(prepend=PACKED[:, :1] - 1) != 1).cumsum(1)
+    seen = (packed[:, :, None] == packed[:, None]) & torch.ones(12, 12).tril().bool()
+    return {
+        "left": text_batch(left=True),
+        "right": text_batch(),
+        "packed": {"input_ids": ids, "position_ids": PACKED, "use_cache": False},
+        "4-D mask": {"input_ids": ids, "position_ids": PACKED, "attention_mask": seen[:, None]},
+        "labels": {"input_ids": ids, "labels": ids, "num_items_in_batch": 40},
+    }
+
+
+@pytest.mark.usefixtures("no_grad")
+@each_host
+@pytest.mark.parametrize(("method", "name"), [(m, n) for m, n in PAIRS if m is not None])
+def test_text_alone_is_left_alone(method, name, host, model):
+    plain = {way: model(**call) for way, call in text_calls().items()}
+    with accelerate(model, configured(method, 0.3)):
+        for way, call in text_calls().items():
+            got = model(**call)
+            assert torch.equal(got.logits, plain[way].logits), way
+            assert "labels" not in call or torch.equal(got.loss, plain[way].loss)
+    apart = [model(input_ids=text_calls()["packed"]["input_ids"][:, part]).logits for part in (slice(5), slice(5, 12))]
+    for way in ("packed", "4-D mask"):
+        torch.testing.assert_close(plain[way].logits, torch.cat(apart, 1), atol=1e-4, rtol=1e-4)
+
+
+# -- refused -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_grad")
+@each_host
+@pytest.mark.parametrize(("method", "name"), [("fastv", V15), ("visionzip", V15), ("fastvid", OV)])
+def test_packed_prompts_with_images_are_refused(method, name, host, model):
+    asked = inputs(host, name, asking.QUESTIONS[name][asking.MAIN[name]])
+    length = asked["input_ids"].shape[1]
+    again = torch.cat([torch.arange(2), torch.arange(length - 2)])[None]
+    cube = torch.ones(1, 1, length, length).tril().bool()
+    unmasked = {**asked, "attention_mask": None}
+    with accelerate(model, configured(method, 0.3)):
+        for call, says in (
+            ({**unmasked, "position_ids": again, "use_cache": False}, "packed"),
+            ({**unmasked, "position_ids": again}, "packed"),
+            ({**unmasked, "cu_seq_lens_q": torch.tensor([0, 2, length])}, "packed"),
+            ({**asked, "attention_mask": cube}, "2-D attention_mask"),
+        ):
+            with pytest.raises(MethodError, match=says):
+                model(**call)
+        model(**unmasked)
+
+
+@pytest.mark.usefixtures("no_grad")
+@each_host
+@pytest.mark.parametrize("method", ["fastv", "visionzip", "visionzip+fastv"])
+@pytest.mark.parametrize("name", [V15])
+def test_prompts_of_embeddings_are_refused(method, name, host, model):
+    """Nobody can tell visual tokens among them. On a prompt in the cache they may go on."""
+    asked = inputs(host, name, asking.IMAGES["image"])
+    text = torch.tensor([[5, 6, 7]])
+    embed = model.get_input_embeddings()
+    calls = {"text": {"inputs_embeds": embed(text)}}
+    if host == "tree":
+        given = {k: asked[k] for k in ("images", "modalities", "image_sizes")}
+        whole = model.prepare_multimodal(asked["input_ids"], None, None, **given).inputs_embeds
+    else:
+        whole = embed(asked["input_ids"])
+        features = model.model.get_image_features(pixel_values=asked["pixel_values"]).pooler_output
+        whole[asked["input_ids"] == asking.IMAGE_TOKEN] = torch.cat(list(features))
+    calls["images"] = {"inputs_embeds": whole, "attention_mask": torch.ones(whole.shape[:2], dtype=torch.long)}
+    plain = {way: model(**call).logits for way, call in calls.items()}
+    with accelerate(model, method):
+        for call in calls.values():
+            with pytest.raises(MethodError, match="cannot act on a prompt given as inputs_embeds"):
+                model(**call)
+            with pytest.raises(MethodError if host == "native" else NotImplementedError, match="inputs_embeds"):
+                model.generate(**call, max_new_tokens=2)
+        cache = model(**asked, use_cache=True).past_key_values
+        other = copy.deepcopy(cache)
+        torch.testing.assert_close(
+            model(inputs_embeds=embed(text), past_key_values=cache).logits,
+            model(input_ids=text, past_key_values=other).logits,
+        )
+    with accelerate(model, None):
+        for way, call in calls.items():
+            assert torch.equal(model(**call).logits, plain[way])
+
+
+@pytest.mark.usefixtures("no_grad")
+@each_host
+@pytest.mark.parametrize("output", ["output_hidden_states", "output_attentions"])
+@pytest.mark.parametrize(("method", "name"), [("fastv", V15), ("visionzip", V15)])
+def test_states_of_layers_are_refused_however_they_are_asked_for(method, name, output, host, monkeypatch):
+    model = copy.deepcopy(model_of(host, name))
+    asked, text = inputs(host, name, asking.IMAGES["image"]), {"input_ids": torch.tensor([[5, 6, 7]])}
+    config = model.config.get_text_config()
+    config._attn_implementation = "eager"  # the only one that gives attention
+    for call in (asked, text):
+        with accelerate(model, method), pytest.raises(MethodError, match=f"{output} is not available while {method}"):
+            model(**call, **{output: True})
+    setattr(config, output, True)
+    assert getattr(model(**text), output.removeprefix("output_")) is not None
+    for call in (asked, text):
+        with accelerate(model, method):
+            with pytest.raises(MethodError, match=rf"{output} is not available while {method} .*\(the config asks"):
+                model(**call)
+            model(**call, **{output: False})
+    setattr(config, output, False)
+    setattr(model.generation_config, output, True)
+    with accelerate(model, method), pytest.raises(MethodError, match=f"{output} is not available"):
+        generated = {k: v for k, v in asked.items() if k != "input_ids"}
+        model.generate(asked["input_ids"], **generated, max_new_tokens=2, return_dict_in_generate=True)
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("method", [None, "visionzip", "fastv"])
+@pytest.mark.parametrize("name", [V15, OV])
+@pytest.mark.parametrize("host", ["tree"])
+def test_pictures_and_placeholders_of_the_tree_belong_together(method, name, host, model):
+    """At inference a picture that no prompt asks for is an error, not an answer from text alone."""
+    picture = {"images": [tree_side.pixels(1, model.get_vision_tower().image_size, 0)]}
+    both = torch.tensor([[5, IMAGE, 7], [5, 6, 7]])
+    with accelerate(model, method):
+        for ids, given, count in (
+            (torch.tensor([[5, 6, 7]]), picture, "0 <image> placeholders but 1"),
+            (torch.tensor([[5]]), picture, "0 <image> placeholders but 1"),
+            (both, {"images": picture["images"] * 2}, "1 <image> placeholders but 2"),
+            (torch.tensor([[5, IMAGE, 7]]), {}, "1 <image> placeholders but 0"),
+            (torch.tensor([[5, IMAGE, 7]]), {"images": []}, "1 <image> placeholders but 0"),
+        ):
+            with pytest.raises(ValueError, match=count):
+                model(input_ids=ids, **given)
+            with pytest.raises(ValueError, match=count):
+                model.generate(ids, **given, max_new_tokens=2)
+        alone = model(input_ids=torch.tensor([[IMAGE]]), **picture).logits
+        assert alone.shape[1] > 1, "a prompt of nothing but a picture"
+        cache = model(input_ids=torch.tensor([[5, IMAGE, 7]]), **picture, use_cache=True).past_key_values
+        model(input_ids=torch.tensor([[9]]), **picture, past_key_values=cache)  # a step of somebody's own loop
+
+
+def test_every_method_is_covered():
+    with_budget = {m for m in available() if "retention_ratio" in method_class(m).parameters()}
+    assert {m for m, _ in FULL} >= with_budget - {"downsample"}
