@@ -25,4 +25,5 @@ add --main-process-port "${MAIN_PROCESS_PORT:-}"
 [[ "${1:-}" != leaderboard ]] || arguments=()
 [[ -z "${PYTHON:-}" ]] || export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 # in front: behind them may stand `-- ARGS` for lmms-eval, and what is given on the command line counts
-exec "$PY" -m lmms_eval_accelerate.reproduce "${arguments[@]}" "$@"
+# shellcheck disable=SC2068  # bash before 4.4 takes an empty array for an unset variable
+exec "$PY" -m lmms_eval_accelerate.reproduce ${arguments[@]+"${arguments[@]}"} "$@"

@@ -11,4 +11,4 @@ if "$PY" -c 'import xdist' 2>/dev/null; then  # an interpreter of your own (PYTH
     workers=(-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 fi
-exec "$PY" -m pytest "${workers[@]}" "$@"
+exec "$PY" -m pytest ${workers[@]+"${workers[@]}"} "$@"

@@ -52,7 +52,7 @@ for model in "${models[@]}"; do
     say "$model: at most $share s"
     # a result with rows of errors exits 1: the others are still of use
     "$PY" -m accelerate_methods.bench --model "$model" --methods "$methods" --repeats 7 --warmup 2 --new-tokens 16 \
-        --time-limit "$share" --output "$OUT" "${extra[@]}" "${options[@]}" >"$OUT/$model.log" 2>&1 ||
+        --time-limit "$share" --output "$OUT" ${extra[@]+"${extra[@]}"} ${options[@]+"${options[@]}"} >"$OUT/$model.log" 2>&1 ||
         failed+=("$model (see $OUT/$model.log)")
 done
 

@@ -9,7 +9,7 @@
 #         bash scripts/eval/dycoke_llava_onevision.sh
 # METHODS=levels: DyCoke at all 3 levels that the config lists.
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/run_eval.sh"
-ensure_env
 arguments_of_environment
+ensure_env
 cd "$ROOT"
 exec "$PY" -m lmms_eval_accelerate.compare --config dycoke/llava_onevision "${arguments[@]}" "$@"

@@ -9,7 +9,7 @@
 #         bash scripts/eval/fastervlm_llava_next.sh
 # METHODS=levels: FasterVLM at all 5 levels that the config lists.
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/run_eval.sh"
-ensure_env
 arguments_of_environment
+ensure_env
 cd "$ROOT"
 exec "$PY" -m lmms_eval_accelerate.compare --config fastervlm/llava_next "${arguments[@]}" "$@"

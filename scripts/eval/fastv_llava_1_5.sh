@@ -8,7 +8,7 @@
 #     PRETRAINED=liuhaotian/llava-v1.5-7b TASKS=gqa,mme,pope NUM_PROCESSES=8 bash scripts/eval/fastv_llava_1_5.sh
 # METHODS=levels: FastV at all 14 levels that the config lists.
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/run_eval.sh"
-ensure_env
 arguments_of_environment
+ensure_env
 cd "$ROOT"
 exec "$PY" -m lmms_eval_accelerate.compare --config fastv/llava_1_5 "${arguments[@]}" "$@"

@@ -9,7 +9,7 @@
 #         bash scripts/eval/fastv_llava_onevision.sh
 # METHODS=levels: FastV at all 4 levels that the config lists.
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/run_eval.sh"
-ensure_env
 arguments_of_environment
+ensure_env
 cd "$ROOT"
 exec "$PY" -m lmms_eval_accelerate.compare --config fastv/llava_onevision "${arguments[@]}" "$@"

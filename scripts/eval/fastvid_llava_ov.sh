@@ -9,7 +9,7 @@
 #         bash scripts/eval/fastvid_llava_ov.sh
 # METHODS=levels: FastVID at all 4 levels that the config lists.
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/run_eval.sh"
-ensure_env
 arguments_of_environment
+ensure_env
 cd "$ROOT"
 exec "$PY" -m lmms_eval_accelerate.compare --config fastvid/llava_onevision "${arguments[@]}" "$@"

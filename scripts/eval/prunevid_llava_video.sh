@@ -8,7 +8,7 @@
 #     PRETRAINED=lmms-lab/LLaVA-Video-7B-Qwen2 TASKS=videomme NUM_PROCESSES=8 \
 #         bash scripts/eval/prunevid_llava_video.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/run_eval.sh"
-ensure_env
 arguments_of_environment
+ensure_env
 cd "$ROOT"
 exec "$PY" -m lmms_eval_accelerate.compare --config prunevid/llava_video "${arguments[@]}" "$@"

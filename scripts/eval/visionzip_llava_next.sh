@@ -9,7 +9,7 @@
 #         bash scripts/eval/visionzip_llava_next.sh
 # METHODS=levels: VisionZip at all 3 levels that the config lists.
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/run_eval.sh"
-ensure_env
 arguments_of_environment
+ensure_env
 cd "$ROOT"
 exec "$PY" -m lmms_eval_accelerate.compare --config visionzip/llava_next "${arguments[@]}" "$@"

@@ -18,8 +18,8 @@ TEMPLATE = """\
 #
 {examples}
 source "$(dirname "${{BASH_SOURCE[0]}}")/../lib/run_eval.sh"
-{needs}ensure_env
-arguments_of_environment
+{needs}arguments_of_environment
+ensure_env
 cd "$ROOT"
 exec "$PY" -m lmms_eval_accelerate.compare --config {config} "${{arguments[@]}}" "$@"
 """

@@ -9,6 +9,17 @@ VENV="${VENV:-$ROOT/.venv}"
 
 say() { printf '\033[1m%s\033[0m\n' "$*" >&2; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
+# refuse MESSAGE: what the user asked for is not possible, and nothing was started.
+refuse() { printf 'error: %s\n' "$*" >&2; exit 2; }
+
+# is_on NAME: whether the switch in the variable NAME is on; ends the script if it is neither on nor off.
+is_on() {
+    case "${!1:-}" in
+        1 | true | TRUE | True | yes | on) return 0 ;;
+        "" | 0 | false | FALSE | False | no | off) return 1 ;;
+        *) refuse "$1=${!1} is neither on (1, true, yes) nor off (0, false, no)" ;;
+    esac
+}
 
 # First Python on the machine that we support (3.10 to 3.13).
 find_python() {

@@ -9,14 +9,15 @@
 #   TASKS             comma-separated lmms-eval tasks  (default: videomme; gqa,mme,pope for image models; the embedded tasks)
 #   METHODS           what to compare: "dense fastvid@0.25 dycoke(k=0.3) random"       (default: dense and the config's method)
 #                     "levels": the config's method at every level of its paper; "all", "all@0.25": every method
-#   RETENTION_RATIO   share of visual tokens kept                          (default: the config's)
+#   RETENTION_RATIO   share of visual tokens kept, above 0 and up to 1     (default: the config's)
+#                     for the methods named without one; an error if a method has none
 #   LIMIT             documents per task                                   (default: all)
 #   NUM_PROCESSES     GPUs (without any: processes) per machine   (default: all visible GPUs; embedded model: 1)
 #   NUM_MACHINES, MACHINE_RANK, MAIN_PROCESS_IP, MAIN_PROCESS_PORT         several nodes, as in `accelerate launch`
 #   GPUS_PER_MODEL    GPUs over which one copy of a large model is spread  (default: 1; see docs/distributed.md)
 #   DATA              local data folder: everything runs offline on it     (see docs/benchmarks.md)
 #   OUTPUT            folder for the results; that of an interrupted comparison goes on where it stopped
-#   BATCH_SIZE, MODEL_ARGS (extra k=v,k=v), DRY_RUN=1 (print the commands only)
+#   BATCH_SIZE, MODEL_ARGS (extra k=v,k=v), DRY_RUN=1 (print the commands only; 0: off)
 #   FULL=1            embedded benchmark: the full sets instead of the quick subset
 #   PYTHON, VENV      see lib/common.sh
 
@@ -24,10 +25,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 # needs_checkpoint CONFIG EXAMPLE: ends the script if no checkpoint is given; nothing is set up before.
 needs_checkpoint() {
-    if [[ -z "${PRETRAINED:-}" ]]; then
-        printf 'error: %s needs a checkpoint, e.g. PRETRAINED=%s.\n' "$1" "$2" >&2
-        exit 2
-    fi
+    [[ -n "${PRETRAINED:-}" ]] || refuse "$1 needs a checkpoint, e.g. PRETRAINED=$2."
 }
 
 # arguments_of_environment: sets the array `arguments` from the variables above.
@@ -48,6 +46,6 @@ arguments_of_environment() {
     add --gpus-per-model "${GPUS_PER_MODEL:-}"
     add --data "${DATA:-}"
     add --output "${OUTPUT:-}"
-    [[ -z "${DRY_RUN:-}" ]] || arguments+=(--dry-run)
-    [[ -z "${FULL:-}" ]] || arguments+=(--full)
+    if is_on DRY_RUN; then arguments+=(--dry-run); fi
+    if is_on FULL; then arguments+=(--full); fi
 }

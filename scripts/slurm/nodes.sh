@@ -14,6 +14,7 @@ describe_nodes() {
     [[ -n "${SLURM_JOB_ID:-}" ]] || die "not inside a Slurm job; submit with: sbatch scripts/slurm/${0##*/}"
     local gpus="${SLURM_GPUS_ON_NODE:-0}" each="${GPUS_PER_MODEL:-1}"
     [[ "$gpus" =~ ^[0-9]+$ ]] || die "SLURM_GPUS_ON_NODE=$gpus is no number; set NUM_PROCESSES yourself"
+    [[ "$each" =~ ^[1-9][0-9]*$ ]] || refuse "GPUS_PER_MODEL=$each is not a whole number above 0"
     if [[ -z "${NUM_PROCESSES:-}" ]] && ((gpus > 0)); then
         ((gpus % each == 0)) || die "GPUS_PER_MODEL=$each does not divide the $gpus GPUs of a node"
         NUM_PROCESSES=$((gpus / each))

@@ -157,3 +157,38 @@ def test_every_variable_is_explained():
     text = (ROOT / "scripts" / "lib" / "run_eval.sh").read_text(encoding="utf-8")
     comment = text.partition("\nsource ")[0]
     assert [name for name in [*VARIABLES, "DRY_RUN", "FULL"] if name not in comment] == []
+
+
+@pytest.mark.parametrize("name", ["DRY_RUN", "FULL"])
+def test_a_switch_is_on_or_off_or_an_error(name, tmp_path):
+    option = f"--{name.lower().replace('_', '-')}"
+    for value, on in {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}.items():
+        done = run_script("fastvid_llava_ov", tmp_path, **{name: value})
+        assert done.returncode == 0 and (option in done.stdout.splitlines()) is on, value
+    done = run_script("fastvid_llava_ov", tmp_path, **{name: "perhaps"})
+    assert done.returncode == 2 and not done.stdout and f"{name}=perhaps is neither on" in done.stderr
+
+
+def test_a_value_of_zero_is_handed_on(tmp_path):
+    """Whether it is allowed is said by the command; the script must not take it for nothing."""
+    numbers = (
+        "RETENTION_RATIO",
+        "LIMIT",
+        "NUM_PROCESSES",
+        "NUM_MACHINES",
+        "MACHINE_RANK",
+        "GPUS_PER_MODEL",
+        "BATCH_SIZE",
+    )
+    words = run_script("fastvid_llava_ov", tmp_path, **dict.fromkeys(numbers, "0")).stdout.splitlines()
+    for name in numbers:
+        assert words[words.index(VARIABLES[name]) + 1] == "0"
+
+
+def test_arrays_that_may_be_empty_are_not_expanded_bare():
+    """``set -u`` in bash before 4.4 takes an empty array for an unset variable."""
+    for path in (ROOT / "scripts").rglob("*.sh"):
+        text = path.read_text(encoding="utf-8")
+        for name in re.findall(r"^ *(?:local )?(\w+)=\(\)$", text, re.MULTILINE):
+            bare = re.findall(rf'(?<!\+)"\${{{name}\[@\]}}"', text)
+            assert not bare, (path, name)

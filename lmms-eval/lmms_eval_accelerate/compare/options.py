@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 
-from lmms_eval_accelerate.runs.options import add_machine_options, documents, path, positive, share, text
+from lmms_eval_accelerate.runs.options import Parser, add_machine_options, documents, path, positive, share, text
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line of ``compare``. This file loads nothing, so that ``-h`` is quick."""
-    made = argparse.ArgumentParser(prog="python -m lmms_eval_accelerate.compare", description=__doc__)
+    made = Parser(prog="python -m lmms_eval_accelerate.compare", description=__doc__)
     add = made.add_argument
     add("--config", type=text, default="fastvid/llava_onevision", help="config whose method and setting are run")
     add("--pretrained", type=text, help="checkpoint; default: the embedded model and benchmark")

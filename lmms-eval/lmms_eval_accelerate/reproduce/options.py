@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 
 from accelerate_methods.registry.configs import CONFIG_DIR
-from lmms_eval_accelerate.runs.options import add_machine_options, path, positive, text
+from lmms_eval_accelerate.runs.options import Parser, add_machine_options, path, positive, text
 
 FOLDER = CONFIG_DIR / "reproduce"
 
@@ -29,7 +29,7 @@ def own_and_extra(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of ``reproduce``. This file loads next to nothing, so that ``-h`` is quick."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="python -m lmms_eval_accelerate.reproduce",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -6,10 +6,17 @@ import argparse
 import contextlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from lmms_eval_accelerate.runs.launch import Machines
+
+
+class Parser(argparse.ArgumentParser):
+    """A mistake is one line and exit code 2; ``-h`` shows the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; -h shows all options\n")
 
 
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
