@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from accelerate_methods.ops.density import dpc_knn
+from accelerate_methods.ops.merge import group_means
 from accelerate_methods.ops.segment import refine_runs, run_lengths
-from accelerate_methods.ops.select import mask_to_indices
+from accelerate_methods.ops.select import by_score, mask_to_indices, on_device
 from accelerate_methods.registry import register
 from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem
 from accelerate_methods.stages.errors import MethodError
@@ -89,7 +90,7 @@ class PruneVid(CompressMethod, PrefillMethod):
         plan = self.plan(sizes, static.sum(1).tolist(), item.tokens_per_frame)
         owner, anchors = self._cluster(source, means, static, plan, noise)
         return Compressed(
-            tokens=_means(features.flatten(0, 1), owner.flatten(), plan.total),
+            tokens=group_means(features.flatten(0, 1), owner.flatten(), plan.total)[0],
             positions=item.positions.flatten()[anchors],
             owner=owner,
             info={
@@ -135,7 +136,7 @@ class PruneVid(CompressMethod, PrefillMethod):
         device = source.device
         # static positions first, then dynamic ones, both ascending
         by_kind = torch.sort(static.to(torch.uint8), dim=1, descending=True, stable=True).indices
-        table = torch.tensor([member for members in plan.sets.values() for member in members], device=device)
+        table = on_device([member for members in plan.sets.values() for member in members], device)
         owner = torch.empty(frames, per_frame, dtype=torch.long, device=device)
         anchors = torch.empty(plan.total, dtype=torch.long, device=device)
         parts = table.split([len(members) for members in plan.sets.values()])
@@ -152,7 +153,7 @@ class PruneVid(CompressMethod, PrefillMethod):
             rows = base[:, None] + torch.arange(clusters, device=device)
             anchors[rows] = frame[:, None] * per_frame + index.gather(1, centres)
         scenes, first = zip(*plan.scenes(), strict=True)
-        scenes, first = torch.tensor([scenes, first], device=device)
+        scenes, first = on_device([scenes, first], device)
         return torch.where(static[scenes], owner[first], owner), anchors
 
     # -- inside the LLM ----------------------------------------------------------------------------------------------
@@ -231,13 +232,14 @@ class _Noise:
     def __call__(self, shape: Sequence[int]) -> Tensor | None:
         if not self._amplitude:
             return None
-        return (self._amplitude * torch.rand(shape, generator=self._generator)).to(self._device)
+        return on_device(self._amplitude * torch.rand(shape, generator=self._generator), self._device)
 
 
 def frame_scenes(features: Tensor, gamma: float, k: int, noise: _Noise | None = None) -> tuple[list[int], list[int]]:
     """Cluster the frames [F, N, D]: labels of the clusters, and of the scenes made of them (step 2).
 
-    One device read. Fewer frames than neighbours, or than a cluster each, are no error here.
+    One device read: the static positions of a scene, and with them every size that follows (a second read), depend on
+    the scenes. Fewer frames than neighbours, or than a cluster each, are no error here.
     """
     frames = features.mean(1)[None]
     drawn = None if noise is None else noise(frames.shape[:2])
@@ -251,33 +253,25 @@ def static_similarity(features: Tensor, sizes: Sequence[int]) -> tuple[Tensor, T
     The mean over all pairs of distinct frames needs no pairs: with unit tokens u_w it follows from ``|sum_w u_w|^2``.
 
     Args:
-        features: [F, N, D] float32; sizes: frames of each scene.
+        features: [F, N, D] float32, without gradient; sizes: frames of each scene.
 
     Returns:
         [S, N] mean cosine between distinct frames at the same position (-inf in a scene of one frame), and [S, N, D]
         the mean of the features over the frames of each scene.
     """
     inverse = torch.linalg.vector_norm(features, dim=-1).clamp(min=1e-12).reciprocal()
-    similarity, means = [], []
-    for part, weight in zip(features.split(list(sizes)), inverse.split(list(sizes)), strict=True):
-        frames = part.shape[0]
-        weights = torch.stack([weight.T, torch.full_like(weight.T, 1.0 / frames)], dim=1)
-        # [N, 2, W] x [N, W, D]: sum of unit tokens and mean in one pass over the features
-        with torch.autocast(features.device.type, enabled=False):
-            total, mean = torch.bmm(weights, part.transpose(0, 1)).unbind(1)
-        means.append(mean)
-        if frames == 1:
-            similarity.append(total.new_full(total.shape[:1], -torch.inf))
-        else:
-            similarity.append((total.square().sum(-1) - frames) / (frames * (frames - 1)))
-    return torch.stack(similarity), torch.stack(means)
-
-
-def _means(tokens: Tensor, owner: Tensor, count: int) -> Tensor:
-    """[count, D] mean of the tokens [M, D] of each owner; every owner 0..count-1 has some."""
-    owners, order = torch.sort(owner, stable=True)
-    starts = torch.searchsorted(owners, torch.arange(count, device=owner.device))
-    return torch.nn.functional.embedding_bag(order, tokens, starts, mode="mean")
+    # [F, N, 2]: what makes of a frame its unit tokens, and its share in the mean of its scene
+    share = on_device([1.0 / frames for frames in sizes for _ in range(frames)], features.device)
+    weights = torch.stack([inverse, share[:, None].expand_as(inverse)], dim=-1)
+    # [N, 2, W] x [N, W, D] for each scene: sum of unit tokens and mean in one pass over the features
+    sums = features.new_empty(len(sizes), features.shape[1], 2, features.shape[2])
+    with torch.autocast(features.device.type, enabled=False):
+        for out, weight, part in zip(sums, weights.split(list(sizes)), features.split(list(sizes)), strict=True):
+            torch.bmm(weight.permute(1, 2, 0), part.transpose(0, 1), out=out)
+    total, means = sums.unbind(2)
+    frames = on_device([[float(frames)] for frames in sizes], features.device)
+    similarity = (total.square().sum(-1) - frames) / (frames * (frames - 1))
+    return similarity.masked_fill(frames == 1, -torch.inf), means
 
 
 # -- selection ---------------------------------------------------------------------------------------------------------
@@ -317,7 +311,7 @@ def question_scores(step: PrefillStep, starts: Sequence[int]) -> Tensor:
     first, device = min(starts), step.visual.device
     asks = ~step.visual[:, first:]
     if batch > 1:
-        asks &= torch.arange(first, length, device=device) >= torch.tensor(starts, device=device)[:, None]
+        asks &= torch.arange(first, length, device=device) >= on_device(starts, device)[:, None]
     chunk = max(1, _ROW_LIMIT // (batch * step.num_heads * length))
     scores = step.hidden_states.new_zeros(batch, length)
     for begin in range(first, length, chunk):
@@ -347,10 +341,10 @@ def best_per_group(scores: Tensor, visual: Tensor, samples: Sequence[Sequence[Gr
             starts[row, 1 : len(groups) + 1] = counts.cumsum(0)
             starts[row, len(groups) + 1 :] = int(counts.sum())
             quotas[row, : len(groups)] = quota
-    packed = torch.cat([group_of, starts, quotas], dim=1).to(scores.device)
+    packed = on_device(torch.cat([group_of, starts, quotas], dim=1), scores.device)
     group_of, starts, quotas = packed.split([length, most + 1, most + 1], dim=1)
     group_of = torch.where(visual, group_of, most)
-    order = torch.sort(scores, dim=1, descending=True, stable=True).indices
+    order = by_score(scores)
     group_of, within = torch.sort(group_of.gather(1, order), dim=1, stable=True)
     order = order.gather(1, within)
     rank = torch.arange(length, device=scores.device) - starts.gather(1, group_of)
