@@ -25,12 +25,12 @@ class LongPromptError(MethodError):
     """A prompt is longer than the model's context, and ``config.on_long_prompt`` says that this is an error.
 
     Attributes:
-        samples: indices in the batch of the prompts that are too long.
+        samples: indices in the batch of the prompts that are too long; batch: how many prompts it has.
     """
 
-    def __init__(self, message: str, samples: Sequence[int]):
+    def __init__(self, message: str, samples: Sequence[int], batch: int):
         super().__init__(message)
-        self.samples = list(samples)
+        self.samples, self.batch = list(samples), batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,15 +101,18 @@ def tell(fits: Sequence[PromptFit], config: Any) -> None:
     samples = [number for number, fit in enumerate(fits) if fit.over]
     if not samples:
         return
-    text = " ".join([*(_one(number, fits) for number in samples), _advice(refused)])
+    alike: dict[PromptFit, list[int]] = {}  # beams are rows of a batch, too
+    for number in samples:
+        alike.setdefault(fits[number], []).append(number)
+    text = " ".join([*(_told(fit, numbers, len(fits)) for fit, numbers in alike.items()), _advice(refused)])
     if refused:
-        raise LongPromptError(text, samples)
+        raise LongPromptError(text, samples, len(fits))
     _logger.warning("%s", text)
 
 
-def _one(number: int, fits: Sequence[PromptFit]) -> str:
-    fit = fits[number]
-    prompt = f"The prompt of sample {number} (of {len(fits)} in the batch)"
+def _told(fit: PromptFit, numbers: Sequence[int], batch: int) -> str:
+    which = f"sample {numbers[0]}" if len(numbers) == 1 else f"each of samples {', '.join(map(str, numbers))}"
+    prompt = f"The prompt of {which} (of {batch} in the batch)"
     if fit.cut:
         text = (
             f"{prompt} has {fit.tokens} tokens, the model's context holds {fit.tokens - fit.cut}: its last {fit.cut} "

@@ -133,7 +133,7 @@ def test_a_key_of_the_config_makes_it_an_error(model, clip, told):
     ):
         with pytest.raises(LongPromptError, match="sample 0") as error:
             call()
-        assert error.value.samples == [0]
+        assert (error.value.samples, error.value.batch) == ([0], 1)
     assert told() == []
     with accelerate(model, "random", retention_ratio=0.1):
         model.generate(prompt(9), **ASK, **video(clip(9)))  # what is left fits

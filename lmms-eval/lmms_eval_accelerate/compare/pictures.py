@@ -25,7 +25,8 @@ def draw_curve(found: list[TaskResult], path: Path) -> Path:
     for axis, (task, here) in zip(axes[0], panels.items(), strict=True):
         for row in here:
             if row.setting == DENSE:
-                axis.axhline(100 * row.score, color="0.5", linestyle="--", linewidth=1, label=DENSE)
+                harmed = f" ({row.long_prompts.count} prompts too long)" if row.long_prompts.harmed else ""
+                axis.axhline(100 * row.score, color="0.5", linestyle="--", linewidth=1, label=DENSE + harmed)
         methods = dict.fromkeys(_method(row) for row in here if row.setting != DENSE)
         for method in methods:
             points = sorted((100 * r.kept, 100 * r.score) for r in here if _method(r) == method)

@@ -14,6 +14,7 @@ from rich.table import Table
 from lmms_eval_accelerate.report.loyalty import kl_text, loyalty
 from lmms_eval_accelerate.report.results import DENSE, Run
 from lmms_eval_accelerate.runs import files
+from lmms_eval_accelerate.runs.long_prompts import LongPrompts, explained, marked, not_comparable
 
 
 @dataclasses.dataclass
@@ -26,6 +27,9 @@ class TaskResult:
 
     ``same_answers``, ``first_token_kl`` (nats, mean per document) and ``top1_same`` compare with the dense run without
     a look at references (docs/loyalty.md); None where a run kept no samples or no distributions.
+
+    ``prompts_*`` count prompts longer than the model's context (:class:`.runs.long_prompts.LongPrompts`);
+    ``not_comparable`` says why what is relative to the dense run means nothing, None if it does.
     """
 
     setting: str
@@ -44,6 +48,14 @@ class TaskResult:
     same_answers: float | None = None
     first_token_kl: float | None = None
     top1_same: float | None = None
+    prompts_cut: int = 0
+    prompts_untrained: int = 0
+    prompts_over_dense: int = 0
+    not_comparable: str | None = None
+
+    @property
+    def long_prompts(self) -> LongPrompts:
+        return LongPrompts(self.samples, self.prompts_cut, self.prompts_untrained, self.prompts_over_dense)
 
     @property
     def kept(self) -> float:
@@ -65,6 +77,8 @@ def read(folders: Mapping[str, Path]) -> list[TaskResult]:
     dense = {row.task: row for row in found if row.setting == DENSE}
     for row in found:
         base = dense.get(row.task)
+        if base is not row:
+            row.not_comparable = not_comparable(row.long_prompts, base and base.long_prompts)
         if base is not None:
             row.change = row.score - base.score
             row.speedup = (base.compress_ms + base.prefill_ms) / (row.compress_ms + row.prefill_ms)
@@ -80,6 +94,7 @@ def read(folders: Mapping[str, Path]) -> list[TaskResult]:
 
 def _row(setting: str, task: str, metrics: Mapping[str, float], costs: Mapping[str, Any]) -> TaskResult:
     metric, score = next(iter(metrics.items()))
+    prompts = LongPrompts.of(costs)
     return TaskResult(
         setting=setting,
         task=task,
@@ -92,15 +107,21 @@ def _row(setting: str, task: str, metrics: Mapping[str, float], costs: Mapping[s
         vision_ms=costs["vision_ms"],
         compress_ms=costs["compress_ms"],
         prefill_ms=costs["prefill_ms"],
+        prompts_cut=prompts.cut,
+        prompts_untrained=prompts.untrained,
+        prompts_over_dense=prompts.over_dense,
     )
 
 
 _NARROW = {"accuracy": "acc.", "same answers": "same ans."}  # headers that are wider than their numbers
 #: columns that are left out where no run has what they show
-_LOYAL = {
+_OPTIONAL = {
+    "too long": "too long: prompts longer than the model's context, whose end with the question was not read",
     "same answers": "same answers: as the dense run's",
     "KL": "KL: of the first token's distribution from the dense run's (docs/loyalty.md)",
 }
+#: columns whose numbers are relative to the dense run
+_RELATIVE = ("vs dense", "same answers", "KL", "LLM FLOPs", "speed up")
 _NOTE = (
     "means per sample; visual tokens: mean over the LLM's layers; "
     "speed up: LLM prefill of the dense run / (compression + prefill)"
@@ -111,9 +132,10 @@ def _cells(row: TaskResult) -> dict[str, str]:
     """What a row shows, by column. Fractions are shown in per cent, scores on another scale (MME) as they are."""
     scale = 100.0 if row.score <= 1.0 else 1.0
     relative = row.setting != DENSE
-    return {
+    cells = {
         "setting": row.setting,
         "accuracy": f"{scale * row.score:.1f}",
+        "too long": row.long_prompts.count,
         "vs dense": f"{scale * row.change:+.1f}" if relative and row.change is not None else "",
         "same answers": f"{row.same_answers:.0%}" if relative and row.same_answers is not None else "",
         "KL": kl_text(row.first_token_kl) if relative else "",
@@ -123,18 +145,28 @@ def _cells(row: TaskResult) -> dict[str, str]:
         "prefill ms": f"{row.prefill_ms:.1f}",
         "speed up": f"{row.speedup:.2f}x" if relative and row.speedup is not None else "",
     }
+    return cells | {name: marked(cells[name], row.not_comparable) for name in _RELATIVE}
 
 
 def _grid(rows_of_task: list[TaskResult]) -> dict[str, list[str]]:
     """The columns of one task's table, top to bottom."""
     cells = [_cells(row) for row in rows_of_task]
     columns = {name: [here[name] for here in cells] for name in cells[0]}
-    return {name: column for name, column in columns.items() if name not in _LOYAL or any(column)}
+    return {name: column for name, column in columns.items() if name not in _OPTIONAL or any(column)}
 
 
 def _note(found: list[TaskResult]) -> str:
     shown = {name for here in _by_task(found).values() for name in _grid(here)}
-    return "; ".join([_NOTE, *(text for name, text in _LOYAL.items() if name in shown)])
+    return "; ".join([_NOTE, *(text for name, text in _OPTIONAL.items() if name in shown)])
+
+
+def _warnings(found: list[TaskResult]) -> list[str]:
+    """What is not comparable, task by task; the runs' own warnings are in their summaries."""
+    return [
+        f"{task}: {line}"
+        for task, here in _by_task(found).items()
+        for line in explained({row.setting: row.not_comparable for row in here})
+    ]
 
 
 def _by_task(found: list[TaskResult]) -> dict[str, list[TaskResult]]:
@@ -163,7 +195,7 @@ def tables(found: list[TaskResult]) -> Group:
         for row in zip(*grid.values(), strict=True):
             view.add_row(*row)
         views.append(view)
-    return Group(*views, _note(found))
+    return Group(*views, *(f"warning: {line}" for line in _warnings(found)), _note(found))
 
 
 def markdown(found: list[TaskResult]) -> str:
@@ -175,7 +207,8 @@ def markdown(found: list[TaskResult]) -> str:
         lines += ["|---|" + "---:|" * (len(grid) - 1)]
         lines += ["| " + " | ".join(row) + " |" for row in zip(*grid.values(), strict=True)]
         lines.append("")
-    return "\n".join([*lines, f"({_note(found)})", ""])
+    warnings = [f"**Warning.** {line}\n" for line in _warnings(found)]
+    return "\n".join([*lines, *warnings, f"({_note(found)})", ""])
 
 
 def write(found: list[TaskResult], folder: Path) -> None:

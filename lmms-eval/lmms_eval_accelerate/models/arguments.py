@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from accelerate_methods.engine.long_prompts import ON_LONG_PROMPT
 from accelerate_methods.registry import compatibility
 from accelerate_methods.registry.configs import read_config
 from accelerate_methods.registry.pipeline import Pipeline, resolve
@@ -34,6 +35,7 @@ COMMON: dict[str, Any] = {
     "method": None,
     "config": None,  # YAML of configs/: method, hyper-parameters, defaults of these arguments
     "on_error": "stop",  # "skip": an unreadable image or video gives an empty answer, counted and marked
+    "on_long_prompt": "warn",  # "error": a prompt longer than the model's context ends the run, with its document
     "prompt_model": None,  # stock model whose task prompts are used; "none": as lmms-eval built them
     "until": "apply",  # "ignore": do not cut answers at the task's stop strings (the stock models do not)
     "save_provenance": 0,  # documents per task whose kept tokens are saved for the report
@@ -80,6 +82,7 @@ _COUNTS = ("max_frames_num", "max_num_frames", "min_pixels", "max_pixels", "tota
 _RATES = ("fps", "video_fps")
 _CHOICES = {
     "on_error": ("stop", "skip"),
+    "on_long_prompt": ON_LONG_PROMPT,
     "until": ("apply", "ignore"),
     "video_decode_backend": ("auto", "decord", "pyav"),
 }

@@ -22,7 +22,7 @@ from lmms_eval_accelerate.models.batching import is_padding
 from lmms_eval_accelerate.models.engine import Accelerated
 from lmms_eval_accelerate.models.failing import failing_loudly
 from lmms_eval_accelerate.models.loading import Loaded
-from lmms_eval_accelerate.models.question import Likelihood, Question
+from lmms_eval_accelerate.models.question import Likelihood, Question, naming
 from lmms_eval_accelerate.models.visuals import VisualError, document_visuals, names_of, reading, without_media
 
 
@@ -156,7 +156,8 @@ class LlavaAccelerated(Accelerated):
 
         Lower is better, as lmms-eval's multiple-choice tasks expect. The continuation includes what the template puts
         behind it (``</s>``, ``<|im_end|>``), as in the stock models. Unlike theirs, the greedy check compares at the
-        positions of the expanded sequence.
+        positions of the expanded sequence. A continuation that does not fit into the model's context has an infinite
+        loss.
         """
         with failing_loudly():
             self._begin(requests)
@@ -191,7 +192,7 @@ class LlavaAccelerated(Accelerated):
         if question.form != "text":
             kwargs = {**self._images([question]), "image_sizes": question.sizes or None}
         begin = self._clock()
-        with torch.inference_mode(), record() as calls:
+        with torch.inference_mode(), record() as calls, naming([question]):
             # Counted from the end: visual tokens before it expand, and methods drop them; the continuation stays.
             logits = self.model(
                 input_ids=ids[None].to(self._device), logits_to_keep=len(wanted) + 1, use_cache=False, **kwargs
@@ -201,6 +202,8 @@ class LlavaAccelerated(Accelerated):
         if calls and calls[0].samples:
             costs = self._costs_of(calls[0], [0], elapsed)[0]
             self._provenance.save([question], calls[0])
+            if calls[0].samples[0].cut:  # of the continuation, too: what stands at the end is something else
+                return Likelihood(float("inf"), False, costs)
         logits = logits.float().to(wanted.device)
         loss = torch.nn.functional.cross_entropy(logits, wanted)
         return Likelihood(float(loss), bool((logits.argmax(-1) == wanted).all()), costs)

@@ -32,11 +32,14 @@ MEANS = (
     "llm_tflops",
     "generated_tokens",
 )
+#: tokens of a prompt that is longer than the context (see ``SampleRecord``)
+LONG_PROMPT = ("prompt_tokens_cut", "prompt_tokens_untrained", "prompt_tokens_over_dense")
 
 
 @dataclasses.dataclass
 class Costs(TokenCounts):
-    """``TokenCounts`` with the keys of :data:`MEANS`, ``batch_size``, ``method``, ``warmup``, ``skipped``."""
+    """``TokenCounts`` with the keys of :data:`MEANS`, ``batch_size``, ``method``, ``warmup``, ``skipped``, and how the
+    prompt fits into the model's context: the keys of :data:`LONG_PROMPT`, ``prompt_limit``."""
 
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -74,6 +77,10 @@ def sample_costs(
             "visual_tokens_per_layer": sample.visual_tokens_after - sample.length + sum(layers) / len(layers),
             "prompt_tokens_dense": sample.dense_length,
             "prompt_tokens": sample.length,
+            "prompt_tokens_cut": sample.cut,
+            "prompt_tokens_untrained": sample.untrained,
+            "prompt_tokens_over_dense": sample.over_dense,
+            "prompt_limit": sample.limit,
             **{f"{stage}_ms": stage_ms.get(stage, 0.0) / size for stage in STAGES},
             "generate_ms": elapsed_ms / size,
             "llm_tflops_dense": prefill_macs([sample.dense_length] * config.num_hidden_layers, config) / 1e12,
@@ -93,7 +100,10 @@ def skipped_costs(error: Exception, method: str) -> Costs:
 
 
 def summarise(costs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over samples without warm-up calls and skipped samples; with the warm-up if there is nothing else."""
+    """Means over samples without warm-up calls and skipped samples; with the warm-up if there is nothing else.
+
+    Prompts longer than the context are counted over all answered samples, and stay in the means.
+    """
     costs = list(costs)
     answered = [c for c in costs if not c.get("skipped") and "prompt_tokens" in c]
     measured = [c for c in answered if not c.get("warmup")] or answered
@@ -103,11 +113,22 @@ def summarise(costs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "warmup": sum(bool(c.get("warmup")) for c in answered),
         "measured": len(measured),
         "warmup_included": bool(measured) and all(c.get("warmup") for c in measured),
+        **_long_prompts(answered),
     }
     for key in MEANS:
         if measured:
             summary[key] = sum(c[key] for c in measured) / len(measured)
     return summary
+
+
+def _long_prompts(costs: list[Mapping[str, Any]]) -> dict[str, int]:
+    """How many prompts were longer than the context: each counts once, as cut or as running beyond the training."""
+    tokens = [[cost.get(key) or 0 for key in LONG_PROMPT] for cost in costs]
+    return {
+        "prompts_cut": sum(cut > 0 for cut, _, _ in tokens),
+        "prompts_untrained": sum(untrained > 0 and not cut for cut, untrained, _ in tokens),
+        "prompts_over_dense": sum(over > 0 for _, _, over in tokens),
+    }
 
 
 def of_all_ranks(costs: list[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ from lmms_eval_accelerate.models.first_token import FirstToken
 from lmms_eval_accelerate.models.journal import Journal
 from lmms_eval_accelerate.models.placement import Placement, placement_of
 from lmms_eval_accelerate.models.provenance import Provenance
-from lmms_eval_accelerate.models.question import Question
+from lmms_eval_accelerate.models.question import Question, naming
 from lmms_eval_accelerate.models.visuals import OF_THE_RUN, VisualError, reason
 
 _SHAPE = ("hidden_size", "num_hidden_layers", "vocab_size")
@@ -83,6 +83,7 @@ class Accelerated(lmms):
         loaded = loading.load(self.args, self._placement, self._load_weights, self.loading_key())
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
         self.prompt_model = self.args.prompt_model
+        self.config.on_long_prompt = self.args.on_long_prompt  # of the run before, with the same weights
         self._acceleration = self._prepare(loaded)
         mean, std = self.normalisation()
         self._provenance = Provenance(self.args.save_provenance, self.args.pipeline.name, mean, std)
@@ -267,7 +268,7 @@ class Accelerated(lmms):
         first_token = FirstToken([q.document for q in questions])
         kwargs.update(logits_processor=[first_token], pad_token_id=self._pad_id, use_cache=self.args.use_cache)
         begin = self._clock()
-        with torch.inference_mode(), record() as calls:
+        with torch.inference_mode(), record() as calls, naming(questions):
             output = self.model.generate(ids, **kwargs)
         elapsed = self._clock() - begin
         if self.prompt_in_output:

@@ -5,7 +5,8 @@ A run's folder gets ``provenance/<task>/<doc id>.npz`` with, for the document's 
 * ``owner_i``, ``left_at_i`` [F, N] integers and ``kept_i`` [F, N] bool, as in ``accelerate_methods.engine.recording``'s
   ``ItemRecord`` (``left_at_i`` is missing where the decoder loop did not run);
 * ``frames_i``: the frames (or views of an image) of which ``<doc id>_<i>.jpg`` shows thumbnails, side by side;
-* ``meta``: JSON with task, document, method, start of the run and, per item, modality, counts, grid, layers, ``info``.
+* ``meta``: JSON with task, document, method, start of the run, tokens that a prompt longer than the context lost and,
+  per item, modality, counts, grid, layers, ``info``.
 """
 
 from __future__ import annotations
@@ -62,9 +63,11 @@ class Provenance:
             self._open.remove(question.document)
             items = [item for item in sample.items if item.owner is not None]
             if items:
-                self._write(*question.document, items, question.pictures)
+                self._write(*question.document, items, question.pictures, sample.cut)
 
-    def _write(self, task: str, doc_id: Any, items: list[ItemRecord], pictures: Sequence[torch.Tensor]) -> None:
+    def _write(
+        self, task: str, doc_id: Any, items: list[ItemRecord], pictures: Sequence[torch.Tensor], lost: int
+    ) -> None:
         folder = self._run.provenance / task
         folder.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, np.ndarray] = {}
@@ -79,7 +82,7 @@ class Provenance:
                 shown = picture[:: len(picture) // len(item.owner)]
                 arrays[f"frames_{number}"] = self._draw(shown, folder / f"{doc_id}_{number}.jpg")
         meta = {"task": task, "doc_id": doc_id, "method": self.method, "started": self._run.started}
-        meta["items"] = [_describe(item) for item in items]
+        meta["items"], meta["prompt_tokens_cut"] = [_describe(item) for item in items], lost
         np.savez_compressed(folder / f"{doc_id}.npz", meta=np.array(json.dumps(meta, default=_plain)), **arrays)
 
     def _draw(self, pixels: torch.Tensor, path: Path) -> np.ndarray:

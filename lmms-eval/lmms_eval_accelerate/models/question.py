@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lmms_eval.api.instance import GenerationResult
 
+from accelerate_methods.engine.long_prompts import LongPromptError
 from lmms_eval_accelerate.models.costs import Costs
 
 
@@ -37,6 +39,17 @@ class Question:
     def pictures(self) -> list[Any]:
         """[F, 3, H, W] per image or video, in the order of the prompt, normalised as the model's input."""
         return [image[None] for image in self.visuals] if self.form == "plain" else list(self.visuals)
+
+
+@contextlib.contextmanager
+def naming(questions: Sequence[Question]) -> Iterator[None]:
+    """An error about a prompt that is too long names its document."""
+    try:
+        yield
+    except LongPromptError as error:
+        rows = max(error.batch // len(questions), 1)  # a beam search may have several of each
+        sources = dict.fromkeys(questions[number // rows].source for number in error.samples)
+        raise LongPromptError(f"{'; '.join(sources)}: {error}", error.samples, error.batch) from error
 
 
 class Likelihood(GenerationResult):

@@ -14,9 +14,10 @@ from lmms_eval_accelerate.report.loyalty import loyalty
 from lmms_eval_accelerate.report.results import DENSE, ReportError, Run
 from lmms_eval_accelerate.report.sections import AXES, Entry, Section, TaskTable, plain, ratio, warn_apart
 from lmms_eval_accelerate.report.statistics import bootstrap_interval, pareto_front
+from lmms_eval_accelerate.runs.long_prompts import explained, not_comparable
 
 #: settings that say which method runs, or change neither answers nor costs
-_OF_THE_METHOD = {"method", "methods", "config", "adaptations", "save_provenance"}
+_OF_THE_METHOD = {"method", "methods", "config", "adaptations", "save_provenance", "on_long_prompt"}
 #: settings whose absence means the model's own value, which another run may spell out
 _DEFAULTED = ("conv_template", "mm_newline_position", "model_name", "model_base", "device_map")
 #: slowest to fastest encoding of the same input above which times say more about the machine than about methods
@@ -40,6 +41,8 @@ def accuracy_sections(runs: Iterable[Run]) -> list[Section]:
         )
         for number, (here, notes) in enumerate(parts, 1)
     ]
+    for section in sections:
+        section.warnings += [warning for table in section.tables for warning in _long_prompts(table)]
     for section in sections:  # a value that only some runs spell out
         for run in section.runs:
             section.facts.update({k: v for k, v in _facts(run).items() if v != "null"})
@@ -99,6 +102,14 @@ def _tables(runs: list[Run]) -> list[TaskTable]:
     return tables
 
 
+def _long_prompts(table: TaskTable) -> list[str]:
+    """Prompts longer than the model's context, and what is therefore not comparable."""
+    harmed = [entry for entry in table.entries if entry.long_prompts.harmed]
+    told = [f"{entry.label}: {entry.long_prompts.described()}, the question with it." for entry in harmed]
+    told += explained({entry.label: entry.not_comparable for entry in table.entries})
+    return [f"{table.task}{table.variant}: {line}" for line in told]
+
+
 def _budget(entry: Entry) -> float:
     return next((m["retention_ratio"] for m in entry.run.methods if m.get("retention_ratio") is not None), 0.0)
 
@@ -124,6 +135,8 @@ def _compare(table: TaskTable) -> None:
     if len(metrics) > 1:
         table.notes.append(f"The runs report different metrics: {', '.join(sorted(metrics))}.")
     for entry in table.entries:
+        if entry is not dense:
+            entry.not_comparable = not_comparable(entry.long_prompts, dense and dense.long_prompts)
         if dense is not None and entry is not dense and entry.metric == dense.metric:
             _relate(table, entry, dense)
     _doubt_times(table)

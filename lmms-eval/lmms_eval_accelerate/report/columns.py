@@ -8,6 +8,10 @@ from typing import Any
 
 from lmms_eval_accelerate.report.loyalty import kl_text
 from lmms_eval_accelerate.report.sections import BenchRow, BenchSection, Entry, TaskTable
+from lmms_eval_accelerate.runs.long_prompts import MARK, marked
+
+#: beginnings of the headers of columns that are relative to the dense run of the same task
+_RELATIVE = ("vs dense", "95 %", "same answers", "first-token KL", "top-1", "LLM", "speed-up")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +31,12 @@ def accuracy_columns(table: TaskTable) -> list[Column]:
     first = Column("setting", "method and its budget", lambda e: e.label, lambda e: e.label)
     columns = [
         Column("accuracy", f"{table.entries[0].metric}", lambda e: e.score, lambda e: f"{scale * e.score:.1f}"),
+        Column(
+            "too long",
+            "prompts longer than the model's context, whose end with the question was not read",
+            lambda e: e.long_prompts.harmed,
+            lambda e: e.long_prompts.count,
+        ),
         Column("vs dense", "difference to the dense run", lambda e: e.change, _signed(lambda e: e.change, scale)),
         Column(
             "95 % interval",
@@ -88,7 +98,17 @@ def accuracy_columns(table: TaskTable) -> list[Column]:
             _times(lambda e: e.measured and e.measured.speedup),
         ),
     ]
+    columns = [_doubted(column) if column.header.startswith(_RELATIVE) else column for column in columns]
     return [first, *_filled(columns, table.entries)]
+
+
+def _doubted(column: Column) -> Column:
+    """The column with a mark behind numbers that are relative to a dense run that is no baseline."""
+
+    def text(entry: Entry) -> str | None:
+        return marked(column.text(entry) or "", entry.not_comparable) or None
+
+    return dataclasses.replace(column, text=text, help=f"{column.help}; {MARK}: not comparable, see the warnings")
 
 
 def bench_columns(section: BenchSection) -> list[Column]:

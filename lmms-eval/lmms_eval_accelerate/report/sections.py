@@ -9,6 +9,7 @@ from typing import Any
 
 from lmms_eval_accelerate.report.loyalty import Loyalty
 from lmms_eval_accelerate.report.results import DENSE, Bench, Run, Sample
+from lmms_eval_accelerate.runs.long_prompts import LongPrompts
 
 
 @dataclasses.dataclass
@@ -23,6 +24,7 @@ class Entry:
         speedup: (compression + prefill) of the dense run / that of this one.
         front: for each of :data:`AXES` whether the entry is on the Pareto front.
         measured: the row of the efficiency bench for this model and setting, if one was given.
+        not_comparable: why what is relative to the dense run means nothing (prompts longer than the context), or None.
     """
 
     run: Run
@@ -40,6 +42,11 @@ class Entry:
     speedup: float | None = None
     front: dict[str, bool] = dataclasses.field(default_factory=dict)
     measured: BenchRow | None = None
+    not_comparable: str | None = None
+
+    @property
+    def long_prompts(self) -> LongPrompts:
+        return LongPrompts.of({"samples": self.documents, **self.costs})
 
     @property
     def method(self) -> str:

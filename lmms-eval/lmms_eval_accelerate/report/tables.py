@@ -34,6 +34,7 @@ def accuracy_csv(sections: Sequence[Section]) -> str:
             "visual_tokens_share": entry.kept,
             "llm_flops_share": entry.flops_share,
             "speedup": entry.speedup,
+            "not_comparable": entry.not_comparable,
             "decode_ms_per_token": entry.decode_ms,
             "bench_work_ms": entry.measured and entry.measured.work_ms,
             "bench_speedup": entry.measured and entry.measured.speedup,

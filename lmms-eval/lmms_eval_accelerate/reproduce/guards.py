@@ -14,6 +14,7 @@ from typing import Any
 
 from lmms_eval_accelerate.benchmarks.catalog import Benchmark
 from lmms_eval_accelerate.reproduce.schema import Column
+from lmms_eval_accelerate.runs.long_prompts import MARK, LongPrompts
 
 #: what the documents' number does not explain must be below this, in per cent of the full scale
 MARGIN = 1.0
@@ -163,6 +164,16 @@ def model(part: str, family: str | None, checkpoint: Mapping[str, int], summary:
 def answers(where: str, summary: Mapping[str, Any]) -> list[str]:
     """What the run itself found in its answers: one token repeated, many empty ones, documents it could not read."""
     return [f"{where}: {warning}" for warning in summary.get("warnings") or []]
+
+
+def long_prompts(where: str, dense: LongPrompts) -> list[str]:
+    """The dense run's prompts were longer than the model's context: no row of the column has a baseline."""
+    if not dense.harmed:
+        return []
+    return [
+        f"{where}: the dense row is no baseline: {dense.described()}, the question with it. What is relative to it is "
+        f"marked {MARK} and not comparable; give fewer frames or a model with a longer context."
+    ]
 
 
 def adaptations(row: str, summary: Mapping[str, Any]) -> list[str]:

@@ -20,6 +20,7 @@ from accelerate_methods.stages.errors import MethodError
 from lmms_eval_accelerate import ROOT
 from lmms_eval_accelerate.reproduce.folders import read_json
 from lmms_eval_accelerate.reproduce.outcome import KIND, SCHEMA
+from lmms_eval_accelerate.runs.long_prompts import LongPrompts, explained, marked
 
 STORE = ROOT / "docs" / "results" / "reproduce"
 OUTPUT = ROOT / "docs" / "results" / "leaderboard.md"
@@ -86,6 +87,8 @@ def make(paths: Iterable[Path], folder: Path) -> str:
         lines += ["", f"### {key[2]}{key[3]}", "", _line(_HEADERS), "|---|" + "---:|" * (len(_HEADERS) - 1)]
         entries = sorted(groups[key], key=lambda entry: (-entry["score"], entry["cells"]))
         lines += [_line(entry["cells"]) for entry in entries]
+        doubts = explained({entry["cells"][0]: entry["doubt"] for entry in entries})
+        lines += ["", *(f"* {line}" for line in doubts)] if doubts else []
     return "\n".join([*lines, "", "## Runs", "", *about, ""])
 
 
@@ -117,19 +120,20 @@ def _entry(
         return None
     digits = 2 if column["unit"] == "of 5" else 1
     tokens, share = cell["costs"].get("visual_tokens_per_layer"), cell["visual_tokens_share"]
+    prompts, doubt = LongPrompts(**(cell.get("long_prompts") or {})), cell.get("not_comparable")
     cells = (
         _name(row["methods"]),
-        f"{cell['measured']:.{digits}f}",
-        "" if cell["change"] is None else f"{cell['change']:+.{digits}f}",
-        "" if cell["low"] is None else f"{cell['low']:+.{digits}f} to {cell['high']:+.{digits}f}",
-        "" if cell["agreement"] is None else f"{100 * cell['agreement']:.0f}%",
+        f"{cell['measured']:.{digits}f}" + (f" (prompts too long: {prompts.count})" if prompts.harmed else ""),
+        marked("" if cell["change"] is None else f"{cell['change']:+.{digits}f}", doubt),
+        marked("" if cell["low"] is None else f"{cell['low']:+.{digits}f} to {cell['high']:+.{digits}f}", doubt),
+        marked("" if cell["agreement"] is None else f"{100 * cell['agreement']:.0f}%", doubt),
         "" if tokens is None or share is None else f"{tokens:.0f} ({100 * share:.0f}%)",
-        "" if cell["flops_share"] is None else f"{100 * cell['flops_share']:.1f}%",
+        marked("" if cell["flops_share"] is None else f"{100 * cell['flops_share']:.1f}%", doubt),
         str(cell["documents"]),
         content["created"][:10],
         f"[{number}]({link})",
     )
-    return {"score": cell["measured"], "cells": cells}
+    return {"score": cell["measured"], "cells": cells, "doubt": doubt}
 
 
 def _name(methods: Sequence[Mapping[str, Any]]) -> str:

@@ -23,6 +23,7 @@ from lmms_eval_accelerate.reproduce.folders import read_summary
 from lmms_eval_accelerate.reproduce.means import derived, relative, share
 from lmms_eval_accelerate.reproduce.plan import Unit
 from lmms_eval_accelerate.reproduce.schema import PRINTED_RELATIVE, Column, Table, TableRow
+from lmms_eval_accelerate.runs.long_prompts import LongPrompts, not_comparable
 
 KIND, SCHEMA = "reproduction", 1
 _COSTS = (
@@ -42,6 +43,7 @@ class Result:
     samples: dict[Any, Sample]
     parts: Breakdown | str
     documents: int
+    prompts: LongPrompts
 
 
 def evaluate(
@@ -94,6 +96,7 @@ def _part(selection: ChosenPart, choices: Choices, warnings: list[str]) -> dict[
         if published is not None:
             error = standard_error(dense.parts)
             baselines.append(guards.Baseline(column, dense.score, published, dense.documents, error))
+        warnings += guards.long_prompts(f"{part.name}, {column.title}", dense.prompts)
         alike = {
             row.name: results[row.name].costs.get("vision_ms", 0.0) for row in selection.rows if _same_encoding(row)
         }
@@ -185,6 +188,7 @@ def _row(row: TableRow, selection: ChosenPart, cells: Mapping[tuple[str, str], d
         "mean_relative_published": relative(published, "published", how) if printed is None else printed,
         "mean_relative_printed": printed is not None,
         "mean_relative_of_published": relative(both, "measured", how),
+        "mean_comparable": all(c["not_comparable"] is None for c, _ in measured),
         "columns_in_mean": len(measured),
         "columns_in_mean_published": len(published),
         "cells": own,
@@ -198,6 +202,8 @@ def cell(
 
     ``change`` is measured - measured dense with its interval ``low``..``high``; ``difference`` measured - published, of
     the same model only; ``relative``, ``relative_published`` in per cent of the dense row's measured, published score.
+    ``long_prompts``: answers to prompts longer than the model's context; ``not_comparable``: why what is relative to
+    the measured dense run then means nothing.
     """
     published, published_dense = row.published.get(column.title), dense_row.published.get(column.title)
     made: dict[str, Any] = {
@@ -205,7 +211,7 @@ def cell(
         "relative_published": share(published, published_dense),
         **dict.fromkeys(("measured", "difference", "relative", "change", "low", "high", "members", "documents")),
         **dict.fromkeys(("interval", "agreement", "agreement_documents", "kl", "kl_documents", "speedup")),
-        **dict.fromkeys(("visual_tokens_share", "flops_share")),
+        **dict.fromkeys(("visual_tokens_share", "flops_share", "long_prompts", "not_comparable")),
         "costs": {},
         "folder": None,
         "hash": None,
@@ -222,9 +228,11 @@ def cell(
         "flops_share": _ratio(result.costs, "llm_tflops", "llm_tflops_dense"),
         "folder": short_folder(result.unit),
         "hash": result.unit.hash,
+        "long_prompts": dataclasses.asdict(result.prompts),
     }
     if result is not dense:
         made |= _against(result, dense)
+        made["not_comparable"] = not_comparable(result.prompts, dense.prompts)
     return made
 
 
@@ -273,14 +281,20 @@ def _result(unit: Unit, column: Column) -> Result:
     lines = read_lines(run, benchmark.tasks)
     documents = sum(int(summary.get("n_samples", {}).get(task, 0)) for task in benchmark.tasks) or len(samples)
     parts = break_down(benchmark, column.metric, column.scale, lines, value)
-    return Result(unit, summary, value, _costs(summary, benchmark.tasks), samples, parts, documents)
+    costs, prompts = _costs(summary, benchmark.tasks), LongPrompts.of_all(_by_task(summary, benchmark.tasks))
+    return Result(unit, summary, value, costs, samples, parts, documents, prompts)
+
+
+def _by_task(summary: Mapping[str, Any], tasks: Sequence[str]) -> list[Mapping[str, Any]]:
+    """The costs of the tasks of a benchmark. Likelihood tasks have them for the whole run only."""
+    costs = summary.get("costs") or {}
+    by_task = costs.get("by_task") or {}
+    return [by_task[task] for task in tasks if task in by_task] or [costs.get("overall") or {}]
 
 
 def _costs(summary: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, float]:
-    """Means per document over the tasks of a benchmark. Likelihood tasks have them for the whole run only."""
-    costs = summary.get("costs") or {}
-    by_task = costs.get("by_task") or {}
-    found = [by_task[task] for task in tasks if task in by_task] or [costs.get("overall") or {}]
+    """Means per document over the tasks of a benchmark."""
+    found = _by_task(summary, tasks)
     weights = [entry.get("measured") or entry.get("samples") or 1 for entry in found]
     return {
         key: sum(w * entry[key] for w, entry in zip(weights, found, strict=True)) / sum(weights)

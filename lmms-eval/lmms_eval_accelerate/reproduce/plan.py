@@ -28,7 +28,7 @@ from lmms_eval_accelerate.runs.launch import Machines, gpus
 from lmms_eval_accelerate.runs.request import Request, Run
 
 #: model arguments that no table decides, and those that have an option of this command
-_OF_THE_RUN = ("device", "device_map", "on_error", "save_provenance")
+_OF_THE_RUN = ("device", "device_map", "on_error", "on_long_prompt", "save_provenance")
 _OPTIONS = {"pretrained": "--pretrained", "batch_size": "--batch-size", "gpus_per_model": "--gpus-per-model"}
 #: settings that choose the judge of ActivityNet-QA and Video-ChatGPT (never its key)
 JUDGE = ("API_TYPE", "OPENAI_API_URL", "MODEL_VERSION")

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lmms_eval_accelerate.runs.long_prompts import MARK, LongPrompts, explained, marked
+
 #: width from which what is relative and what it cost stand in one table, and below which derived columns are left out
 WIDE, NARROW = 150, 96
 _NAME, _CELL = 22, 12  # columns that a row's name and a score take in the first table
@@ -167,7 +169,10 @@ def _mean(row: Mapping[str, Any]) -> str:
     some = published is not None and row["columns_in_mean_published"] > 0
     measured = row["mean_relative_of_published"] if some else row["mean_relative"]
     marks = ("†" if _fewer(row) else "") + ("‡" if row["mean_relative_printed"] else "")
-    return f"{_number(measured)}\n{_number(published)}{f' {marks}' if marks else ''}"
+    above = _number(measured)
+    if measured is not None and not row["dense"] and not row.get("mean_comparable", True):
+        above = f"{above} {MARK}"
+    return f"{above}\n{_number(published)}{f' {marks}' if marks else ''}"
 
 
 def _fewer(row: Mapping[str, Any]) -> bool:
@@ -198,7 +203,7 @@ def _flops(row: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
     tera = cell["costs"].get("llm_tflops")
     if tera is None:
         return ""
-    return f"{tera:.3g} ({_percent(cell['flops_share'])})"
+    return marked(f"{tera:.3g} ({_percent(cell['flops_share'])})", cell.get("not_comparable"))
 
 
 def _cost(key: str) -> Callable[[Mapping[str, Any], Mapping[str, Any]], str]:
@@ -209,15 +214,29 @@ def _optional(key: str, form: str) -> Callable[[Mapping[str, Any], Mapping[str, 
     return lambda row, cell: "" if cell[key] is None else format(cell[key], form)
 
 
+def _of_dense(text: Callable[[Mapping[str, Any], Mapping[str, Any]], str]) -> Callable[..., str]:
+    """A cell relative to the dense run, marked where that run is no baseline."""
+    return lambda row, cell: marked(text(row, cell), cell.get("not_comparable"))
+
+
+def _change(row: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
+    return "" if cell["change"] is None else f"{cell['change']:+.{cell['digits']}f}"
+
+
+def _too_long(row: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
+    return LongPrompts(**(cell.get("long_prompts") or {})).count
+
+
 Cells = Sequence[tuple[str, Callable[[Mapping[str, Any], Mapping[str, Any]], str]]]
 _RELATIVE: Cells = (
     ("score", lambda row, cell: _number(cell["measured"], cell["digits"])),
-    ("% of\ndense", _optional("relative", ".1f")),
+    ("prompts\ntoo long", _too_long),
+    ("% of\ndense", _of_dense(_optional("relative", ".1f"))),
     ("pub-\nlished", _optional("relative_published", ".1f")),
-    ("vs\ndense", lambda row, cell: "" if cell["change"] is None else f"{cell['change']:+.{cell['digits']}f}"),
-    ("95 %\ninterval", _interval),
-    ("same\nanswers", lambda row, cell: _percent(cell["agreement"])),
-    ("KL first\ntoken", _optional("kl", ".3f")),
+    ("vs\ndense", _of_dense(_change)),
+    ("95 %\ninterval", _of_dense(_interval)),
+    ("same\nanswers", _of_dense(lambda row, cell: _percent(cell["agreement"]))),
+    ("KL first\ntoken", _of_dense(_optional("kl", ".3f"))),
 )
 _REPEATED = ("score", "pub-\nlished")  # what the first table says, too
 _PAPER = ("paper\n1e12", lambda row, cell: "" if row["published_tflops"] is None else f"{row['published_tflops']:g}")
@@ -227,7 +246,7 @@ _COSTS: Cells = (
     _PAPER,
     ("compress\nms", _cost("compress_ms")),
     ("prefill\nms", _cost("prefill_ms")),
-    ("speed\nup", lambda row, cell: "" if cell["speedup"] is None else f"{cell['speedup']:.2f}x"),
+    ("speed\nup", _of_dense(lambda row, cell: "" if cell["speedup"] is None else f"{cell['speedup']:.2f}x")),
 )
 
 
@@ -275,6 +294,7 @@ def notes(part: Mapping[str, Any]) -> list[str]:
     if any(map(_measured, rows)):
         made.append(_explained(part))
         made += _without_interval(part)
+        made += _not_comparable(part)
     made += [f"{c['title']}: {c['note']}" for c in part["columns"] if c["note"]]
     if part["unmeasured"]:
         made.append("Not measured here: " + "; ".join(f"{name} ({why})" for name, why in part["unmeasured"].items()))
@@ -297,6 +317,15 @@ def _explained(part: Mapping[str, Any]) -> str:
         "(compress + prefill) of dense / of the row. An interval of 0 to 0 says that no document's score differs; it "
         "proves nothing."
     )
+
+
+def _not_comparable(part: Mapping[str, Any]) -> list[str]:
+    reasons = {
+        f"{row['name']}, {title}": cell.get("not_comparable")
+        for row in part["rows"]
+        for title, cell in row["cells"].items()
+    }
+    return explained(reasons)
 
 
 def _without_interval(part: Mapping[str, Any]) -> Iterable[str]:

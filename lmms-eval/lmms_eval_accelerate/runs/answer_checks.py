@@ -1,8 +1,9 @@
 """Warnings about a run whose answers look wrong in a way that an accuracy hides.
 
 A score is a number whatever the answers were. These checks read the answers and name the known traps: NaN that decodes
-to "!!!!", documents that were skipped, empty answers, one answer to everything, answers cut off. None of them is a
-failure: a method that keeps two tokens may well answer "A" to everything, and that is a result.
+to "!!!!", documents that were skipped, prompts that lost their question, empty answers, one answer to everything,
+answers cut off. None of them is a failure: a method that keeps two tokens may well answer "A" to everything, and that
+is a result.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from lmms_eval_accelerate.runs.long_prompts import LongPrompts
 
 _SHARE = 0.01  # of documents, from which on empty and repetitive answers are told
 _REPEATED = 4  # times that a unit must stand in an answer ...
@@ -42,8 +45,11 @@ def check(task: str, samples: Sequence[Mapping[str, Any]], config: Mapping[str, 
     found = [_skipped(skipped, len(lines))]
     losses = [_losses(line) for line, _ in answered]
     if any(losses):
-        found.append(_bad_losses(losses))
+        found += [_long(answered), _bad_losses(losses)]
     else:
+        found.append(_long(answered))
+        # what the model never read is no fault of templates and budgets
+        answered = [(line, own) for line, own in answered if not _is_long(own)]
         answers = [_text(line.get("filtered_resps", "")) for line, _ in answered]
         targets = [_text(line.get("target", "")) for line, _ in answered]
         limit = _limit(config, [line for line, _ in answered])
@@ -63,13 +69,46 @@ def _skipped(skipped: list[list[dict]], total: int) -> str | None:
     )
 
 
+def _is_long(costs: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the model could not read a prompt of the document to its end."""
+    return any(cost.get("prompt_tokens_cut") or cost.get("prompt_tokens_untrained") for cost in costs)
+
+
+def _long(answered: Sequence[tuple[Mapping[str, Any], list[dict]]]) -> str | None:
+    """Prompts longer than the model's context, or those of the uncompressed model that would be."""
+    long = [(line, own) for line, own in answered if _is_long(own)]
+    if long:
+        cut = sum(any(cost.get("prompt_tokens_cut") for cost in own) for _, own in long)
+        prompts = LongPrompts(len(answered), cut, len(long) - cut)
+        most = max(_lost(cost) for _, own in long for cost in own)
+        answers = [_text(line.get("filtered_resps", "")) for line, _ in long]
+        odd = sum(not answer or repeated_unit(answer) is not None for answer in answers)
+        told = f" Of the answers to them {odd} are empty or one thing repeated." if odd else ""
+        return (
+            f"{prompts.described()}, where the question stands (by up to {most} tokens; first: document "
+            f"{long[0][0].get('doc_id', '?')}).{told} These answers say nothing about the model. Give fewer frames, a "
+            "smaller budget of visual tokens, or a model with a longer context; on_long_prompt=error ends such a run."
+        )
+    over = sum(any(cost.get("prompt_tokens_over_dense") for cost in own) for _, own in answered)
+    if not over:
+        return None
+    return (
+        f"{_of(over, len(answered))} prompts fit into the model's context only because visual tokens were dropped: the "
+        "dense model cannot read their questions, and what is relative to it is not comparable."
+    )
+
+
+def _lost(cost: Mapping[str, Any]) -> int:
+    return (cost.get("prompt_tokens_cut") or 0) + (cost.get("prompt_tokens_untrained") or 0)
+
+
 def _bad_losses(losses: list[list[float]]) -> str | None:
     bad = sum(any(not math.isfinite(loss) for loss in own) for own in losses)
     if not bad:
         return None
     return (
         f"the likelihoods of {_of(bad, len(losses))} documents are NaN or infinite. Likely: half precision overflows; "
-        "try dtype=bfloat16 or float32, attn_implementation=sdpa."
+        "try dtype=bfloat16 or float32, attn_implementation=sdpa. Or prompts that are longer than the model's context."
     )
 
 

@@ -15,6 +15,7 @@ from lmms_eval_accelerate.models.costs import summarise
 from lmms_eval_accelerate.runs.answer_checks import check
 from lmms_eval_accelerate.runs.fingerprint import checkpoint_facts, code_hash, short_hash, versions
 from lmms_eval_accelerate.runs.folder import RunError
+from lmms_eval_accelerate.runs.long_prompts import LongPrompts
 from lmms_eval_accelerate.session import Session
 
 _SHOWN = 6  # tasks of which each gets a column
@@ -32,6 +33,12 @@ _ROWS = {
     "llm_tflops_dense": "LLM TFLOPs dense",
     "llm_tflops": "LLM TFLOPs",
     "generated_tokens": "new tokens",
+}
+#: rows that are left out where they are 0 everywhere
+_LONG_PROMPTS = {
+    "prompts_cut": "prompts that lost their end",
+    "prompts_untrained": "prompts beyond the training",
+    "prompts_over_dense": "prompts too long when dense",
 }
 
 
@@ -93,7 +100,7 @@ def build(
         "date": results.get("date"),
         "task_info": _task_info(results),
         "checkpoint": {**run.checkpoint, **checkpoint_facts(settings.get("pretrained", ""))},
-        "warnings": _warnings(samples, results.get("configs", {})),
+        "warnings": _warnings(samples, results.get("configs", {}), costs),
         "versions": versions(),
         "code": code_hash(),
     }
@@ -118,7 +125,8 @@ def show(report: dict[str, Any], path: Path) -> None:
         costs.add_column("")
         for task in by_task:
             costs.add_column(task, justify="right")
-        for key, title in _ROWS.items():
+        long = {k: v for k, v in _LONG_PROMPTS.items() if any(means.get(k) for means in by_task.values())}
+        for key, title in (_ROWS | long).items():
             costs.add_row(title, *(f"{means[key]:.5g}" if key in means else "-" for means in by_task.values()))
         console.print(costs)
     for warning in report["warnings"]:
@@ -126,8 +134,12 @@ def show(report: dict[str, Any], path: Path) -> None:
     console.print(f"written to {path}", soft_wrap=True)
 
 
-def _warnings(samples: dict[str, list[dict]], configs: dict[str, Any]) -> list[str]:
-    return [warning for task, entries in samples.items() for warning in check(task, entries, configs.get(task))]
+def _warnings(samples: dict[str, list[dict]], configs: dict[str, Any], costs: dict[str, Any]) -> list[str]:
+    found = [warning for task, entries in samples.items() for warning in check(task, entries, configs.get(task))]
+    prompts = LongPrompts.of(costs["overall"])
+    if prompts.harmed and not costs["by_task"]:  # likelihoods: known of the whole run only
+        found.append(f"{prompts.described()}; the likelihood of a continuation that was lost counts as infinite.")
+    return found
 
 
 def _task_info(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
