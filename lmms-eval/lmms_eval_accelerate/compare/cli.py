@@ -21,7 +21,7 @@ from lmms_eval_accelerate.model_args import pairs
 from lmms_eval_accelerate.runs.command_line import own_options
 from lmms_eval_accelerate.runs.folder import RunError
 from lmms_eval_accelerate.runs.launch import LaunchError
-from lmms_eval_accelerate.runs.options import machines_of
+from lmms_eval_accelerate.runs.options import machines_of, on_long_prompt
 from lmms_eval_accelerate.runs.request import Run
 from lmms_eval_accelerate.runs.runner import Runner
 
@@ -124,7 +124,7 @@ def wanted_of(args: argparse.Namespace) -> Wanted:
         config=args.config,
         pretrained=args.pretrained,
         tasks=args.tasks,
-        model_args=pairs(args.model_args),
+        model_args=pairs(args.model_args) | on_long_prompt(args),
         output=args.output,
         limit=args.limit,
         batch_size=str(args.batch_size),

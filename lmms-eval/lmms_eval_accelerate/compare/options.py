@@ -9,7 +9,16 @@ from __future__ import annotations
 
 import argparse
 
-from lmms_eval_accelerate.runs.options import Parser, add_machine_options, documents, path, positive, share, text
+from lmms_eval_accelerate.runs.options import (
+    Parser,
+    add_machine_options,
+    add_on_long_prompt,
+    documents,
+    path,
+    positive,
+    share,
+    text,
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     add("--limit", type=documents, help="documents per task; below 1: their share")
     add("--batch-size", type=positive, default=1)
     add("--model-args", default="", help="further model arguments, k=v,k=v")
+    add_on_long_prompt(made)
     add("--output", type=path, help="a new folder, or that of an interrupted comparison to go on with")
     add("--picture", type=path, help="video on which the kept tokens are drawn")
     add_machine_options(made)

@@ -29,7 +29,7 @@ from lmms_eval_accelerate.runs.files import ANSWERS, LAUNCH, OUTCOME, OUTCOME_TE
 from lmms_eval_accelerate.runs.fingerprint import code_hash, short_hash, versions
 from lmms_eval_accelerate.runs.folder import RunError
 from lmms_eval_accelerate.runs.launch import LaunchError, Machines
-from lmms_eval_accelerate.runs.options import machines_of
+from lmms_eval_accelerate.runs.options import machines_of, on_long_prompt
 from lmms_eval_accelerate.runs.request import Run
 from lmms_eval_accelerate.runs.runner import Runner
 
@@ -75,7 +75,7 @@ def _reproduce(argv: list[str], console: Console) -> int:
         columns=tuple(args.columns or ()),
         limit=args.limit,
         pretrained=args.pretrained if table.name != EMBEDDED_TABLE or args.pretrained != EMBEDDED else None,
-        model_args=pairs(args.model_args),
+        model_args=pairs(args.model_args) | on_long_prompt(args),
         batch_size=args.batch_size,
         data=args.data.expanduser().resolve() if args.data else None,
         extra=tuple(absolute(word) for word in extra),

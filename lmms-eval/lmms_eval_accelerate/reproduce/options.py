@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 
 from accelerate_methods.registry.configs import CONFIG_DIR
-from lmms_eval_accelerate.runs.options import Parser, add_machine_options, path, positive, text
+from lmms_eval_accelerate.runs.options import Parser, add_machine_options, add_on_long_prompt, path, positive, text
 
 FOLDER = CONFIG_DIR / "reproduce"
 
@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     add("--output", type=path, help="default: outputs/reproduce/<table>_<hash of the choices>")
     add("--batch-size", type=positive, default=1)
     add("--model-args", default="", help="further model arguments of all rows, k=v,k=v")
+    add_on_long_prompt(made)
     add_machine_options(made)
     add("--dry-run", action="store_true", help="print the commands and what would be used again")
     return made

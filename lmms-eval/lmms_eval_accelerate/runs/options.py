@@ -32,6 +32,20 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     add("--data", type=path, help="local data folder; runs offline on it (docs/benchmarks.md)")
 
 
+def add_on_long_prompt(parser: argparse.ArgumentParser) -> None:
+    """The model argument ``on_long_prompt`` as an option of its own."""
+    parser.add_argument(
+        "--on-long-prompt",
+        choices=("warn", "error"),
+        help="a prompt longer than the model's context is told and counted (default), or ends the run",
+    )
+
+
+def on_long_prompt(args: argparse.Namespace) -> dict[str, str]:
+    """What it adds to the model arguments."""
+    return {} if args.on_long_prompt is None else {"on_long_prompt": args.on_long_prompt}
+
+
 def machines_of(args: argparse.Namespace, tiny: bool) -> Machines:
     """
     Args:
