@@ -111,12 +111,17 @@ def _check(spec: str, model: str) -> int:
 
     candidates = families_of(model)
     try:
-        methods = [type(method) for method in resolve(spec).methods]
+        pipeline = resolve(spec)
+        methods = [type(method) for method in pipeline.methods]
     except UnknownNameError:
         raise
     except MethodError as error:  # methods that cannot be combined
         print(f"{spec} cannot run on {model}: {error}")
         return 1
+    for written_for in pipeline.models:
+        if not {family.name for family in candidates} & set(written_for.families):
+            print(f"{spec} cannot run on {model}: the config is for {written_for.title}")
+            return 1
     adapted = []
     for method in methods:
         reasons = [why_not(method, family) for family in candidates]
