@@ -56,6 +56,8 @@ def place_of(tensor: Tensor) -> torch.device:
 def _call(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     if func == _DEVICE:
         return place_of(args[0])
+    if func is Tensor.pin_memory:
+        return args[0]  # page-locking needs a driver; the numbers are the same
     if func is torch._has_compatible_shallow_copy_type and place_of(args[0]) != place_of(args[1]):
         return False  # so that a module that moves gets new parameters
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
