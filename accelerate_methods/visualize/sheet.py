@@ -71,6 +71,7 @@ def draw_sheet(
             right = max(right, x + max(int(height * _aspects(r)) + GAP * (len(r) - 1) for r in rows))
         y += max(b.height for b in stripe) + BETWEEN
     page = page.crop((0, 0, max(right, WIDTH * 3 // 5) + MARGIN, y - BETWEEN + MARGIN))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     page.save(path)
     return Path(path)
 

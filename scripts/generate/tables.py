@@ -1,4 +1,4 @@
-"""The README's table of methods and models."""
+"""The README's tables of methods and models, and the code of its quick start."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ def files() -> dict[Path, str]:
     """The README with fresh tables between their markers."""
     text = (Path(__file__).resolve().parents[2] / README).read_text(encoding="utf-8")
     text = _between(text, "methods x models", methods_by_models())
-    return {README: _between(text, "methods and licences", licences())}
+    text = _between(text, "methods and licences", licences())
+    return {README: _between(text, "quickstart code", f"```python\n{quickstart()}```")}
+
+
+def quickstart() -> str:
+    """The code of examples/quickstart.py, without its docstring."""
+    code = (Path(__file__).resolve().parents[2] / "examples" / "quickstart.py").read_text(encoding="utf-8")
+    return code.split('"""', 2)[2].lstrip("\n")
 
 
 def _between(text: str, what: str, table: str) -> str:

@@ -382,3 +382,23 @@ def test_both_examples_run_as_scripts(tmp_path, capsys, monkeypatch, named):
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(METHOD), run_name="__main__")
     assert stop.value.code == 0 and "outliers@0.25" in capsys.readouterr().out
+
+
+# -- the quick start ---------------------------------------------------------------------------------------------------
+
+
+def test_the_quick_start_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    """The README's code and the notebook are this file (tests/project/test_generated.py)."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    cells = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    names: dict[str, object] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "quickstart", "exec"), names)
+    said = capsys.readouterr().out
+    assert "dense:   ring\nfastvid: ring\n192 of 784 visual tokens" in said
+    assert (tmp_path / "outputs" / "quickstart.png").stat().st_size > 10_000
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = (ROOT / "examples" / "quickstart.py").read_text(encoding="utf-8").split('"""', 2)[2].strip()
+    assert f"```python\n{code}\n```" in readme
