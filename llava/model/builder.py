@@ -61,11 +61,14 @@ def load_pretrained_model(
 
     Raises:
         CheckpointError: not a LLaVA checkpoint, contradicting ``model_name``, missing weights.
-        MethodError: ``tp_plan`` or ``tp_size`` (tensor parallelism is not offered), or "auto" finds too little memory
-            and no ``offload_folder`` says that running from disk is meant.
+        MethodError: ``method_params`` without ``method``; ``tp_plan`` or ``tp_size`` (tensor parallelism is not
+            offered), or "auto" finds too little memory and no ``offload_folder`` says that running from disk is meant.
     """
     kwargs.pop("multimodal", None)
     _check_placement(kwargs)
+    if method is None and method_params:
+        given = ", ".join(sorted(method_params))
+        raise MethodError(f"method_params ({given}) given, but no method to apply them to; name one with method=.")
     source = model_base if model_base is not None else model_path
     decoder = checkpoint_decoder(read_config(model_path), model_path)
     if model_name:
