@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,138 @@ def test_bad_methods_fail_before_any_run(methods, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
         compare.main(["--methods", methods, "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ("dense@0.5", "@0.5 would be ignored"),
+        ("dense(k=2)", "k=2 would be ignored"),
+        ("levels@0.2", "@0.2 would be ignored"),
+        ("all(k=2)", "k=2 would be ignored"),
+        ("fastvid@0", r"outside the allowed range \(0, 1\]"),
+        ("fastvid@nan", "must be a number"),
+        ("fastvid@0.1(retention_ratio=0.3)", "there twice"),
+        ("fastvid(c=4,c=5)", "there twice"),
+        ("fastvid(method=3)", "unknown parameter of method 'fastvid': 'method'"),
+        (" , ", "names none"),
+    ],
+)
+def test_words_that_would_be_ignored_are_errors(methods, message):
+    with pytest.raises(accelerate_methods.MethodError, match=message):
+        settings_of(methods)
+
+
+def asked(words: str, share: float, config: str = "fastvid/llava_onevision") -> list[str]:
+    content = read_config(config)
+    return [s.label for s in parse_settings(words, 0.1, content, content["model"]["family"], share)]
+
+
+def test_a_common_ratio_goes_to_whom_it_means():
+    assert asked("dense fastvid random@0.5 dycoke(k=0.3)", 0.2) == [
+        "dense",
+        "fastvid@0.2",
+        "random@0.5",
+        "dycoke(k=0.3)",
+    ]
+    assert asked("fastvid(c=4)", 0.2) == ["fastvid(retention_ratio=0.2,c=4)"]  # what is in brackets comes on top
+    assert asked("fastvid(tokens_per_frame=9) random", 0.2) == ["fastvid(tokens_per_frame=9)", "random@0.2"]
+    assert {"fastvid@0.2", "dycoke"} <= set(asked("all", 0.2))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("dycoke", "dycoke has no retention_ratio"),
+        ("fastvid dycoke", "dycoke has no retention_ratio"),
+        ("visionzip+fastv", "has no retention_ratio"),
+        ("dense", "changes nothing"),
+        ("levels", "changes nothing"),
+        ("dense fastvid@0.1", "changes nothing"),
+        ("fastvid(tokens_per_frame=9)", "changes nothing"),
+    ],
+)
+def test_a_common_ratio_that_means_nothing_is_an_error(words, message):
+    with pytest.raises(accelerate_methods.MethodError, match=message):
+        asked(words, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--retention-ratio", "0"], "'0' is not a number above 0 and up to 1"),
+        (["--retention-ratio", "1.5"], "above 0 and up to 1"),
+        (["--retention-ratio", "nan"], "above 0 and up to 1"),
+        (["--num-processes", "0"], "'0' is not a whole number above 0"),
+        (["--batch-size", "0"], "not a whole number above 0"),
+        (["--batch-size", "auto"], "not a whole number above 0"),
+        (["--limit", "0"], "not a number of documents"),
+        (["--limit", "few"], "not a number of documents"),
+        (["--methods", " "], "is empty"),
+        (["--pretrained", ""], "is empty"),
+        (["--tasks", ""], "is empty"),
+        (["--output", ""], "is empty"),
+        (["--machine-rank", "-1"], "machine_rank is -1"),
+        (["--config", "dycoke/llava_onevision", "--retention-ratio", "0.2"], "dycoke has no retention_ratio"),
+        (["--methods", "dense", "--retention-ratio", "0.2"], "changes nothing"),
+        (["--methods", "dense@0.5"], "would be ignored"),
+        (["--model-args", "max_frames_num=0"], "max_frames_num must be a whole number from 1, not 0"),
+        (["--model-args", "use_cache=no"], "use_cache must be true or false, not 'no'"),
+        (["--model-args", "conv_template="], "conv_template= is empty"),
+        (["--model-args", "method=fastvid"], "Use --methods"),
+        (["--model-args", "pretrained=x"], "Use --pretrained"),
+        (["--model-args", "retention_ratio=0.2"], "parameters of methods stand in --methods"),
+        (["--full", "--tasks", "shapes_video"], "with --tasks .* it means nothing"),
+        (["--full", "--pretrained", "org/model"], "with --pretrained it means nothing"),
+        (["--picture", "nowhere.mp4"], "no such file"),
+    ],
+)
+def test_arguments_that_would_be_ignored_start_nothing(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "execute", lambda *args: pytest.fail("a run was started"))
+    with pytest.raises(SystemExit) as stop:
+        compare.main([*argv, *([] if "--output" in argv else ["--output", str(tmp_path / "out")])])
+    said = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and re.search(message, said) and len(said.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_without_parameters_method_or_model(tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text("method: fastvid\nmodel: llava_onevision\n", encoding="utf-8")
+    compare.main(["--config", str(file), "--methods", "dense fastvid", "--dry-run"])
+    assert "retention_ratio=0.1" in capsys.readouterr().out
+    for text, key in (("method: fastvid\n", "model"), ("methods: [fastvid]\nmodel: llava_onevision\n", "method")):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(SystemExit, match=f"has no '{key}', and a comparison needs it"):
+            compare.main(["--config", str(file), "--dry-run"])
+
+
+def test_an_empty_variable_is_one_that_is_not_set(monkeypatch):
+    monkeypatch.setenv("GPUS_PER_MODEL", "")
+    assert machines_of().gpus_per_model == 1
+    monkeypatch.setenv("GPUS_PER_MODEL", "0")
+    with pytest.raises(SystemExit):
+        machines_of()
+
+
+def test_another_model_of_transformers_gets_the_values_of_a_config_not_its_name(tmp_path):
+    """A run refuses a config of another model; a comparison says the values itself."""
+
+    def arguments(pretrained: str, setting: Setting) -> dict[str, str]:
+        plan = plan_of("--config", "fastvid/qwen2_5_vl", "--pretrained", pretrained)
+        argv = plan.run(setting).argv
+        return dict(pair.split("=") for pair in argv[argv.index("--model_args") + 1].split(","))
+
+    setting = Setting.of("fastvid", tokens_per_frame=9)
+    own = arguments("Qwen/Qwen2.5-VL-7B-Instruct", setting)
+    assert own["config"] == "fastvid/qwen2_5_vl" and "method" not in own
+    (tmp_path / "config.json").write_text('{"architectures": ["LlavaOnevisionForConditionalGeneration"]}')
+    for pretrained in ("org/other", str(tmp_path)):
+        other = arguments(pretrained, setting)
+        assert (other["method"], other["tau"], other["tokens_per_frame"]) == ("fastvid", "0.84", "9")
+        assert "config" not in other and "retention_ratio" not in other and other["fps"] == own["fps"] == "2"
+    (tmp_path / "config.json").write_text('{"architectures": ["Qwen2VLForConditionalGeneration"]}')
+    assert "config" in arguments(str(tmp_path), setting)  # of the config's family
 
 
 def test_embedded_run_needs_no_arguments():
