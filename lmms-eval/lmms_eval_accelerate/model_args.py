@@ -77,7 +77,7 @@ def meant(value: Any) -> Any:
         return value
     if value.lower() in ("none", "null"):
         return None
-    if value[:1] in "{[" and value[-1:] in "}]":
+    if value and value[0] in "{[" and value[-1:] in "}]":
         try:
             return json.loads(value)
         except json.JSONDecodeError as error:

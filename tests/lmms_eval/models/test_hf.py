@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +24,10 @@ pytest.importorskip("lmms_eval_accelerate")
 
 from lmms_eval_accelerate import session
 from lmms_eval_accelerate.compare import cli as compare
+from lmms_eval_accelerate.compare.comparison import comparison_of
+from lmms_eval_accelerate.compare.options import parser
 from lmms_eval_accelerate.models.visuals import VisualError
+from lmms_eval_accelerate.runs.folder import RunFolder
 
 from accelerate_methods import resolve
 from accelerate_methods.engine.flops import prefill_macs
@@ -219,11 +221,12 @@ def test_kept_answers_are_not_generated_again(folder, checkpoints, monkeypatch, 
         assert lines(first, task) == lines(again, task)
 
 
-def test_kept_tokens_are_saved_for_the_report(folder, checkpoints, monkeypatch, tmp_path) -> None:
+def test_kept_tokens_are_saved_for_the_report(folder, checkpoints, tmp_path) -> None:
     (tmp_path / "run.json").write_text('{"started": "now"}')
-    monkeypatch.setattr(sys, "argv", ["lmms-eval-accelerate", "--output_path", str(tmp_path)])
     more = ",method=visionzip,retention_ratio=0.25,save_provenance=1"
-    evaluate("hf_accelerated", ["video", "image"], folder, model_args=arguments(checkpoints(QWEN), more))
+    with session.session() as here:
+        here.begin(RunFolder(tmp_path, rank=0), journal=None)
+        evaluate("hf_accelerated", ["video", "image"], folder, model_args=arguments(checkpoints(QWEN), more))
     with np.load(tmp_path / "provenance" / "video" / "0.npz") as saved:
         assert saved["kept_0"].shape[0] == 2 and saved["kept_0"].sum() == 8  # pairs of frames
         assert saved["frames_0"].tolist() == [0, 1]
@@ -475,9 +478,9 @@ def test_scripts_need_a_checkpoint_and_say_so() -> None:
 
 
 def test_all_runs_of_a_comparison_share_one_setting() -> None:
-    argv = ["--config", "visionzip/qwen2_5_vl", "--pretrained", "some/model", "--methods", "dense fastvid@0.25"]
-    args = compare._parser().parse_args(argv)
-    plan = compare._plan(args)
+    given_words = ["--config", "visionzip/qwen2_5_vl", "--pretrained", "some/model"]
+    argv = [*given_words, "--methods", "dense fastvid@0.25"]
+    plan = comparison_of(compare.wanted_of(parser().parse_args(argv)))
     from accelerate_methods.registry.settings import Setting
 
     settings = [Setting(), Setting.of("visionzip"), Setting.of("fastvid", retention_ratio=0.25)]
@@ -492,9 +495,5 @@ def test_all_runs_of_a_comparison_share_one_setting() -> None:
         values.append({k: str(v) for k, v in parsed.values.items() if k not in ("method", "config", "pretrained")})
     assert values[0] == values[1] == values[2]
     assert resolve("fastvid/qwen2_5_vl").name == "fastvid"
-    with pytest.raises(MethodError, match="--picture"):
-        compare._plan(compare._parser().parse_args([*args_of(args), "--picture", "a.mp4"]))
-
-
-def args_of(args) -> list[str]:
-    return ["--config", args.config, "--pretrained", args.pretrained]
+    with pytest.raises(SystemExit, match="--picture draws models of the llava package only"):
+        compare.main([*given_words, "--picture", "a.mp4"])

@@ -134,6 +134,33 @@ def test_wrong_names_are_named(given: dict, says: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("model_id", "given", "says"),
+    [
+        ("llava_video_accelerated", {"video_fps": 0}, "video_fps must be a number above 0"),
+        ("llava_video_accelerated", {"force_sample": "off"}, "force_sample must be true or false"),
+        ("llava_video_accelerated", {"add_time_instruction": "no"}, "add_time_instruction must be true or false"),
+        ("llava_video_accelerated", {"overwrite": "none"}, "overwrite must be true or false"),
+        ("hf_accelerated", {"fps": 0}, "fps must be a number above 0"),
+        ("hf_accelerated", {"fps": "nan"}, "fps must be a number above 0"),
+        ("hf_accelerated", {"max_num_frames": 0}, "max_num_frames must be a whole number from 1"),
+        ("hf_accelerated", {"max_frames_num": 0}, "max_num_frames must be a whole number from 1"),
+        ("hf_accelerated", {"min_pixels": 0}, "min_pixels must be a whole number from 1"),
+    ],
+)
+def test_numbers_and_switches_are_what_they_say(model_id: str, given: dict, says: str) -> None:
+    """0 would be taken for "not given", and any text for "true"."""
+    with pytest.raises(MethodError, match=says):
+        parse(model_id, pretrained="x", **given)
+
+
+def test_numbers_and_switches_may_be_written_as_text(monkeypatch) -> None:
+    args = parse("llava_video_accelerated", pretrained="x", max_frames_num="8", video_fps=0.5, force_sample=1)
+    assert (args.max_frames_num, args.video_fps, args.force_sample) == (8, 0.5, True)
+    monkeypatch.setenv("GPUS_PER_MODEL", "")
+    assert parse("hf_accelerated", pretrained="x", fps="none", min_pixels=None).gpus_per_model == 1
+
+
+@pytest.mark.parametrize(
     ("given", "says"),
     [
         ({"pretrained": None}, "pretrained= is needed"),
@@ -141,6 +168,23 @@ def test_wrong_names_are_named(given: dict, says: str) -> None:
         ({"method": "uniform"}, "use llava_onevision_accelerated"),
         ({"dtype": "float32", "torch_dtype": "float16"}, "contradict"),
         ({"retention_ratio": 7}, "retention_ratio"),
+        ({"retention_ratio": 0}, "retention_ratio=0 is outside"),
+        ({"max_frames_num": 0}, "max_frames_num must be a whole number from 1, not 0"),
+        ({"max_frames_num": -4}, "max_frames_num must be a whole number"),
+        ({"max_frames_num": 2.5}, "max_frames_num must be a whole number"),
+        ({"max_frames_num": "many"}, "max_frames_num must be a whole number"),
+        ({"max_frames_num": "none"}, "max_frames_num must be a whole number"),
+        ({"max_frames_num": True}, "max_frames_num must be a whole number"),
+        ({"use_cache": "no"}, "use_cache must be true or false, not 'no'"),
+        ({"use_cache": 2}, "use_cache must be true or false"),
+        ({"conv_template": ""}, "conv_template= is empty"),
+        ({"pretrained": " "}, "pretrained= is empty"),
+        ({"batch_size": 0}, "batch_size must be a number from 1"),
+        ({"gpus_per_model": 0}, "gpus_per_model must be a number of GPUs from 1"),
+        ({"save_provenance": -1}, "save_provenance must be a number of documents"),
+        ({"method": "none"}, "runs fastvid; without a method it is llava_onevision_accelerated"),
+        ({"method": "dense"}, "use llava_onevision_accelerated"),
+        ({"method": ""}, "method= is empty"),
     ],
 )
 def test_wrong_values_are_refused(given: dict, says: str) -> None:
