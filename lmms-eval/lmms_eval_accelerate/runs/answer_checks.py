@@ -43,13 +43,13 @@ def check(task: str, samples: Sequence[Mapping[str, Any]], config: Mapping[str, 
         (line, own) for line, own in zip(lines, costs, strict=True) if not any(cost.get("skipped") for cost in own)
     ]
     found = [_skipped(skipped, len(lines))]
-    losses = [_losses(line) for line, _ in answered]
-    if any(losses):
-        found += [_long(answered), _bad_losses(losses)]
+    likelihoods = any(_losses(line) for line, _ in answered)
+    found.append(_long(answered))
+    # what the model never read is no fault of templates, budgets and precision
+    answered = [(line, own) for line, own in answered if not _is_long(own)]
+    if likelihoods:
+        found.append(_bad_losses([_losses(line) for line, _ in answered]))
     else:
-        found.append(_long(answered))
-        # what the model never read is no fault of templates and budgets
-        answered = [(line, own) for line, own in answered if not _is_long(own)]
         answers = [_text(line.get("filtered_resps", "")) for line, _ in answered]
         targets = [_text(line.get("target", "")) for line, _ in answered]
         limit = _limit(config, [line for line, _ in answered])
@@ -84,6 +84,7 @@ def _long(answered: Sequence[tuple[Mapping[str, Any], list[dict]]]) -> str | Non
         answers = [_text(line.get("filtered_resps", "")) for line, _ in long]
         odd = sum(not answer or repeated_unit(answer) is not None for answer in answers)
         told = f" Of the answers to them {odd} are empty or one thing repeated." if odd else ""
+        told = " A continuation that was lost counts as infinitely unlikely." if _losses(long[0][0]) else told
         return (
             f"{prompts.described()}, where the question stands (by up to {most} tokens; first: document "
             f"{long[0][0].get('doc_id', '?')}).{told} These answers say nothing about the model. Give fewer frames, a "
@@ -108,7 +109,7 @@ def _bad_losses(losses: list[list[float]]) -> str | None:
         return None
     return (
         f"the likelihoods of {_of(bad, len(losses))} documents are NaN or infinite. Likely: half precision overflows; "
-        "try dtype=bfloat16 or float32, attn_implementation=sdpa. Or prompts that are longer than the model's context."
+        "try dtype=bfloat16 or float32, attn_implementation=sdpa."
     )
 
 
