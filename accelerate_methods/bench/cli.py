@@ -13,6 +13,7 @@ Methods are written as in comparisons: "dense", "fastvid", "fastvid@0.25", "dyco
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -48,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     request.add_argument("--batch", type=_count, default=1)
     measure = parser.add_argument_group("measurement")
     measure.add_argument("--methods", metavar="WORDS", help=f"default for videos: {VIDEO_METHODS}")
-    measure.add_argument("--retention", type=float, default=0.1, help="ratio of methods named without one")
+    measure.add_argument("--retention", type=_share, help="ratio of methods named without one (default: 0.1)")
     measure.add_argument("--repeats", type=_count, default=7)
     measure.add_argument("--warmup", type=_whole, default=2)
     measure.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop repeating after this long")
@@ -72,6 +73,13 @@ def _whole(text: str) -> int:
     if not re.fullmatch(r"\d+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
+
+
+def _share(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and up to 1")
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -22,6 +22,8 @@ from accelerate_methods.registry.pipeline import resolve
 from accelerate_methods.registry.settings import DENSE, Setting, settings_of
 from accelerate_methods.stages.errors import MethodError
 
+RETENTION = 0.1  # of methods that are named without a ratio
+
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Measure and write; 1 if a setting failed for another reason than memory, 0 otherwise."""
@@ -37,9 +39,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         with console.status("building the model"):
             model, inputs, described = _model_and_inputs(args, device, Path(folder))
-        words = args.methods or (VIDEO_METHODS if inputs.modality == "video" else IMAGE_METHODS)
+        words = args.methods
+        if words is None:
+            words = VIDEO_METHODS if inputs.modality == "video" else IMAGE_METHODS
         family = family_key(model)
-        settings = chosen(words, args.retention, family, inputs.modality)
+        settings = chosen(words, RETENTION, family, inputs.modality, args.retention)
         bench = Bench(model, inputs, args.new_tokens, family)
         rows = [Row(setting) for setting in settings]
         extra = measure(bench, rows, args, console)
@@ -61,9 +65,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return int(any(row.status.startswith("error") for row in rows))
 
 
-def chosen(words: str, retention: float, family: str, modality: str) -> list[Setting]:
-    """The settings of ``words``, dense first. "all" leaves out methods that do nothing with this kind of input."""
-    settings = [Setting(), *settings_of(words, retention, {}, family)]
+def chosen(words: str, retention: float, family: str, modality: str, asked: float | None = None) -> list[Setting]:
+    """The settings of ``words``, dense first. "all" leaves out methods that do nothing with this kind of input.
+
+    Args:
+        asked: a retention ratio that the user gave, see :func:`settings_of`.
+    """
+    settings = [Setting(), *settings_of(words, retention, {}, family, asked)]
+    retention = retention if asked is None else asked
     rest = re.sub(r"(?<![^\s,])all(@\S+)?(?![^\s,])", "", words)
     named = settings_of(rest, retention, {}, family) if rest.strip(" ,\t\n") else []
 
