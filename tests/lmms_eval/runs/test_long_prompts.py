@@ -9,6 +9,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("lmms_eval")
@@ -24,6 +25,7 @@ from lmms_eval_accelerate.reproduce.plan import plan
 from lmms_eval_accelerate.reproduce.tables import load
 from lmms_eval_accelerate.runs import summary
 from lmms_eval_accelerate.runs.answer_checks import check
+from lmms_eval_accelerate.runs.folder import RunFolder
 from lmms_eval_accelerate.runs.launch import Machines
 from lmms_eval_accelerate.runs.long_prompts import MARK, LongPrompts, not_comparable
 from lmms_eval_accelerate.session import session
@@ -209,16 +211,19 @@ def tasks(tmp_path_factory):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def run(checkpoint, tasks, task: str, more: str = ""):
+def run(checkpoint, tasks, task: str, more: str = "", folder: Path | None = None):
     args = f"pretrained={checkpoint},max_frames_num=4,device=cpu{more}"
     with session() as shared:
+        if folder is not None:
+            (folder / "run.json").write_text(json.dumps({"started": "2026-01-01T00:00:00"}))
+            shared.begin(RunFolder(folder, rank=0), journal=None)
         results = evaluate("llava_onevision_accelerated", [task], tasks, model_args=args)
         options = argparse.Namespace(model="llava_onevision_accelerated", model_args=args)
         return results, summary.build(results, results["samples"], options, shared)
 
 
-def test_a_run_counts_and_tells_prompts_that_were_cut(checkpoint, tasks, capsys):
-    results, report = run(checkpoint, tasks, "video")
+def test_a_run_counts_and_tells_prompts_that_were_cut(checkpoint, tasks, capsys, tmp_path):
+    results, report = run(checkpoint, tasks, "video", ",save_provenance=1", tmp_path)
     cut, whole = lines(results, "video")
     assert cut["prompt_tokens_cut"] == cut["prompt_tokens_over_dense"] > 0 and cut["prompt_limit"] == 150
     assert cut["prompt_tokens"] == cut["prompt_tokens_dense"] == 150 > cut["visual_tokens_after"]
@@ -231,6 +236,10 @@ def test_a_run_counts_and_tells_prompts_that_were_cut(checkpoint, tasks, capsys)
     assert not any("conv_template" in text for text in report["warnings"])
     summary.show(report, Path("summary.json"))
     assert "prompts that lost their end" in capsys.readouterr().out
+    with np.load(tmp_path / "provenance" / "video" / "0.npz") as saved:
+        meta = json.loads(str(saved["meta"]))
+        assert meta["prompt_tokens_cut"] == cut["prompt_tokens_cut"]
+        assert saved["kept_0"].sum() == cut["visual_tokens_after"] == meta["items"][0]["tokens_after"]
 
 
 def test_the_compressed_run_knows_that_dense_would_be_cut(checkpoint, tasks):
