@@ -219,7 +219,7 @@ class Looker:
                     temperature=None,
                     top_p=None,
                     top_k=None,
-                    pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+                    pad_token_id=_pad(self.tokenizer),
                     **more,
                 )
             sample = requests[0].samples[0]
@@ -272,6 +272,10 @@ class Prepared:
 
 def _printable(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _pad(tokenizer: Any) -> int:
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def _template(model: Any) -> str:
