@@ -1,4 +1,4 @@
-"""Names and ids shared by the whole LLaVA tree, with the values of LLaVA-NeXT's `llava.constants`."""
+"""Names and ids shared by the whole LLaVA tree, with the values of LLaVA's and LLaVA-NeXT's `llava.constants`."""
 
 CONTROLLER_HEART_BEAT_EXPIRATION = 30  # seconds
 WORKER_HEART_BEAT_INTERVAL = 15  # seconds
@@ -13,3 +13,5 @@ DEFAULT_IMAGE_TOKEN = "<image>"
 DEFAULT_IMAGE_PATCH_TOKEN = "<im_patch>"
 DEFAULT_IM_START_TOKEN = "<im_start>"
 DEFAULT_IM_END_TOKEN = "<im_end>"
+# Where a question of the command-line scripts wants its image; they write DEFAULT_IMAGE_TOKEN there.
+IMAGE_PLACEHOLDER = "<image-placeholder>"

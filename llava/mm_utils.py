@@ -136,6 +136,49 @@ def process_images(
     return _pixels(image_processor, images)
 
 
+def process_highres_image(image: Image.Image, processor: Any, grid_pinpoints: str) -> torch.Tensor:
+    """Overview and square tiles of one image, as LLaVA-NeXT's "highres" mode cuts them.
+
+    The image is padded to a square in the processor's mean colour and brought to the smallest of the offered sides that
+    is not below its own long side (else to the largest).
+
+    Args:
+        grid_pinpoints: the sides on offer in pixels, "336,672,1008".
+    Returns:
+        [1 + n * n, 3, S, S]; view 0 is the whole image squeezed to a square. Tiles that would not be whole are
+        left out.
+    """
+    sides = sorted(int(side) for side in grid_pinpoints.split(","))
+    side = next((side for side in sides if side >= max(image.size)), sides[-1])
+    tile = _base_side(processor)
+    square = expand2square(image, tuple(int(mean * 255) for mean in processor.image_mean)).resize((side, side))
+    return _pixels(processor, [image.resize((tile, tile)), *_whole_tiles(square, tile)])
+
+
+def process_highres_image_crop_split(image: Image.Image, data_args: Any, processor: Any = None) -> torch.Tensor:
+    """Square tiles of the middle of one image, as LLaVA-NeXT's "crop_split" mode cuts them.
+
+    Args:
+        data_args: ``image_crop_resolution``: side to which the short edge is brought, and of the square that is cut out
+            of the middle; ``image_split_resolution``: side of a tile; ``image_processor`` where no processor is given.
+    Returns:
+        [n * n, 3, S, S]; tiles that would not be whole are left out.
+    """
+    side = data_args.image_crop_resolution
+    ratio = image.width / image.height
+    large = (int(side * ratio), side) if ratio > 1 else (side, int(side / ratio))
+    left, top = (large[0] - side) // 2, (large[1] - side) // 2
+    square = image.resize(large, Image.Resampling.LANCZOS).crop((left, top, left + side, top + side))
+    processor = data_args.image_processor if processor is None else processor
+    return _pixels(processor, _whole_tiles(square, data_args.image_split_resolution))
+
+
+def _whole_tiles(image: Image.Image, side: int) -> list[Image.Image]:
+    """Tiles of one side, row by row, without those that the image cuts short."""
+    whole = (image.width // side * side, image.height // side * side)
+    return divide_to_patches(image.crop((0, 0, *whole)), side)
+
+
 def load_image_from_base64(image: str | bytes) -> Image.Image:
     """Open an image file given as base64 text, with or without a "data:image/...;base64," header.
 
@@ -177,6 +220,13 @@ def tokenizer_image_token(
     return torch.tensor(ids, dtype=torch.long) if return_tensors == "pt" else ids
 
 
+def load_pretrained_model(model_path: str, **kwargs: Any) -> Any:
+    """:func:`llava.model.builder.load_pretrained_model`, which Yi-VL's tree keeps here; options by keyword only."""
+    from llava.model import builder
+
+    return builder.load_pretrained_model(model_path, **kwargs)
+
+
 def get_model_name_from_path(model_path: str) -> str:
     """Last part of a path or hub id; a "checkpoint-N" folder is named after its parent too."""
     parts = model_path.strip("/").split("/")
@@ -211,7 +261,7 @@ class KeywordsStoppingCriteria(StoppingCriteria):
 
     def _generated(self, output_ids: torch.Tensor) -> torch.Tensor:
         length = self.input_ids.shape[-1]
-        prompt = self.input_ids.reshape(-1, length).to(output_ids.device)
+        prompt = (self.input_ids if self.input_ids.ndim == 2 else self.input_ids[None]).to(output_ids.device)
         if output_ids.shape[1] < length or len(prompt) != len(output_ids):
             return output_ids
         return output_ids[:, length:] if torch.equal(output_ids[:, :length], prompt) else output_ids

@@ -1,6 +1,6 @@
 """``load_pretrained_model``: an official LLaVA checkpoint, ready to use, with a compression method attached if asked.
 
-The signature is the official one plus ``method`` and ``method_params``. What differs:
+The signature is LLaVA-NeXT's plus ``method`` and ``method_params``, and LLaVA's own arguments by keyword. What differs:
 the model class follows the checkpoint's own config, and a ``model_name`` that says otherwise is an error; float32 and
 "auto" are allowed dtypes; CPU works; nothing is swallowed (docs/llava_tree.md).
 """
@@ -36,6 +36,9 @@ def load_pretrained_model(
     overwrite_config: dict[str, Any] | None = None,
     method: Any = None,
     method_params: dict[str, Any] | None = None,
+    *,
+    device: str | torch.device | None = None,
+    use_flash_attn: bool | None = None,
     **kwargs: Any,
 ):
     """Load a checkpoint.
@@ -53,6 +56,8 @@ def load_pretrained_model(
         overwrite_config: config keys set before the model is built.
         method: anything :func:`accelerate_methods.resolve` takes; attached permanently.
         method_params: hyper-parameters for ``method``.
+        device: LLaVA's argument: any device but "cuda" holds the whole model, in place of ``device_map``.
+        use_flash_attn: LLaVA's argument: whether ``attn_implementation`` is flash-attention or transformers' choice.
         kwargs: ``multimodal`` is accepted and ignored (the config says what the checkpoint is); the rest goes to
             ``from_pretrained``.
 
@@ -66,6 +71,10 @@ def load_pretrained_model(
     """
     kwargs.pop("multimodal", None)
     _check_placement(kwargs)
+    if device is not None and str(device) != "cuda":
+        device_map = str(device)
+    if use_flash_attn is not None:
+        attn_implementation = "flash_attention_2" if use_flash_attn else None
     if method is None and method_params:
         given = ", ".join(sorted(method_params))
         raise MethodError(f"method_params ({given}) given, but no method to apply them to; name one with method=.")

@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.utils import cached_file
 
 #: transformers >= 5.6 dropped the inner ``vision_model`` of its CLIP and SigLIP vision models
@@ -75,6 +79,13 @@ def has_tower_weights(path: str | Path, kwargs: Mapping[str, Any] | None = None)
     state = (kwargs or {}).get("state_dict")
     names = set(state) if state is not None else weight_names(path)
     return any(name.startswith(_TOWER_PREFIX) for name in names)
+
+
+def share_weight_conversion(source: str, model_type: str) -> None:
+    """Load (and save) weights of ``model_type`` as transformers does those of ``source``: it fuses experts."""
+    mapping = get_checkpoint_conversion_mapping(source)
+    if mapping is not None:
+        register_checkpoint_conversion_mapping(model_type, mapping, overwrite=True)
 
 
 def check_loaded(info: Mapping[str, Any], path: Any, allow_missing: tuple[str, ...] = ()) -> None:
