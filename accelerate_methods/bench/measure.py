@@ -150,7 +150,14 @@ class Bench:
                 "after": after,
                 "per_layer": after - length + sum(layers) / len(layers),
             },
-            "prompt_tokens": {"dense": sample.dense_length, "first_layer": length, "layers": layers},
+            "prompt_tokens": {
+                "dense": sample.dense_length,
+                "first_layer": length,
+                "layers": layers,
+                # of a prompt longer than the context, whose times are those of what was left of it
+                "lost": sample.cut,
+                "over_dense": sample.over_dense,
+            },
             "tflops": {name: None if macs is None else macs / TERA for name, macs in work.items()},
         }
 

@@ -12,6 +12,7 @@ from lmms_eval_accelerate.runs.long_prompts import MARK, marked
 
 #: beginnings of the headers of columns that are relative to the dense run of the same task
 _RELATIVE = ("vs dense", "95 %", "same answers", "first-token KL", "top-1", "LLM", "speed-up")
+_RELATIVE_BENCH = ("speed-up", "overhead", "first token speed-up")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +106,8 @@ def accuracy_columns(table: TaskTable) -> list[Column]:
 def _doubted(column: Column) -> Column:
     """The column with a mark behind numbers that are relative to a dense run that is no baseline."""
 
-    def text(entry: Entry) -> str | None:
-        return marked(column.text(entry) or "", entry.not_comparable) or None
+    def text(row: Entry | BenchRow) -> str | None:
+        return marked(column.text(row) or "", row.not_comparable) or None
 
     return dataclasses.replace(column, text=text, help=f"{column.help}; {MARK}: not comparable, see the warnings")
 
@@ -149,6 +150,7 @@ def bench_columns(section: BenchSection) -> list[Column]:
         _bytes("peak memory GiB", "most memory allocated on the device", "peak_memory_bytes", gib, ".2f"),
         _bytes("KV cache MiB", "keys and values after prefill", "kv_cache_bytes", mib, ".1f"),
     ]
+    columns = [_doubted(column) if column.header in _RELATIVE_BENCH else column for column in columns]
     return [first, *_filled(columns, section.rows)]
 
 

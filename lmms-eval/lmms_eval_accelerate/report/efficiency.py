@@ -11,6 +11,7 @@ from accelerate_methods.registry.pipeline import resolve
 from accelerate_methods.stages.errors import MethodError
 from lmms_eval_accelerate.report.results import DENSE, Bench
 from lmms_eval_accelerate.report.sections import BenchRow, BenchSection, Entry, Section, plain, ratio, warn_apart
+from lmms_eval_accelerate.runs.long_prompts import MARK
 
 
 def bench_sections(benches: Iterable[Bench]) -> list[BenchSection]:
@@ -44,8 +45,14 @@ def _bench_rows(bench: Bench, suffix: str, notes: list[str]) -> list[BenchRow]:
     if dense is None:
         notes.append(f"{bench.path.name} has no dense measurement: nothing in it is relative.")
         return rows
+    over = max(((row.content.get("prompt_tokens") or {}).get("over_dense") or 0 for row in rows if row.ok), default=0)
+    reason = None
+    if over:
+        reason = f"the uncompressed prompt is {over} tokens longer than the model's context, the dense run is of a part"
+        notes.append(f"{MARK}: not comparable ({bench.path.name}): {reason}.")
     for row in rows:
         if row.ok and row is not dense:
+            row.not_comparable = reason
             row.speedup = ratio(dense.work_ms, row.work_ms)
             row.first_token_speedup = ratio(dense.median("first_token_ms"), row.median("first_token_ms"))
             row.overhead = ratio(row.median("compress_ms"), dense.median("prefill_ms"))

@@ -138,6 +138,7 @@ class BenchRow:
     speedup: float | None = None
     first_token_speedup: float | None = None
     overhead: float | None = None
+    not_comparable: str | None = None
 
     @property
     def ok(self) -> bool:

@@ -33,7 +33,7 @@ from rich.console import Console
 
 from accelerate_methods.engine.long_prompts import LongPromptError
 from accelerate_methods.stages.errors import UnknownNameError
-from tests.lmms_eval.report.test_report import FASTV, write_run
+from tests.lmms_eval.report.test_report import FASTV, write_bench, write_run
 from tests.support import reproduce_runs
 from tests.support.lmms_tasks import document, evaluate, lines, write_tasks, write_video
 from tests.support.paths import ROOT
@@ -184,6 +184,17 @@ def test_the_report_marks_rows_whose_dense_run_lost_questions(tmp_path):
         text = (tmp_path / "report" / name).read_text()
         assert "12 of 50 prompts were longer than the model" in text and f"{MARK}: not comparable (fastv@0.25)" in text
         assert f"100% {MARK}" in text and "too long" in text
+
+
+def test_the_report_marks_a_bench_whose_dense_prompt_was_cut(tmp_path):
+    path = write_bench(tmp_path / "bench.json")
+    content = json.loads(path.read_text())
+    for row in content["rows"]:
+        row["prompt_tokens"] = {"dense": 4096, "lost": 0, "over_dense": 809}
+    path.write_text(json.dumps(content))
+    report_main([str(path), "--output", str(tmp_path / "report")])
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert f"5.00x {MARK}" in text and "809 tokens longer than the model's context" in text
 
 
 # -- real runs ---------------------------------------------------------------------------------------------------------
