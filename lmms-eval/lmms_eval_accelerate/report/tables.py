@@ -68,6 +68,7 @@ def bench_csv(sections: Sequence[BenchSection]) -> str:
             "speedup": row.speedup,
             "first_token_speedup": row.first_token_speedup,
             "overhead": row.overhead,
+            "not_comparable": row.not_comparable,
             "peak_memory_bytes": row.content.get("peak_memory_bytes"),
             "kv_cache_bytes": row.content.get("kv_cache_bytes"),
         }
