@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from accelerate_methods.ops.select import random_indices
+from accelerate_methods.ops.select import on_device, random_indices, random_mask
 from accelerate_methods.registry import register
 from accelerate_methods.stages.budget import BudgetedMethod, floor_share
 from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem, selection
@@ -37,7 +37,8 @@ class RandomTokens(BudgetedMethod, CompressMethod):
     seed: int = integer(0)
 
     def compress(self, item: VisualItem) -> Compressed:
-        return selection(item, random_indices(item.num_tokens, self.budget(item), self.seed).to(item.features.device))
+        kept = random_indices(item.num_tokens, self.budget(item), self.seed)
+        return selection(item, on_device(kept, item.features.device), order="given")  # ascending
 
 
 @register("uniform")
@@ -57,7 +58,7 @@ class UniformTokens(BudgetedMethod, CompressMethod):
         total, count = item.num_tokens, self.budget(item)
         # floor((i + 1/2) * total / count) in integers: exact for any size
         kept = (2 * torch.arange(count, device=item.features.device) + 1) * total // (2 * count)
-        return selection(item, kept)
+        return selection(item, kept, order="given")  # ascending
 
 
 @register("pool")
@@ -93,7 +94,7 @@ class PooledTokens(BudgetedMethod, CompressMethod):
             count = frames * new_rows * new_columns
         tokens = torch.zeros(count, item.features.shape[-1], dtype=torch.float32, device=item.features.device)
         tokens.index_add_(0, owner, item.features.flatten(0, 1).float())
-        sizes = torch.bincount(owner, minlength=count)
+        sizes = tokens.new_zeros(count).index_add_(0, owner, tokens.new_ones(()).expand_as(owner))
         first = torch.full((count,), item.length, dtype=torch.long, device=owner.device)
         first.scatter_reduce_(0, owner, item.positions.flatten(), reduce="amin")
         return Compressed(
@@ -152,14 +153,13 @@ class RandomPrefill(PrefillMethod):
         return (self.layer,)
 
     def prefill(self, step: PrefillStep) -> Selection:
-        keep = ~step.visual
-        if step.valid is not None:
-            keep &= step.valid
-        for sample, visual in enumerate(step.visual):
-            positions = visual.nonzero().squeeze(1)
-            count = max(1, floor_share(len(positions), self.retention_ratio)) if len(positions) else 0
-            keep[sample, positions[random_indices(len(positions), count, self.seed).to(positions.device)]] = True
-        return Selection.from_mask(keep)
+        if step.rows is None:
+            totals = [sum(span.num_content for span in sample) for sample in step.spans]
+        else:  # rows have gone since the prompt: only the device knows which
+            totals = step.visual.sum(1).tolist()
+        counts = [max(1, floor_share(total, self.retention_ratio)) if total else 0 for total in totals]
+        keep = ~step.visual | random_mask(step.visual, totals, counts, self.seed)
+        return Selection.from_mask(keep if step.valid is None else keep & step.valid)
 
 
 def pooled_grid(rows: int, columns: int, budget: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from accelerate_methods.ops.select import random_indices, right_aligned_indices, top_mask
+from accelerate_methods.ops.select import random_mask, right_aligned_indices, top_mask
 from accelerate_methods.registry import register
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.fields import integer, real, share
@@ -74,8 +74,10 @@ class FastV(PrefillMethod):
         kept = [self.keep_count(total, len(spans)) for total, spans in zip(totals, step.spans, strict=True)]
         if kept == totals:
             return None
-        scores = _random_scores(step.block, totals, kept, self.seed) if self.k == 0 else last_token_scores(step)
-        keep = keep_best(scores, step.block, kept)
+        if self.k == 0:
+            keep = ~step.block | random_mask(step.block, totals, kept, self.seed)
+        else:
+            keep = keep_best(last_token_scores(step), step.block, kept)
         if step.valid is not None:
             keep &= step.valid
         if step.rows is not None:  # rows have gone since the prompt: only the device knows how many
@@ -115,12 +117,3 @@ def keep_best(scores: Tensor, block: Tensor, kept: Sequence[int]) -> Tensor:
         kept: counts per sample.
     """
     return ~block | top_mask(scores.masked_fill(~block, -torch.inf), kept)
-
-
-def _random_scores(block: Tensor, totals: Sequence[int], kept: Sequence[int], seed: int) -> Tensor:
-    """[B, L] 1 at ``kept`` random visual rows of each sample, 0 elsewhere; a function of the counts and the seed."""
-    drawn = torch.zeros(len(totals), max(totals))
-    for row, total, count in zip(drawn, totals, kept, strict=True):
-        row[random_indices(total, count, seed)] = 1.0
-    number = block.long().cumsum(1) - 1  # of each visual row within its sample
-    return drawn.to(block.device, non_blocking=True).gather(1, number.clamp(min=0))

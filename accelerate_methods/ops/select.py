@@ -136,3 +136,18 @@ def on_device(values: Sequence[Any] | Tensor, device: torch.device) -> Tensor:
 def random_indices(total: int, count: int, seed: int) -> torch.Tensor:
     """``count`` of ``total`` indices, ascending; a function of its arguments alone."""
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+
+
+def random_mask(mask: Tensor, totals: Sequence[int], counts: Sequence[int], seed: int) -> Tensor:
+    """Random ``counts`` of the True entries of each row of ``mask`` [R, N]: [R, N] bool.
+
+    A function of the seed and of the numbers alone, wherever the entries stand and whatever other rows there are.
+
+    Args:
+        totals: True entries of each row.
+    """
+    drawn = torch.zeros(len(totals), max(1, *totals), dtype=torch.bool)
+    for row, total, count in zip(drawn, totals, counts, strict=True):
+        row[random_indices(total, count, seed)] = True
+    number = mask.cumsum(1) - 1  # of each True entry within its row
+    return mask & on_device(drawn, mask.device).gather(1, number.clamp(min=0))
