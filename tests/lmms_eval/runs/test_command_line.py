@@ -11,7 +11,7 @@ pytest.importorskip("lmms_eval")
 
 from lmms_eval_accelerate import cli
 from lmms_eval_accelerate.models import generation
-from lmms_eval_accelerate.models.generation import READS, check, check_given
+from lmms_eval_accelerate.models.generation import READS, check, check_given, check_requests
 from lmms_eval_accelerate.runs import command_line
 from lmms_eval_accelerate.runs.command_line import own_options, read
 from lmms_eval_accelerate.runs.folder import RunError
@@ -179,6 +179,20 @@ def test_generation_arguments_of_a_task():
     for bad in ({"until": ["a", 4]}, {"max_new_tokens": 0}, {"num_return_sequences": 2}, {"guidance_scale": 1.5}):
         with pytest.raises(MethodError, match=r"task t.*not"):
             check(bad, "task t")
+
+
+def test_a_model_judges_its_requests_before_it_answers_any():
+    """Whoever started it: lmms-eval's own command knows nothing of these rules."""
+    from lmms_eval.api.instance import Instance
+
+    def request(**values) -> Instance:
+        arguments = ("question", values, None, 0, "t", "test")
+        metadata = {"task": "t", "doc_id": 0, "repeats": 1}
+        return Instance(request_type="generate_until", arguments=arguments, idx=0, metadata=metadata)
+
+    check_requests([request(max_new_tokens=4, until=[])])
+    with pytest.raises(MethodError, match=r"generation arguments of task t: guidance_scale=3 is not possible"):
+        check_requests([request(max_new_tokens=4), request(guidance_scale=3)])
 
 
 def test_every_generation_argument_of_the_stock_tasks_passes():
