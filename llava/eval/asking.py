@@ -160,9 +160,9 @@ class Assistant:
         ids = tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt")[None].to(self.model.device)
         if images:
             pixels = process_images(images, self.processor, self.model.config)
-            listed = [image.to(self.model.device, self.model.dtype) for image in pixels]
-            sizes = [image.size for image in images]
-            generate |= {"images": listed, "image_sizes": sizes}
+            like = {"device": self.model.device, "dtype": self.model.dtype}
+            pixels = [image.to(**like) for image in pixels] if isinstance(pixels, list) else pixels.to(**like)
+            generate |= {"images": pixels, "image_sizes": [image.size for image in images]}
         generate.setdefault("max_new_tokens", self._option("max_new_tokens", 1024))
         output = self.model.generate(ids, **self._sampling(), pad_token_id=self._pad(), use_cache=True, **generate)
         return self.tokenizer.batch_decode(output, skip_special_tokens=True)[0].strip()
