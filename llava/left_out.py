@@ -24,7 +24,7 @@ REASONS: dict[str, str] = {
         "SparseVLM's patched copy of LLaMA; " + _ATTACH.format("<method>")
     ),
     "llava.model.language_model.modeling_qwen2": (
-        "DyCoke's patched copy of Qwen2; the plain classes are transformers', and " + _ATTACH.format('"dycoke"')
+        "a patched copy of Qwen2; the plain classes are transformers', and " + _ATTACH.format("<method>")
     ),
 }
 

@@ -44,7 +44,7 @@ def add_model_options(parser: argparse.ArgumentParser, max_new_tokens: int = 102
     model.add_argument("--device", default=None, help="cuda, cuda:1, cpu ... (default: cuda if there is one)")
     model.add_argument("--load-8bit", action="store_true", help="8-bit weights (needs bitsandbytes)")
     model.add_argument("--load-4bit", action="store_true", help="4-bit weights (needs bitsandbytes)")
-    model.add_argument("--method", default=None, help="compress visual tokens: fastv (keeps 25 %%), visionzip@0.2 ...")
+    model.add_argument("--method", default=None, help="compress visual tokens: NAME (keeps 25 %%), NAME@0.2 ...")
     answers = parser.add_argument_group("answers")
     answers.add_argument("--temperature", type=float, default=0.2, help="0: the likeliest token (default: 0.2)")
     answers.add_argument("--top_p", "--top-p", type=float, default=None)
@@ -180,7 +180,7 @@ class Assistant:
 
 
 def _method_of(words: str | None) -> tuple[str | None, dict[str, Any] | None]:
-    """ "fastvid@0.25" or "dycoke(k=0.3)" as name and parameters."""
+    """``NAME@0.25`` or ``NAME(k=0.3)`` as name and parameters."""
     if words is None:
         return None, None
     from accelerate_methods.registry.settings import settings_of
@@ -188,7 +188,7 @@ def _method_of(words: str | None) -> tuple[str | None, dict[str, Any] | None]:
 
     settings = settings_of(words, 0.25, {}, "")
     if len(settings) != 1:
-        raise MethodError(f"--method {words!r}: one method is wanted, as in --method visionzip@0.2.")
+        raise MethodError(f"--method {words!r}: one method is wanted, as in --method NAME@0.2.")
     return settings[0].method, dict(settings[0].params)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from llava.media_kind import PICTURE_SUFFIXES, VIDEO_SUFFIXES
 from lmms_eval_accelerate.benchmarks.catalog import BENCHMARKS, Benchmark
 from lmms_eval_accelerate.embedded import CLIPS, QUESTIONS
-from lmms_eval_accelerate.runs.fingerprint import short_hash
+from lmms_eval_accelerate.hashes import short_hash
 
 _ARCHIVES = frozenset({".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"})
 _MEDIA = PICTURE_SUFFIXES | VIDEO_SUFFIXES | _ARCHIVES

@@ -6,13 +6,13 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import platform
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from accelerate_methods.registry import plugins
+from lmms_eval_accelerate.hashes import short_hash
 
 #: packages whose version can change an answer or its price
 PACKAGES = (
@@ -20,11 +20,6 @@ PACKAGES = (
     *("decord", "av", "pillow", "flash-attn"),
 )
 _SOURCES = ("accelerate_methods", "llava", "lmms_eval_accelerate")
-
-
-def short_hash(value: Any) -> str:
-    """Eight hex digits of a JSON-able value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 @functools.cache
