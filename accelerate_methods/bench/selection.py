@@ -1,7 +1,8 @@
 """Each method's own work (compression, selection) on made-up inputs, without any model around it.
 
 ``scripts/bench/selection.py`` measures them, each in a process of its own. Inputs have the statistics of a video
-(:mod:`.features`).
+(:mod:`.features`). Beside each stands, measured in the same process and in turn with it, what takes no cleverness: a
+random selection of as many tokens, and a copy of as many neighbouring rows, which is the least that a selection costs.
 """
 
 from __future__ import annotations
@@ -21,20 +22,29 @@ from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.prefill import VisualSpan
 from accelerate_methods.stages.views import Views
 
-Work = tuple[Callable[[], object], int]  # what is timed, and bytes of its main input
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is timed.
+
+    Attributes:
+        run: the method's own work.
+        bytes: of its main input.
+        plain: by name ("random", "copy"), what it is compared with; without one where there is nothing of the kind.
+    """
+
+    run: Callable[[], object]
+    bytes: int
+    plain: dict[str, Callable[[], object]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """``make(device, dtype)`` prepares the inputs and gives the work.
-
-    ``official``: ms of the authors' released code at the commit that the method names, None where it was not run.
-    """
+    """``make(device, dtype)`` prepares the inputs and gives the work."""
 
     method: str
     what: str
     make: Callable[[torch.device, torch.dtype], Work]
-    official: float | None = None
 
 
 def _bytes(tensor: torch.Tensor) -> int:
@@ -47,6 +57,11 @@ def _random(*shape: int, device: torch.device, dtype: torch.dtype) -> torch.Tens
 
 def _probabilities(*shape: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     return _random(*shape, device=device, dtype=torch.float32).mul(2).softmax(-1).to(dtype)
+
+
+def _copy(rows: torch.Tensor, count: int) -> Callable[[], object]:
+    """A copy of the first ``count`` rows of [M, D]."""
+    return lambda: rows[:count].clone()
 
 
 def video(method: str, frames: int, tokens: int, width: int, **params: object):
@@ -69,7 +84,10 @@ def video(method: str, frames: int, tokens: int, width: int, **params: object):
             "key_states": _random(frames, tokens, 64, device=device, dtype=dtype),
         }
         instance = accelerate_methods.get(method, **params)
-        return lambda: instance.compress(item), _bytes(features)
+        kept = len(instance.compress(item).tokens)
+        random = accelerate_methods.get("random", retention_ratio=kept / (frames * tokens))
+        plain = {"random": lambda: random.compress(item), "copy": _copy(features.flatten(0, 1), kept)}
+        return Work(lambda: instance.compress(item), _bytes(features), plain)
 
     return make
 
@@ -90,7 +108,14 @@ def views(method: str, count: int, **params: object):
             },
         )
         instance = accelerate_methods.get(method, **params)
-        return lambda: instance.compress_views(image), _bytes(features)
+        rows = features.flatten(0, 1)
+        kept = len(instance.compress_views(image).tokens)
+
+        def random() -> object:
+            return rows[torch.randperm(len(rows))[:kept].sort().values.to(device)]
+
+        plain = {"random": random, "copy": _copy(rows, kept)}
+        return Work(lambda: instance.compress_views(image), _bytes(features), plain)
 
     return make
 
@@ -113,15 +138,15 @@ def fastv_row(device: torch.device, dtype: torch.dtype) -> Work:
         layer=2, num_layers=28, visual=visual, block=visual, valid=None, spans=spans, rows=None, lengths=[length],
         probabilities=row,
     )  # fmt: skip
-    method = accelerate_methods.get("fastv", k=2, r=0.5)
-    return lambda: method.prefill(step), _bytes(row)
+    method, random = accelerate_methods.get("fastv", k=2, r=0.5), accelerate_methods.get("fastv", k=0, r=0.5)
+    return Work(lambda: method.prefill(step), _bytes(row), {"random": lambda: random.prefill(step)})
 
 
 def gather_half(device: torch.device, dtype: torch.dtype) -> Work:
     """What the decoder loop does with FastV's answer: of 6310 hidden states of width 3584 every second one stays."""
     hidden = _random(1, 6310, 3584, device=device, dtype=dtype)
     kept = torch.arange(0, 6310, 2, device=device)[None]
-    return lambda: gather_rows(hidden, kept), _bytes(hidden)
+    return Work(lambda: gather_rows(hidden, kept), _bytes(hidden), {"copy": _copy(hidden[0], kept.shape[1])})
 
 
 def prunevid_groups(tokens: int, heads: int):
@@ -136,11 +161,13 @@ def prunevid_groups(tokens: int, heads: int):
         info = {"static_sizes": [static], "dynamic_sizes": [tokens - static], "window_sizes": [8]}
         step = _Step(
             layer=11, num_layers=32, visual=visual, block=visual, valid=None, rows=None, probabilities=rows,
+            lengths=[length],
             spans=[[VisualSpan(start, tokens, "video", tokens, info)]], num_heads=heads,
             hidden_states=torch.empty(1, length, 8, device=device, dtype=dtype),
         )  # fmt: skip
         method = accelerate_methods.get("prunevid")
-        return lambda: method.prefill(step), _bytes(rows)
+        random = accelerate_methods.get("fastv", k=0, r=0.6)
+        return Work(lambda: method.prefill(step), _bytes(rows), {"random": lambda: random.prefill(step)})
 
     return make
 
@@ -162,30 +189,34 @@ def dycoke_choice(device: torch.device, dtype: torch.dtype) -> Work:
         step.memory.clear()
         return method.decode(step)
 
-    return work, _bytes(step.probabilities)
+    return Work(work, _bytes(step.probabilities))
 
 
 def dycoke_gather(device: torch.device, dtype: torch.dtype) -> Work:
     """Keys and values of one layer as a decode step sees them: 4 heads of 128, 3200 -> 1032."""
     keys, values = (_random(1, 4, 3200, 128, device=device, dtype=dtype) for _ in range(2))
     seen = torch.randperm(3200, generator=torch.Generator().manual_seed(0))[:1032].sort().values.to(device)[None]
-    return lambda: (gather_keys(keys, seen), gather_keys(values, seen)), 2 * _bytes(keys)
+    return Work(
+        lambda: (gather_keys(keys, seen), gather_keys(values, seen)),
+        2 * _bytes(keys),
+        {"copy": lambda: (keys[:, :, :1032].clone(), values[:, :, :1032].clone())},
+    )
 
 
 CASES = [
-    Case("fastvid", "compress 32x196x3584, 10 %", video("fastvid", 32, 196, 3584, retention_ratio=0.1), 980.0),
-    Case("prunevid", "merge 32x196x3584", video("prunevid", 32, 196, 3584), 1000.0),
-    Case("prunevid", "merge 16x144x4096", video("prunevid", 16, 144, 4096), 410.0),
-    Case("prunevid", "select 688 tokens, 64 rows, 32 heads", prunevid_groups(688, 32), 9.0),
-    Case("prunevid", "select 992 tokens, 64 rows, 28 heads", prunevid_groups(992, 28), 16.0),
-    Case("visionzip", "576x1024, 54+10", views("visionzip", 1, dominant=54, contextual=10), 21.0),
-    Case("visionzip", "5x576x1024, 54+10", views("visionzip", 5, dominant=54, contextual=10), 119.0),
+    Case("fastvid", "compress 32x196x3584, 10 %", video("fastvid", 32, 196, 3584, retention_ratio=0.1)),
+    Case("prunevid", "merge 32x196x3584", video("prunevid", 32, 196, 3584)),
+    Case("prunevid", "merge 16x144x4096", video("prunevid", 16, 144, 4096)),
+    Case("prunevid", "select 688 tokens, 64 rows, 32 heads", prunevid_groups(688, 32)),
+    Case("prunevid", "select 992 tokens, 64 rows, 28 heads", prunevid_groups(992, 28)),
+    Case("visionzip", "576x1024, 54+10", views("visionzip", 1, dominant=54, contextual=10)),
+    Case("visionzip", "5x576x1024, 54+10", views("visionzip", 5, dominant=54, contextual=10)),
     Case("fastervlm", "5x576x1024, 58 a view", views("fastervlm", 5, tokens_per_view=58)),
-    Case("dycoke", "TTM 32x196x3584, K=0.7", video("dycoke", 32, 196, 3584, k=0.7), 150.0),
-    Case("dycoke", "DP choice, 28 heads, 3200 keys", dycoke_choice, 0.16),
-    Case("dycoke", "DP gather of a layer, 3200 -> 1032", dycoke_gather, 13.0),
-    Case("fastv", "choice from a row of 28x6310", fastv_row, 0.54),
-    Case("fastv", "gather 6310x3584 -> half", gather_half, 52.0),
+    Case("dycoke", "TTM 32x196x3584, K=0.7", video("dycoke", 32, 196, 3584, k=0.7)),
+    Case("dycoke", "DP choice, 28 heads, 3200 keys", dycoke_choice),
+    Case("dycoke", "DP gather of a layer, 3200 -> 1032", dycoke_gather),
+    Case("fastv", "choice from a row of 28x6310", fastv_row),
+    Case("fastv", "gather 6310x3584 -> half", gather_half),
     Case("pool", "32x196x3584, 10 % (baseline)", video("pool", 32, 196, 3584, retention_ratio=0.1)),
     Case("random", "32x196x3584, 10 % (baseline)", video("random", 32, 196, 3584, retention_ratio=0.1)),
 ]
@@ -193,24 +224,29 @@ CASES = [
 
 @torch.inference_mode()
 def measure(case: Case, device: torch.device, dtype: torch.dtype, threads: int, repeats: int) -> dict[str, object]:
-    """Milliseconds of every repeat and the peak of memory above what was there before."""
+    """Milliseconds of every repeat, of the work and what it is compared with in turn; the memory that it adds."""
     torch.set_num_threads(threads)
-    work, size = case.make(device, dtype)
+    work = case.make(device, dtype)
     cuda = device.type == "cuda"
     before = _memory_before(cuda)
-    work()
+    work.run()
     extra = _memory_peak(cuda) - before
-    spent = []
+    runs = {"": work.run, **work.plain}
+    for run in runs.values():
+        run()
+    spent: dict[str, list[float]] = {name: [] for name in runs}
     begin = time.perf_counter()
-    while len(spent) < repeats or (len(spent) < 5 * repeats and time.perf_counter() - begin < 1.0):
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        if cuda:
-            torch.cuda.synchronize()
-        spent.append(1000 * (time.perf_counter() - start))
-    return {"ms": spent, "input_bytes": size, "extra_bytes": max(0, extra)}
+    while len(spent[""]) < repeats or (len(spent[""]) < 5 * repeats and time.perf_counter() - begin < 1.0):
+        for name, run in runs.items():
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            if cuda:
+                torch.cuda.synchronize()
+            spent[name].append(1000 * (time.perf_counter() - start))
+    plain = {f"{name}_ms": times for name, times in spent.items() if name}
+    return {"ms": spent[""], **plain, "input_bytes": work.bytes, "extra_bytes": max(0, extra)}
 
 
 def _memory_before(cuda: bool) -> int:
