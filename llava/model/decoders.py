@@ -7,23 +7,43 @@ here a name that contradicts the config is an error.
 from __future__ import annotations
 
 import importlib
+import re
 from typing import Any
 
 from llava.model.checkpoint import CheckpointError
 
-#: decoder -> (class, module, substrings by which the official code recognises it in a model name)
+#: decoder -> (class, module)
 DECODERS = {
-    "mistral": ("LlavaMistralForCausalLM", "llava_mistral", ("mistral", "zephyr")),
-    "qwen": ("LlavaQwenForCausalLM", "llava_qwen", ("qwen", "quyen")),
-    "llama": ("LlavaLlamaForCausalLM", "llava_llama", ("vicuna", "llama", "llava-v1.5")),
+    "mixtral": ("LlavaMixtralForCausalLM", "llava_mixtral"),
+    "gemma": ("LlavaGemmaForCausalLM", "llava_gemma"),
+    "qwen_moe": ("LlavaQwenMoeForCausalLM", "llava_qwen_moe"),
+    "mistral": ("LlavaMistralForCausalLM", "llava_mistral"),
+    "qwen": ("LlavaQwenForCausalLM", "llava_qwen"),
+    "llama": ("LlavaLlamaForCausalLM", "llava_llama"),
 }
-_UNSUPPORTED = ("mixtral", "gemma", "mpt", "moe")
+#: (decoder, what stands for it in a model name), in the order in which LLaVA-NeXT's loader asks
+#: (`llava/model/builder.py` of LLaVA-VL/LLaVA-NeXT@006c78d). Short words must stand alone: "yi" is not in "trying".
+_NAMED = tuple(
+    (decoder, re.compile(pattern))
+    for decoder, pattern in (
+        ("mixtral", "mixtral"),
+        ("mistral", "mistral|zephyr"),
+        ("llama", r"llama|nous-hermes|llava-v1\.6-34b|llava-v1\.5|(?<![a-z])yi(?![a-z])|wizardlm-2.*vicuna"),
+        ("qwen_moe", r"(qwen|quyen).*((?<![a-z])moe(?![a-z])|a14b)|(?<![a-z])moe(?![a-z]).*(qwen|quyen)"),
+        ("qwen", "qwen|quyen"),
+        ("gemma", "gemma"),
+        # no decoders of this tree; the official loader takes such a checkpoint for a LLaMA
+        ("moe", r"(?<![a-z])moe(?![a-z])"),
+        ("mpt", r"(?<![a-z])mpt(?![a-z])"),
+        ("llama", "vicuna"),
+    )
+)
 
 
 def checkpoint_decoder(config: dict[str, Any], path: str = "") -> str:
-    """Language model ("llama", "qwen", "mistral") that a config.json says it is."""
+    """Language model (a key of ``DECODERS``) that a config.json says it is."""
     named = [*config.get("architectures", ()), str(config.get("model_type", ""))]
-    for decoder, (class_name, module, _) in DECODERS.items():
+    for decoder, (class_name, module) in DECODERS.items():
         if class_name in named or module in named:
             return decoder
     native = [n for n in named if n.endswith("ForConditionalGeneration")]
@@ -45,15 +65,12 @@ def check_model_name(name: str, decoder: str, path: str) -> None:
 
 
 def named_decoder(name: str) -> str | None:
-    """Language model that a model name speaks of, None if it names none (order as in the official dispatch)."""
+    """Language model that a model name speaks of, None if it names none.
+
+    Where a name speaks of two the official precedence decides: "llava-v1.5-13b-qwen" is a LLaMA.
+    """
     lower = name.lower()
-    for word in _UNSUPPORTED:
-        if word in lower:
-            return word
-    for decoder, (_, _, words) in DECODERS.items():
-        if any(word in lower for word in words):
-            return decoder
-    return None
+    return next((decoder for decoder, pattern in _NAMED if pattern.search(lower)), None)
 
 
 def official_dispatch(model_name: str, multimodal: bool | None = None) -> dict[str, Any]:
@@ -87,9 +104,9 @@ def official_dispatch(model_name: str, multimodal: bool | None = None) -> dict[s
 
 def model_class_of(decoder: str) -> Any:
     """The class of the tree's causal LM on this decoder."""
-    class_name, module, _ = DECODERS[decoder]
+    class_name, module = DECODERS[decoder]
     return getattr(importlib.import_module(f"llava.model.language_model.{module}"), class_name)
 
 
 def _example(decoder: str) -> str:
-    return {"qwen": "llava_qwen", "llama": "llava_llama", "mistral": "llava_mistral"}[decoder]
+    return DECODERS[decoder][1]
