@@ -31,6 +31,7 @@ from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.fields import flag, integer, real, share
 from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection, VisualSpan
 
+_ALIKE = 0.8  # groups of at least this share of the largest one's tokens are clustered together with it
 _ROW_LIMIT = 2**26  # attention probabilities looked at in one go
 
 
@@ -130,31 +131,63 @@ class PruneVid(CompressMethod, PrefillMethod):
     ) -> tuple[Tensor, Tensor]:
         """owner [F, N] of every token, and anchors [K]: the token (frame*N + position) where each output stands.
 
-        Groups of equal size are clustered as one batch. A static group stands in the first frame of its scene.
+        Groups of about equal size are clustered as one batch. A static group stands in the first frame of its scene.
         """
         frames, per_frame = source.shape[:2]
         device = source.device
-        # static positions first, then dynamic ones, both ascending
+        batches = self._batches(plan.sets)
+        groups = [group for batch in batches for group in batch]
+        counts = [group[1] for group in groups]
+        clusters = [self.merged(count) for count in counts]
+        starts = [0 if is_static else per_frame - count for is_static, count, *_ in groups]
+        _, _, *members = zip(*groups, strict=True)
+        scene, frame, base, count, number, start = on_device([*members, counts, clusters, starts], device)[:, :, None]
+        # static positions first, then dynamic ones, both ascending; a group is filled up with its last token
         by_kind = torch.sort(static.to(torch.uint8), dim=1, descending=True, stable=True).indices
-        table = on_device([member for members in plan.sets.values() for member in members], device)
-        owner = torch.empty(frames, per_frame, dtype=torch.long, device=device)
-        anchors = torch.empty(plan.total, dtype=torch.long, device=device)
-        parts = table.split([len(members) for members in plan.sets.values()])
-        for (is_static, count), part in zip(plan.sets, parts, strict=True):
-            scene, frame, base = part.unbind(1)
-            index = by_kind[scene, :count] if is_static else by_kind[scene, per_frame - count :]
-            clusters = self.merged(count)
-            if count <= self.min_tokens:
-                labels = centres = torch.arange(count, device=device).expand_as(index)
+        place = torch.arange(max(counts), device=device)
+        index = by_kind[scene, start + torch.minimum(place, count - 1)]
+        labels, centres, done = [], [], 0
+        for batch in batches:
+            part, sizes = slice(done, done + len(batch)), [group[1] for group in batch]
+            done += len(batch)
+            chosen = index[part, : max(sizes)]
+            if max(sizes) <= self.min_tokens:
+                label = centre = place[: max(sizes)].expand_as(chosen)
             else:
-                tokens = means[scene[:, None], index] if is_static else source[frame[:, None], index]
-                labels, centres = dpc_knn(tokens, clusters, self.k, noise(index.shape))
-            owner[frame[:, None], index] = base[:, None] + labels
-            rows = base[:, None] + torch.arange(clusters, device=device)
-            anchors[rows] = frame[:, None] * per_frame + index.gather(1, centres)
-        scenes, first = zip(*plan.scenes(), strict=True)
-        scenes, first = on_device([scenes, first], device)
-        return torch.where(static[scenes], owner[first], owner), anchors
+                tokens = means[scene[part], chosen] if batch[0][0] else source[frame[part], chosen]
+                label, centre = dpc_knn(tokens, clusters[part], self.k, noise(chosen.shape), counts=sizes)
+            labels.append(_widened(label, max(counts)))
+            centres.append(_widened(centre, max(clusters)))
+        # one spare place in a frame, and one spare output, take what fills up
+        owner = torch.zeros(frames, per_frame + 1, dtype=torch.long, device=device)
+        owner[frame, torch.where(place < count, index, per_frame)] = base + torch.cat(labels)
+        output = place[: max(clusters)]
+        anchors = torch.zeros(plan.total + 1, dtype=torch.long, device=device)
+        anchors[torch.where(output < number, base + output, plan.total)] = frame * per_frame + index.gather(
+            1, torch.cat(centres)
+        )
+        owner = owner[:, :per_frame]
+        scenes, first = on_device(list(zip(*plan.scenes(), strict=True)), device)
+        return torch.where(static[scenes], owner[first], owner), anchors[:-1]
+
+    def _batches(
+        self, sets: dict[tuple[bool, int], list[tuple[int, int, int]]]
+    ) -> list[list[tuple[bool, int, int, int, int]]]:
+        """Groups (is static, tokens, scene, frame, first output token) that are clustered together.
+
+        Those of one kind, the smallest not much smaller than the largest: what it is filled up with costs time, too.
+        Groups too small to be merged are together, whatever they are.
+        """
+        batches: list[list[tuple[bool, int, int, int, int]]] = []
+        previous: tuple[bool | None, int] = (None, 0)
+        for is_static, count in sorted(sets, key=lambda form: (form[1] <= self.min_tokens, *form), reverse=True):
+            form = (None if count <= self.min_tokens else is_static, count)
+            alike = batches and form[0] == previous[0] and (form[0] is None or count >= _ALIKE * previous[1])
+            if not alike:
+                batches.append([])
+                previous = form
+            batches[-1] += [(is_static, count, *group) for group in sets[is_static, count]]
+        return batches
 
     # -- inside the LLM ----------------------------------------------------------------------------------------------
 
@@ -272,6 +305,12 @@ def static_similarity(features: Tensor, sizes: Sequence[int]) -> tuple[Tensor, T
     frames = on_device([[float(frames)] for frames in sizes], features.device)
     similarity = (total.square().sum(-1) - frames) / (frames * (frames - 1))
     return similarity.masked_fill(frames == 1, -torch.inf), means
+
+
+def _widened(values: Tensor, width: int) -> Tensor:
+    """[G, W] -> [G, width], zeros at the end."""
+    missing = width - values.shape[1]
+    return torch.nn.functional.pad(values, (0, missing)) if missing else values
 
 
 # -- selection ---------------------------------------------------------------------------------------------------------

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from accelerate_methods.ops.select import by_score
+from accelerate_methods.ops.select import by_score, on_device, pick_rows
 
 _EXACT_UP_TO = 25  # tokens; as torch.cdist, which computes larger sets through their products
 
@@ -66,36 +68,60 @@ def density_peak_scores(
 
 
 def dpc_knn(
-    tokens: Tensor, clusters: int, neighbours: int, noise: Tensor | None = None, exact: bool = False
+    tokens: Tensor,
+    clusters: int | Sequence[int],
+    neighbours: int,
+    noise: Tensor | None = None,
+    exact: bool = False,
+    counts: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Clusters around the density peaks of each set, each token going to the nearest peak.
 
     Args:
         tokens: [B, M, D], B independent sets; any float dtype, computed in float32.
-        clusters: n, clipped to 1..M; neighbours: k of the density, clipped to M.
+        clusters: n of all sets or of each, clipped to 1 and the set's size; neighbours: k of the density, clipped
+            likewise.
         noise: [B, M] added to the density to break ties. Without it densities are taken relative to the largest of the
             set: the same clusters, but no underflow where tokens lie far apart. Equal ones are ordered as in
             :func:`density_peak_scores`.
         exact: see :func:`squared_distances`.
+        counts: sizes of sets that are filled up to M with repetitions of their own tokens; None where all are full.
 
     Returns:
         labels [B, M] in 0..n-1, and centres [B, n]: the token that label c stands for, in descending order of score.
+        Labels of what fills a set up, and centres beyond its own n, say nothing.
 
     Source: PruneVid (Visual-AI/PruneVid@b12600c6); the rules are in docs/methods/prunevid.md, step 1.
     """
-    size = tokens.shape[1]
-    clusters = max(1, min(clusters, size))
+    sets, size = tokens.shape[:2]
+    counts = [size] * sets if counts is None else counts
+    wanted = [clusters] * sets if isinstance(clusters, int) else clusters
+    wanted = [max(1, min(number, count)) for number, count in zip(wanted, counts, strict=True)]
+    filled, uneven = min(counts) < size, min(wanted) < max(wanted)
+    sizes, numbers = on_device([counts, wanted], tokens.device) if filled or uneven else (None, None)
     squared = squared_distances(tokens, exact)
-    spread = _spread(squared, neighbours)
-    if noise is None:
-        density = (spread.amin(1, keepdim=True) - spread).exp()
+    if filled:
+        padding = torch.arange(size, device=tokens.device) >= sizes[:, None]
+        spread = _spread(squared.masked_fill(padding[:, None, :], torch.inf), neighbours, sizes)
+        spread = spread.masked_fill(padding, torch.inf)
     else:
-        density = (-spread).exp() + noise
+        spread = _spread(squared, neighbours)
+    density = (spread.amin(1, keepdim=True) - spread).exp() if noise is None else (-spread).exp() + noise
+    if filled:  # least dense, and last among equals
+        density = density.masked_fill(padding, -1.0)
     score = density * _peak_distance(squared, density)
-    centres = by_score(score)[:, :clusters]
-    labels = squared.gather(2, centres[:, None, :].expand(-1, size, -1)).argmin(2)
-    labels.scatter_(1, centres, torch.arange(clusters, device=tokens.device).expand_as(centres))
-    return labels, centres
+    if filled:
+        score = score.masked_fill(padding, -torch.inf)
+    centres = by_score(score)[:, : max(wanted)]
+    label = torch.arange(max(wanted), device=tokens.device).expand_as(centres)
+    apart = pick_rows(squared, centres)
+    if uneven:
+        beyond = label >= numbers[:, None]
+        apart = apart.masked_fill(beyond[:, :, None], torch.inf)
+    labels = apart.min(1).indices  # of equal ones the first
+    if uneven:
+        label = torch.where(beyond, labels.gather(1, centres), label)
+    return labels.scatter_(1, centres, label), centres
 
 
 def _spread(squared: Tensor, neighbours: int, counts: Tensor | None = None) -> Tensor:

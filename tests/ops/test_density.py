@@ -69,3 +69,25 @@ def test_values_that_are_not_finite_never_lead_outside(value, everywhere):
     labels, centres = dpc_knn(tokens, 6, 5)
     assert labels.min() >= 0 and labels.max() < 6 and all(len(row.unique()) == 6 for row in centres)
     assert all(labels[b, c] == n for b in range(2) for n, c in enumerate(centres[b]))
+
+
+@pytest.mark.parametrize("kind", ["random", "equal", "far apart"])
+@pytest.mark.parametrize("noise", [False, True])
+def test_padded_sets_are_clustered_as_each_alone(kind, noise):
+    generator = torch.Generator().manual_seed(0)
+    sizes, clusters = [9, 3, 30, 1, 17], [4, 1, 11, 1, 17]
+    sets = [torch.randint(-3, 4, (n, 12), generator=generator).float() for n in sizes]
+    if kind == "equal":
+        sets = [torch.ones(n, 12) for n in sizes]
+    if kind == "far apart":
+        sets = [x * 100 for x in sets]
+    drawn = 1e-6 * torch.rand(len(sizes), 30, generator=generator) if noise else None
+    padded = torch.stack([torch.cat([x, x[-1:].expand(30 - len(x), -1)]) for x in sets])
+    labels, centres = dpc_knn(padded, clusters, 5, drawn, counts=sizes, exact=True)
+    for row, (tokens, size, count) in enumerate(zip(sets, sizes, clusters, strict=True)):
+        part = None if drawn is None else drawn[row : row + 1, :size]
+        own_labels, own_centres = dpc_knn(tokens[None], count, 5, part, exact=True)
+        if noise and kind == "equal":  # the mean of five equal numbers may round otherwise than that of three
+            assert labels[row, :size].max() < count and len(centres[row, :count].unique()) == count
+            continue
+        assert torch.equal(labels[row, :size], own_labels[0]) and torch.equal(centres[row, :count], own_centres[0])
