@@ -37,6 +37,7 @@ from accelerate_methods.engine.layers import DecoderLayers, LayerInput
 from accelerate_methods.engine.masks import cached_mask, key_mask, prefill_mask
 from accelerate_methods.engine.prompt import PromptLayout
 from accelerate_methods.engine.rows import Rows
+from accelerate_methods.stages.contract import check_selection, check_visible
 from accelerate_methods.stages.decode import DecodeStep
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.prefill import PrefillStep, Selection, VisualSpan
@@ -100,6 +101,8 @@ def run_decoder(
     if attention_mask is not None and attention_mask.dim() != 2:
         raise MethodError(f"the decoder loop takes a 2-D padding mask, got {attention_mask.dim()}-D.")
     use_cache = decoder.config.use_cache if use_cache is None else use_cache
+    if getattr(decoder, "gradient_checkpointing", False) and decoder.training:
+        use_cache, past_key_values = False, None  # as in transformers: layers that will run twice cache nothing
     if use_cache and past_key_values is None:
         past_key_values = DynamicCache(config=decoder.config)
     loop = _Loop(decoder, pipeline, past_key_values, use_cache, request)
@@ -228,6 +231,7 @@ class _Loop:
         selection = method.prefill(PrefillStep(self, index))
         if selection is None:
             return False
+        check_selection(method.name, selection, len(self.rows.hidden), self.new)
         self.rows.cut(selection, self.layers)
         self.new = self.rows.count
         if selection.trim_cache and self.cache is not None:
@@ -256,7 +260,9 @@ class _Loop:
                 shift = known.shift
                 self.rows.rope = self.layers.rotary(self.rows.hidden, self.rows.position_ids - shift)
             if index == start and index > 0:
-                keep = method.decode(DecodeStep(self, index, self._keys_visual(index), valid, memory))
+                visual = self._keys_visual(index)
+                keep = method.decode(DecodeStep(self, index, visual, valid, memory))
+                check_visible(method.name, keep, visual.shape)
                 shown = _visible(keep, valid)
             elif keep is not None and known.rows is not state.layers[index - 1].rows:  # a shorter cache from here on
                 keep = state.carried(keep, index - 1, index)

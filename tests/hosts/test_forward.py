@@ -5,6 +5,7 @@ method cannot do is one clear error.
 """
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from accelerate_methods.engine.prompt import goes_on
 from accelerate_methods.registry import method_class
 from tests.hosts.native.test_llava import PAIRS
 from tests.methods import test_every_method as tree_side
-from tests.methods.test_every_method import IMAGE, OV, TEXT, V15, V16
+from tests.methods.test_every_method import IMAGE, OV, TEXT, TILE, V15, V16, Item, Question, video
 from tests.support import native_questions as asking
 from tests.support.configured import configured
 from tests.support.native_models import tree_model
@@ -26,6 +27,14 @@ HOSTS = ("tree", "native")
 NAMES = (V15, V16, OV)
 FULL = [(m, n) for m, n in PAIRS if m is not None and "retention_ratio" in method_class(m).parameters()]
 FEW = [("fastv", V15), ("visionzip", V15), ("fastv", V16), ("fastvid", OV), ("dycoke", OV), ("prunevid", OV)]
+
+#: samples of unequal length, one of them without anything visual
+SQUARE = Question((6, 7, IMAGE, 5), (Item(size=(390, 400), seed=2),))
+BATCH = {
+    V15: [Question((IMAGE, 9), (Item(seed=1),)), TEXT, asking.IMAGES["two images"]],
+    V16: [SQUARE, TEXT],
+    OV: [Question((IMAGE, 9), (video(2, 5),)), TEXT, Question((5, 6, IMAGE, 7, 8, 9), (TILE,))],
+}
 
 each_host = pytest.mark.parametrize("host", HOSTS)
 
@@ -64,6 +73,13 @@ def real_rows(host, name, asked):
     return spliced.mask
 
 
+@functools.cache
+def logits_without_a_method(host, name, left):
+    """[B, L, V] of the batch, and [B, L] which rows are real."""
+    asked = inputs(host, name, *BATCH[name], left=left)
+    return model_of(host, name)(**asked).logits, real_rows(host, name, asked)
+
+
 def text_batch(left=False):
     rows = [[5, 6, 7, 8, 9], [11, 12, 13]]
     ids = torch.tensor([[*[0] * (5 - len(r)), *r] if left else [*r, *[0] * (5 - len(r))] for r in rows])
@@ -86,14 +102,11 @@ def labels_of(asked):
 @each_host
 @pytest.mark.parametrize(("method", "name"), FULL)
 def test_a_full_budget_gives_the_rows_of_the_model(method, name, host, left, model):
-    asked = inputs(host, name, *asking.BATCH[name], left=left)
-    plain, real = model(**asked).logits, real_rows(host, name, asked)
+    plain, real = logits_without_a_method(host, name, left)
     with accelerate(model, configured(method, 1.0)):
-        logits = model(**asked).logits
-        some = model(**asked, logits_to_keep=5).logits
+        logits = model(**inputs(host, name, *BATCH[name], left=left)).logits
     assert logits.shape == plain.shape
     torch.testing.assert_close(logits[real], plain[real], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(some, logits[:, -5:], atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.usefixtures("no_grad")
@@ -102,7 +115,7 @@ def test_a_full_budget_gives_the_rows_of_the_model(method, name, host, left, mod
 @pytest.mark.parametrize(("method", "name"), FEW)
 def test_a_sample_of_a_padded_batch_is_the_sample_alone(method, name, host, left, model):
     """At a real budget the rows that are left follow each other, and padding is on the caller's side."""
-    questions = asking.BATCH[name]
+    questions = BATCH[name]
     with accelerate(model, configured(method, 0.3)):
         together = model(**inputs(host, name, *questions, left=left)).logits
         for row, question in enumerate(questions):
@@ -145,6 +158,18 @@ def test_generate_answers_right_padded_prompts_as_left_padded_ones(method):
             for side in (True, False)
         )
     assert torch.equal(left, right)
+
+
+@pytest.mark.usefixtures("no_grad")
+@each_host
+@pytest.mark.parametrize("ratio", [1.0, 0.3])
+@pytest.mark.parametrize(("method", "name"), [("fastv", V15), ("visionzip", V15)])
+def test_the_last_rows_are_those_of_all(method, name, ratio, host, model):
+    with accelerate(model, configured(method, ratio)):
+        for left in (True, False):
+            asked = inputs(host, name, *BATCH[name], left=left)
+            some, every = (model(**asked, logits_to_keep=n).logits for n in (5, 0))
+            torch.testing.assert_close(some, every[:, -5:], atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.usefixtures("no_grad")
@@ -203,19 +228,17 @@ def test_positions_that_go_on():
 
 @each_host
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
-@pytest.mark.parametrize(("method", "name"), [("fastv", V15), ("visionzip", V15), ("fastvid", OV), ("prunevid", OV)])
+@pytest.mark.parametrize(("method", "name"), [("fastv", V15), ("visionzip", V15), ("fastvid", OV)])
 def test_losses_and_gradients_at_a_full_budget(method, name, left, host, model):
-    asked = inputs(host, name, *asking.BATCH[name], left=left)
+    asked = inputs(host, name, *BATCH[name], left=left)
     labels = labels_of(asked)
     behind = torch.cat([labels[:, 1:], torch.full((len(labels), 1), -100)], 1)
-    last = torch.full((len(labels), 1), 17)  # a label behind the last token: only shifted labels can say it
-    beyond = behind if not left else torch.cat([behind[:, :-1], last], 1)
+    if left:  # a label behind the last token: only shifted labels can say it
+        behind[:, -1] = 17
     ways = {
         "mean": {},
         "sum": {"num_items_in_batch": torch.tensor(40)},
-        "number": {"num_items_in_batch": 40},
-        "shifted": {"shift_labels": behind},
-        "shifted beyond": {"shift_labels": beyond, "num_items_in_batch": 40},
+        "shifted": {"shift_labels": behind, "num_items_in_batch": 40},
     }
 
     def losses():
@@ -228,7 +251,7 @@ def test_losses_and_gradients_at_a_full_budget(method, name, left, host, model):
         model.zero_grad()
         return found
 
-    plain, wanted = losses(), None
+    plain = losses()
     wanted = gradients(plain["sum"])
     with accelerate(model, configured(method, 1.0)):
         got = losses()
@@ -236,10 +259,33 @@ def test_losses_and_gradients_at_a_full_budget(method, name, left, host, model):
     for way, loss in plain.items():
         torch.testing.assert_close(got[way], loss, atol=1e-5, rtol=1e-5, msg=way)
     assert plain["sum"] < plain["mean"], "gradient accumulation divides by the number that it was given"
-    # what is no parameter of the answer (padding's embedding) apart, both know the same parameters
+    assert any("projector" in key for key in wanted)
     for key, gradient in wanted.items():
-        if gradient.abs().max() > 1e-4 and "embed_tokens" not in key:
-            torch.testing.assert_close(found[key], gradient, atol=1e-4, rtol=1e-3, msg=key)
+        torch.testing.assert_close(found[key], gradient, atol=1e-5, rtol=1e-3, msg=key)
+
+
+@each_host
+@pytest.mark.parametrize(("method", "name"), [(None, V15), ("fastv", V15), ("visionzip", V15), ("dycoke", OV)])
+def test_gradient_checkpointing(method, name, host):
+    """Layers that run twice: nothing is cached, and the gradients are the same."""
+    model = copy.deepcopy(model_of(host, name)).train()
+    asked = inputs(host, name, BATCH[name][0])
+    labels = labels_of(asked)
+
+    def trained():
+        model.zero_grad()
+        with accelerate(model, method and configured(method, 0.3)):
+            output = model(**asked, labels=labels)
+        output.loss.backward()
+        return output, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    plain, wanted = trained()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    output, found = trained()
+    torch.testing.assert_close(output.loss, plain.loss)
+    assert output.past_key_values is None and found.keys() == wanted.keys()
+    for key, gradient in wanted.items():
+        torch.testing.assert_close(found[key], gradient, atol=1e-6, rtol=1e-4, msg=key)
 
 
 @pytest.mark.usefixtures("no_grad")
@@ -247,7 +293,7 @@ def test_losses_and_gradients_at_a_full_budget(method, name, left, host, model):
 @pytest.mark.parametrize(("method", "name"), FEW)
 def test_losses_at_a_real_budget(method, name, host, model):
     """The loss is that of the rows that are left: a mean, a sum, and by shifted labels the same."""
-    questions = [q for q in asking.BATCH[name] if q.items] + [TEXT]
+    questions = [q for q in BATCH[name] if q.items] + [TEXT]
     with accelerate(model, configured(method, 0.3)):
         sums, counts = [], []
         for question in questions:
@@ -315,11 +361,16 @@ def text_calls():
     }
 
 
+@functools.cache
+def text_without_a_method(host, name):
+    return {way: model_of(host, name)(**call) for way, call in text_calls().items()}
+
+
 @pytest.mark.usefixtures("no_grad")
 @each_host
 @pytest.mark.parametrize(("method", "name"), [(m, n) for m, n in PAIRS if m is not None])
 def test_text_alone_is_left_alone(method, name, host, model):
-    plain = {way: model(**call) for way, call in text_calls().items()}
+    plain = text_without_a_method(host, name)
     with accelerate(model, configured(method, 0.3)):
         for way, call in text_calls().items():
             got = model(**call)

@@ -20,6 +20,7 @@ from llava.constants import IGNORE_INDEX
 from llava.model import LlavaLlamaForCausalLM, LlavaMistralConfig, LlavaMistralForCausalLM, LlavaQwenForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import CheckpointError
+from llava.model.decoders import named_decoder
 from tests.conftest import CHECKPOINTS
 from tests.support.paths import ROOT
 
@@ -145,6 +146,35 @@ def test_no_weights_and_no_checkpoint(tmp_path):
 def test_contradicting_name(name, model_name, message):
     with pytest.raises(CheckpointError, match=message):
         load(CHECKPOINTS / name, model_name=model_name)
+
+
+@pytest.mark.parametrize(
+    ("name", "decoder"),
+    [
+        ("llava-v1.5-13b-qwen", "llama"),  # the official loader asks for LLaMA first
+        ("llava-v1.6-34b-qwen", "llama"), ("llava-yi-34b", "llama"), ("nous-hermes-llava-qwen", "llama"),
+        ("WizardLM-2-vicuna-llava-qwen", "llama"), ("llava-v1.6-vicuna-7b", "llama"), ("vicuna-llava-qwen", "qwen"),
+        ("llava-mixtral-8x7b", "mixtral"), ("llava-mixtral-mistral", "mixtral"), ("llava-mistral-llama", "mistral"),
+        ("llava-zephyr-7b", "mistral"), ("llava-qwen1.5-moe-a2.7b", "qwen_moe"), ("llava-moe-qwen", "qwen_moe"),
+        ("llava-Qwen2-57B-A14B", "qwen_moe"), ("my-llava-quyen", "qwen"), ("llava-gemma-2b", "gemma"),
+        ("llava-moe-2b", "moe"), ("mpt-7b-llava", "mpt"),
+        # short words stand alone
+        ("trying-llava-qwen", "qwen"), ("llava-prompt-tuned", None), ("llava-smoent", None), ("llava-next", None),
+    ],
+)  # fmt: skip
+def test_what_a_model_name_speaks_of(name, decoder):
+    assert named_decoder(name) == decoder
+
+
+def test_experts_are_refused_by_name(tmp_path):
+    with pytest.raises(CheckpointError, match=r"says qwen_moe.*says qwen"):
+        load(CHECKPOINTS / OV, model_name="llava-qwen1.5-moe-a2.7b")
+    with pytest.raises(CheckpointError, match=r"says moe.*says llama"):
+        load(CHECKPOINTS / V15, model_name="llava-moe-2b")
+    folder = copy_of(V15, tmp_path / V15)
+    edit_config(folder, architectures=["MoELLaVALlamaForCausalLM"], model_type="moe_llava_llama")
+    with pytest.raises(CheckpointError, match=r"not a LLaVA checkpoint.*MoELLaVALlamaForCausalLM"):
+        load(folder)
 
 
 def test_native_and_foreign_checkpoints(tmp_path):

@@ -338,6 +338,17 @@ def test_keywords_that_are_empty_never_stop(llama):
     assert stop(torch.tensor([[5, 6]]), None) is False
 
 
+@pytest.mark.parametrize("prompt", [torch.zeros((1, 0), dtype=torch.long), torch.zeros(0, dtype=torch.long)])
+def test_keywords_behind_an_empty_prompt(llama, prompt):
+    """Of a prompt that went in as embeddings there are no ids."""
+    stop = KeywordsStoppingCriteria(["###"], llama, prompt)
+    answer = llama("A dog###", add_special_tokens=False).input_ids
+    assert stop(torch.tensor([answer]), None) is True
+    assert stop(torch.tensor([answer[:-3]]), None) is False
+    assert stop(torch.zeros((1, 0), dtype=torch.long), None) is False
+    assert stop(torch.tensor([answer, answer]), None).tolist() == [True, True]
+
+
 def test_keywords_in_a_stopping_criteria_list(llama):
     from transformers import StoppingCriteriaList
 
