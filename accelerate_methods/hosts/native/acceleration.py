@@ -72,7 +72,14 @@ class NativeAcceleration:
     # -- generate ----------------------------------------------------------------------------------------------------
 
     def _prepared(self, *args: Any, **kwargs: Any) -> Any:
-        """In the place of ``model.prepare_inputs_for_generation``."""
+        """In the place of ``model.prepare_inputs_for_generation``.
+
+        Assisted decoding gives a whole chat again on top of the cache of its former turns.
+        """
+        cache, whole = kwargs.get("past_key_values"), kwargs.get("next_sequence_length") is None
+        if kwargs.get("is_first_iteration") and whole and cache is not None and cache.get_seq_length():
+            ids = args[0] if args else kwargs["input_ids"]
+            kwargs["next_sequence_length"] = ids.shape[1] - cache.get_seq_length()
         prepared = self._prepare_inputs(*args, **kwargs)
         self._generated_mask.set(prepared.get("attention_mask"))
         return prepared
