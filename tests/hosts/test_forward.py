@@ -14,10 +14,12 @@ from accelerate_methods import MethodError, accelerate, available, detach
 from accelerate_methods.engine.output_rows import as_the_caller_had_them, on_the_right, shifted, unshifted
 from accelerate_methods.engine.prompt import goes_on
 from accelerate_methods.registry import method_class
+from tests.hosts.native import test_internvl as internvl_side
 from tests.hosts.native.test_llava import PAIRS
 from tests.methods import test_every_method as tree_side
 from tests.methods.test_every_method import IMAGE, OV, TEXT, TILE, V15, V16, Item, Question, video
 from tests.support import native_questions as asking
+from tests.support import qwen_inputs as qwen_side
 from tests.support.configured import configured
 from tests.support.native_models import tree_model
 
@@ -341,6 +343,63 @@ def test_arguments_by_place():
         placed = model(*first, None, None, None, None, None, labels)
     for output in (got, placed):
         assert torch.equal(output.logits, wanted.logits) and torch.equal(output.loss, wanted.loss)
+
+
+# -- other families ----------------------------------------------------------------------------------------------------
+
+
+def on_the_other_side(asked):
+    """The same batch, padded on the right."""
+    order = [torch.cat([m.nonzero().flatten(), (m == 0).nonzero().flatten()]) for m in asked["attention_mask"]]
+    order = torch.stack(order)
+    rows = ("input_ids", "attention_mask", "mm_token_type_ids")
+    return {k: v.gather(1, order) if k in rows else v for k, v in asked.items()}
+
+
+def internvl_asked():
+    return internvl_side.inputs("text", *list(internvl_side.QUESTIONS)[:2])
+
+
+FAMILIES = {
+    **{name: (functools.partial(qwen_side.qwen, name), qwen_side.IMAGE) for name in qwen_side.MODELS},
+    "internvl": (internvl_side.internvl, internvl_side.IMAGE),
+}
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("method", ["visionzip", "fastv"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_losses_and_refusals_of_other_families(family, method):
+    make, image = FAMILIES[family]
+    model = make()
+    asked = internvl_asked() if family == "internvl" else qwen_side.inputs(model, *qwen_side.BATCH[:3])
+    length = asked["input_ids"].shape[1]
+    labels = asked["input_ids"].masked_fill((asked["attention_mask"] == 0) | (asked["input_ids"] >= image - 2), -100)
+    labels = labels.masked_fill(asked["attention_mask"].cumsum(1) == 1, -100)
+    for left, given in ((True, asked), (False, on_the_other_side(asked))):
+        targets = labels if left else on_the_other_side({**asked, "input_ids": labels})["input_ids"]
+        behind = torch.cat([targets[:, 1:], torch.full((len(targets), 1), -100)], 1)
+        more = {"labels": targets, "num_items_in_batch": 20, "shift_labels": behind}
+        plain, real = model(**given, **more), given["attention_mask"].bool()
+        with accelerate(model, configured(method, 1.0)):
+            full = model(**given, **more)
+        torch.testing.assert_close(full.logits[real], plain.logits[real], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(full.loss, plain.loss, atol=1e-5, rtol=1e-5)
+        with accelerate(model, configured(method, 0.3)):
+            assert model(**given, labels=targets).loss.isfinite()
+    ids = torch.tensor([[5, 6, 7, 8, 9, 11, 12]])
+    again = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    if family != "internvl":  # text positions first, then coordinates
+        again = again.expand(4, -1, -1)
+    plain = model(input_ids=ids, position_ids=again, use_cache=False).logits
+    with accelerate(model, configured(method, 0.3)):
+        assert torch.equal(model(input_ids=ids, position_ids=again, use_cache=False).logits, plain)
+        with pytest.raises(MethodError, match="inputs_embeds"):
+            model(inputs_embeds=model.get_input_embeddings()(ids))
+        packed = torch.cat([torch.arange(3), torch.arange(length - 3)]).expand(len(labels), -1)
+        packed = packed if family == "internvl" else packed.expand(4, -1, -1)
+        with pytest.raises(MethodError, match="packed"):
+            model(**{**asked, "attention_mask": None}, position_ids=packed, use_cache=False)
 
 
 # -- text alone --------------------------------------------------------------------------------------------------------
