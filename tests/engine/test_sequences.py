@@ -51,6 +51,19 @@ def test_layout_order_sorts():
     assert read(item, [6, 1, 4], order="layout") == [1, 4, 6, -1]
 
 
+@pytest.mark.parametrize(("layout", "copies"), [("no_token", 0), ("one_token", 1), ("grid", 1)])
+def test_tokens_are_copied_once_at_most(layout, copies):
+    """What lies in order already stays where it is; newlines cost one copy, not two."""
+    item = video_item(numbered(4, 8).expand(-1, -1, 512).contiguous(), NEWLINE.expand(1, 512), layout, "spatial_unpad")
+    compressed = selection(item, torch.arange(0, 256, 2), order="given")
+    with torch.profiler.profile(profile_memory=True) as profile:
+        sequence = assemble(item, compressed)
+    assert torch.equal(sequence.tokens[sequence.owner.flatten()[::2]], compressed.tokens)
+    assert (sequence.tokens.data_ptr() == compressed.tokens.data_ptr()) == (copies == 0)
+    size = compressed.tokens.numel() * 4
+    assert sum(event.self_cpu_memory_usage >= size for event in profile.events()) == copies
+
+
 # -- views -------------------------------------------------------------------------------------------------------------
 
 

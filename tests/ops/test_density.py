@@ -36,6 +36,25 @@ def test_a_set_of_colours_keeps_one_token_of_each_before_any_second_one(apart):
         assert torch.cdist(row, row[chosen]).amin(1).max() < 0.1, "every colour is among them"
 
 
+def test_flat_regions_do_not_crowd_out_the_scene():
+    """Frames with a sky of few colours before a scene: the choice is as near to one made with noise, which the official
+    code draws anew in every call, as two of those are to each other. Without the order 29 % of it differed, not 6 %."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(12, 120, 64, generator=generator)
+    tokens[:, :30] = near_equal(12, 30, 64, 3, apart=1e-6)
+    drawn = [1e-6 * torch.rand(12, 120, generator=generator) for _ in range(2)]
+    first, second, ours = (
+        [set(row.tolist()) for row in top_indices(density_peak_scores(tokens, NEIGHBOURS, noise)[1], 12)]
+        for noise in (*drawn, None)
+    )
+
+    def differing(one, two):
+        return sum(len(a - b) for a, b in zip(one, two, strict=True)) / sum(map(len, one))
+
+    assert differing(ours, first) <= differing(first, second) + 0.05
+    assert sum(len({i for i in row if i < 30}) for row in ours) <= 5 * 12, "a token or two of each colour"
+
+
 @pytest.mark.parametrize("kind", ["random", "equal", "near equal"])
 @pytest.mark.parametrize("noise", [False, True])
 def test_padded_sets_are_as_each_alone(kind, noise):
@@ -87,7 +106,4 @@ def test_padded_sets_are_clustered_as_each_alone(kind, noise):
     for row, (tokens, size, count) in enumerate(zip(sets, sizes, clusters, strict=True)):
         part = None if drawn is None else drawn[row : row + 1, :size]
         own_labels, own_centres = dpc_knn(tokens[None], count, 5, part, exact=True)
-        if noise and kind == "equal":  # the mean of five equal numbers may round otherwise than that of three
-            assert labels[row, :size].max() < count and len(centres[row, :count].unique()) == count
-            continue
         assert torch.equal(labels[row, :size], own_labels[0]) and torch.equal(centres[row, :count], own_centres[0])
