@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from accelerate_methods.engine.devices import moved
 from accelerate_methods.stages.errors import MethodError
 
-#: decode steps that a decode method's memory can be taken back by; fewer after the batch has changed
+#: decode steps whose state is kept one by one: a decode method's memory can be taken back by as many
 _STEPS_BACK = 64
 
 
@@ -145,10 +145,22 @@ class CacheState:
         self.seen = past + new
         if following is None:
             return
-        step = new == 1 and len(self.marks) > 1 and self.marks[-1].following.shape[1] == 1
-        if step:  # of decode steps the last one is enough: the others count on
-            self.marks.pop()
         self.marks.append(Mark(past, following))
+        if len(self.marks) > _STEPS_BACK:
+            self._join_marks()
+
+    def _join_marks(self) -> None:
+        """Marks that follow each other, as those of decode steps do, become one."""
+        runs: list[list[Mark]] = []
+        for mark in self.marks:
+            last = runs[-1][-1] if runs else None
+            if last is not None and last.before + last.following.shape[1] == mark.before:
+                runs[-1].append(mark)
+            else:
+                runs.append([mark])
+        self.marks = [
+            run[0] if len(run) == 1 else Mark(run[0].before, _joined([mark.following for mark in run])) for run in runs
+        ]
 
     # -- crops -------------------------------------------------------------------------------------------------------
 
@@ -156,8 +168,8 @@ class CacheState:
         """MethodError if so many entries would be a cut prompt without its end."""
         if entries < self.base and self.cut:
             raise MethodError(
-                f"{self.name} has dropped tokens inside the model, and by the end of the prompt: {self.base - entries} "
-                "tokens of the prompt itself cannot be cropped any more. Start with a new cache."
+                f"{self.name} has dropped tokens inside the model, in view of the whole prompt: the last "
+                f"{self.base - entries} tokens of the prompt itself cannot be cropped. Start with a new cache."
             )
 
     def follow(self, cache: DynamicCache) -> None:
@@ -205,6 +217,7 @@ class CacheState:
 
     def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """The rows of the batch become others: ``change`` [B, ...] -> [B', ...]."""
+        self._join_marks()
         batch = self.marks[0].following.shape[0]
         done: dict[int, Tensor] = {}
 
@@ -244,6 +257,11 @@ class CacheState:
         )
         prompt = torch.zeros_like(everything, dtype=torch.bool).scatter_(1, rows, keep[:, : rows.shape[1]])
         return torch.cat([prompt.gather(1, fewer), keep[:, rows.shape[1] :]], dim=1)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """[B, q] each -> [B, sum], on the device of the first."""
+    return torch.cat([moved(part, parts[0].device) for part in parts], dim=1)
 
 
 class FollowedCache(DynamicCache):

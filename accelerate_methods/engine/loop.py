@@ -194,6 +194,8 @@ class _Loop:
         at = self.rows.position_ids
         at = at.amax(0) if at.ndim == 3 else at
         last = None if self.layout is None else self.layout.next_position
+        if last is None and at.shape[1] == 1:
+            return at + 1
         last = at.amax(1, keepdim=True) + 1 if last is None else moved(last, at.device)
         return torch.cat([at[:, :-1] + 1, last], dim=1)
 
