@@ -3,7 +3,7 @@
 Papers of the field print MACs of the decoder layers as "FLOPs", attention as a full square, without the LM head.
 ``prefill_macs`` follows that convention and reproduces FastVID's table (48.82 / 10.73 / 8.46 / 6.23 / 4.04 T for 6272
 ... 608 tokens of LLaVA-OneVision-7B). ``torch.utils.flop_counter`` counts two per multiply-add and counts the same
-products: everything here is half of what it finds (tests/test_flops.py). Ratios do not depend on the convention.
+products: everything here is half of what it finds (tests/engine/test_flops.py). Ratios do not depend on the convention.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Runs stock tasks with a model that knows the answers, and with one that is always wrong: no checkpoint, two passes.
 
-    HF_HOME=... python tests/gold_answers.py RESULTS.json TASK... (in the working directory of the data)
+    HF_HOME=... python tests/support/gold_answers.py RESULTS.json TASK... (in the working directory of the data)
 
 Shows that the made-up documents have the right schema down to the scoring: the metrics must come out at their best and
 at their worst. A process of its own since several tasks read HF_HOME when they are imported.

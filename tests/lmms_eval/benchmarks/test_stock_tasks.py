@@ -155,7 +155,7 @@ def known(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("known")
     # a copy: without an output folder MMBench writes its submission into the working directory
     data = shutil.copytree(FIXTURES, folder / "data")
-    script, target = ROOT / "tests" / "gold_answers.py", folder / "scores.json"
+    script, target = ROOT / "tests" / "support" / "gold_answers.py", folder / "scores.json"
     done = command(script, target, *(b.task for b in WITHOUT_JUDGE), data=data, cache=folder / "cache")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     return json.loads(target.read_text())
