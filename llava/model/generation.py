@@ -90,6 +90,8 @@ class MultimodalGeneration:
         spliced: Spliced | None = None
         if self.acceleration is not None and layout is None:
             refuse_embeddings(self.acceleration.pipeline, {"inputs_embeds": inputs_embeds}, begins=not decoding)
+        if inputs_embeds is not None and layout is None and not decoding and has_images(visual.get("images")):
+            raise ValueError("images need input_ids: no placeholder in embeddings says where they stand.")
         if inputs_embeds is None and brings_images(input_ids, visual.get("images"), decoding):
             request = request or recording.new_request()
             self._check_text_side(attention_mask, position_ids, kwargs)
@@ -118,7 +120,7 @@ class MultimodalGeneration:
             if spliced is not None:
                 rows = self._output_rows(spliced, outputs, logits_to_keep)
                 hidden = hidden if rows is None else rows.of_states(hidden)
-                targets = targets.left(outputs, spliced.mask, rows)
+                targets = targets.of_output(outputs, spliced.mask, rows)
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             # back to the first device, also so that the time of this stage covers the work on all of them
             logits = moved(self.lm_head(hidden[:, kept]), tokens.device)

@@ -49,7 +49,7 @@ class Targets:
             last = self.shift_labels.gather(1, ends[:, None]).squeeze(1).masked_fill(cut, IGNORED)
         return dataclasses.replace(self, labels=spliced.labels, shift_labels=None, last=last)
 
-    def left(self, outputs: Any, mask: Tensor, rows: OutputRows | None) -> Targets:
+    def of_output(self, outputs: Any, mask: Tensor, rows: OutputRows | None) -> Targets:
         """Of the rows that the decoder has left, where the caller gets them.
 
         Args:

@@ -546,6 +546,8 @@ def test_pictures_and_placeholders_of_the_tree_belong_together(method, name, hos
                 model(input_ids=ids, **given)
             with pytest.raises(ValueError, match=count):
                 model.generate(ids, **given, max_new_tokens=2)
+        with pytest.raises(ValueError, match=r"input_ids|inputs_embeds"):
+            model(inputs_embeds=model.get_input_embeddings()(torch.tensor([[5, 6, 7]])), **picture)
         alone = model(input_ids=torch.tensor([[IMAGE]]), **picture).logits
         assert alone.shape[1] > 1, "a prompt of nothing but a picture"
         cache = model(input_ids=torch.tensor([[5, IMAGE, 7]]), **picture, use_cache=True).past_key_values

@@ -168,13 +168,13 @@ class NativeAcceleration:
         Neither at the first row of a sample: what stands before it is padding, which predicts nothing.
         """
         left = now.output.labels(labels.to(now.cut.source.device).gather(1, now.cut.source))
-        return left.masked_fill(~now.left | (now.left.cumsum(1) == 1), IGNORED)
+        return left.masked_fill(~now.real | (now.real.cumsum(1) == 1), IGNORED)
 
     def _shift_labels(self, shift_labels: Tensor, now: Forward) -> Tensor:
         """[B, L] label behind each row of the uncompressed prompt -> [B, R] behind each row of the output."""
         source = now.cut.source if now.output.kept is None else now.cut.source.gather(1, now.output.kept)
         last = shift_labels.to(source.device).gather(1, source[:, -1:]).squeeze(1)  # padding is on the left
-        return now.in_rows(shifted(self._labels(unshifted(shift_labels), now), now.left, last))
+        return now.in_rows(shifted(self._labels(unshifted(shift_labels), now), now.real, last))
 
     def _decode(self, *args: Any, **kwargs: Any) -> Any:
         """In the place of the language model's ``forward``."""
@@ -273,7 +273,7 @@ class NativeAcceleration:
             )
         if cut.given is None or now.generates:  # generate reads the last row, wherever the padding was
             return None
-        return as_the_caller_had_them(now.left, cut.given)
+        return as_the_caller_had_them(now.real, cut.given)
 
     @staticmethod
     def _plain(output: DecoderOutput, rows: OutputRows | None = None) -> BaseModelOutputWithPast:

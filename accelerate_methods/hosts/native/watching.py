@@ -47,7 +47,7 @@ class Forward:
         self.generates = False
 
     @property
-    def left(self) -> Tensor:
+    def real(self) -> Tensor:
         """[B, K] which rows of ``output`` are real, padding on the left."""
         return real_rows(self.output, self.cut.valid)
 
