@@ -55,15 +55,15 @@ class DyCoke(CompressMethod, DecodeMethod):
     licence: ClassVar[str] = "none stated"
     modalities: ClassVar[frozenset[str]] = frozenset({"video"})
     misleading: ClassVar[Mapping[str, str]] = {
-        "merging_ratio": "give k, the share of a compressed frame's tokens that is dropped; others may mean what is kept",
-        "pruning_ratio": "give p, the share of the visual keys that is hidden; others may mean what is kept",
+        "merging_ratio": "give k, the share of a compressed frame's tokens that is dropped (others may mean kept)",
+        "pruning_ratio": "give p, the share of the visual keys that is hidden (others may mean kept)",
         "pruning_layer": "give l, the first decoder layer (0-based) with the reduced view",
     }
     positions: ClassVar[str] = "compact"
 
-    k: float = real(0.7, low=0, high=1)
-    p: float = real(0.7, low=0, high=1)
-    l: int = integer(3, low=1)  # noqa: E741 (the paper's name)
+    k: float = real(0.7, low=0, high=1, aliases=("dycoke_k",))
+    p: float = real(0.7, low=0, high=1, aliases=("dycoke_p",))
+    l: int = integer(3, low=1, aliases=("dycoke_l",))  # noqa: E741 (the paper's name)
     threshold: float = real(0.9, low=-1)
     ttm: bool = flag(True)
     dp: bool = flag(True)

@@ -17,7 +17,7 @@ import torch
 
 import accelerate_methods
 from accelerate_methods.bench.features import video_like_features
-from accelerate_methods.engine.cache import gather_keys, gather_rows
+from accelerate_methods.engine.cached_keys import gather_keys, gather_rows
 from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.prefill import VisualSpan
 from accelerate_methods.stages.views import Views

@@ -23,15 +23,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from accelerate_methods.engine.cache import (
-    CacheState,
-    KeyView,
-    cached_length,
-    check_cache,
-    grown,
-    request_state,
-    whole_keys,
-)
+from accelerate_methods.engine.cache import CacheState, check_cache, request_state
+from accelerate_methods.engine.cached_keys import KeyView, cached_length, grown, whole_keys
 from accelerate_methods.engine.devices import moved
 from accelerate_methods.engine.layers import DecoderLayers, LayerInput
 from accelerate_methods.engine.masks import cached_mask, key_mask, prefill_mask

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from accelerate_methods.engine.cache import gather_rows
+from accelerate_methods.engine.cached_keys import gather_rows
 
 if TYPE_CHECKING:
     from accelerate_methods.engine.loop import DecoderOutput

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem
+from accelerate_methods.stages.contract import check_compressed, check_views
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.views import CompressedViews, Views
 
@@ -165,10 +166,13 @@ def compressed_sequence(
     if method is None or item.modality not in method.modalities:
         return uncompressed(item)
     if item.views is None:
-        return assemble(item, method.compress(item))
+        selected = method.compress(item)
+        check_compressed(method.name, selected, item)
+        return assemble(item, selected)
     compressed = method.compress_views(item.views)
     if compressed is None:
         return uncompressed(item.views.uncompressed())
+    check_views(method.name, compressed, item.views)
     return assemble_views(item, item.views, compressed, project)
 
 

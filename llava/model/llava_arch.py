@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from accelerate_methods.engine import recording
-from accelerate_methods.engine.cache import cached_length, check_cache, request_state
+from accelerate_methods.engine.cache import check_cache, request_state
+from accelerate_methods.engine.cached_keys import cached_length
 from accelerate_methods.engine.devices import computes_on, moved, own_weights
 from accelerate_methods.engine.long_prompts import tell
 from accelerate_methods.engine.loop import needs_loop, run_decoder
