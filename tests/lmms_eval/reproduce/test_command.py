@@ -661,14 +661,15 @@ def checkout(tmp_path_factory):
     copy = tmp_path_factory.mktemp("checkout")
     for name in ("accelerate_methods", "llava", "configs", "assets"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "lmms-eval" / "lmms_eval_accelerate", copy / "lmms_eval_accelerate")
+    plugin = Path("lmms-eval", "lmms_eval_accelerate")  # which finds the assets two folders above
+    shutil.copytree(ROOT / plugin, copy / plugin)
     return copy
 
 
 def reproduce(checkout: Path, output: Path, table: str, *arguments: str, **options) -> subprocess.Popen:
     words = [sys.executable, "-m", "lmms_eval_accelerate.reproduce", table, "--output", str(output), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
-    environment["PYTHONPATH"] = str(checkout)
+    environment["PYTHONPATH"] = os.pathsep.join([str(checkout), str(checkout / "lmms-eval")])
     return subprocess.Popen(
         words, cwd=checkout, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
     )
