@@ -8,9 +8,8 @@ from tests.support.paths import GOLDEN
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # process groups of two workers must not meet on torchrun's one port
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # process groups of two workers must not meet on one port
     os.environ.setdefault("PET_MASTER_PORT", str(29600 + 10 * int(worker.removeprefix("gw"))))
-
 
 import PIL
 import pytest
