@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from accelerate_methods.engine.cached_keys import cached_length, check_whole, gather_keys
+from accelerate_methods.engine.cached_keys import cached_length, check_in_reach, check_whole, gather_keys
 from accelerate_methods.engine.devices import moved
 from accelerate_methods.stages.errors import MethodError
 
@@ -239,6 +239,7 @@ class CacheState:
 
     def trim(self, cache: DynamicCache, layers: int, picked: Tensor, left: LayerCache) -> None:
         """Cut the first ``layers`` layers of ``cache`` to entries ``picked`` [B, K], of which ``left`` is known."""
+        check_in_reach(cache)
         for index in range(layers):
             entry, known = cache.layers[index], self.layers[index]
             device = entry.keys.device

@@ -32,10 +32,19 @@ def cached_length(cache: Cache | None) -> int:
 
 
 def whole_keys(cache: DynamicCache, index: int) -> Tensor:
-    """[B, G, S, d] the keys that layer ``index`` has cached; MethodError if a sliding window has dropped some."""
+    """[B, G, S, d] the keys that layer ``index`` has cached; MethodError if some are out of reach."""
+    check_in_reach(cache)
     keys = cache.layers[index].keys
     check_whole(keys, cache.get_seq_length(index))
     return keys
+
+
+def check_in_reach(cache: DynamicCache) -> None:
+    if getattr(cache, "offloading", False):
+        raise MethodError(
+            "an offloaded cache moves the keys of a layer to CPU memory as soon as it has run; methods that look back "
+            "into the KV cache need it where the model is. Leave out cache_implementation."
+        )
 
 
 def check_whole(keys: Tensor, length: int) -> None:

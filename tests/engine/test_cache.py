@@ -391,6 +391,27 @@ def test_tensors_without_their_state():
         request.on(bare).add(QUESTION)
 
 
+class Offloaded(DynamicCache):
+    """Says that it is, without the streams of a GPU."""
+
+    def update(self, *args, **kwargs):
+        self.offloading = False
+        out = super().update(*args, **kwargs)
+        self.offloading = True
+        return out
+
+
+@pytest.mark.parametrize("name", ["cut", "renumbered", "caches cut, too"])
+def test_offloaded_cache_where_its_keys_are_read(name):
+    """A method that only drops rows works on one; reading keys back is refused."""
+    cache = Offloaded(config=make("llama").config)
+    if name == "caches cut, too":
+        with pytest.raises(MethodError, match="offloaded cache"):
+            Request(name, cache=cache)
+    else:
+        assert_close(Request(name, cache=cache).add(QUESTION), Request(name).add(QUESTION))
+
+
 def test_static_cache_is_refused():
     with pytest.raises(MethodError, match="DynamicCache"):
         Request("cut", cache=StaticCache(config=make("llama").config, max_cache_len=32))
