@@ -71,9 +71,6 @@ class CutPrompt:
         left = (_largest(self.positions) >= limit) & self.valid
         return torch.stack([left.sum(1), (self.full_positions >= limit).sum(1)], dim=1)
 
-    def without_embeds(self) -> CutPrompt:
-        return dataclasses.replace(self, embeds=self.embeds.new_empty(0))
-
     def taken(self, rows: Tensor) -> Tensor:
         """[B, L, D] rows of the uncompressed prompt -> [B, K, D] those that stand for what is left."""
         samples = torch.arange(len(rows), device=rows.device)[:, None]
