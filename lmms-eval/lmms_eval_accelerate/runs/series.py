@@ -40,6 +40,16 @@ def main(argv: list[str]) -> None:
             _mark("begin", number, len(runs), run["name"])
             run_evaluation([*run["argv"], "--output_path", run["output_path"], "--resume"], shared)
             _mark("end", number, len(runs), run["name"])
+    _leave_group()
+
+
+def _leave_group() -> None:
+    """All processes end together: one that is torn down while others still talk to it ends them with SIGABRT."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
