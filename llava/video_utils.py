@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from accelerate_methods.stages.printing import ShapesShown
 from llava.media_kind import kind_of
 from llava.video_rotation import rotation_of, upright
 
@@ -81,8 +82,8 @@ def sample_frames(
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Video:
+@dataclass(frozen=True, repr=False)
+class Video(ShapesShown):
     """Frames read from a file, uint8 RGB [T, height, width, 3], and where they stand in it."""
 
     frames: np.ndarray

@@ -6,10 +6,13 @@ is stored on a model::
     with record() as requests:
         model.generate(...)
     requests[0].samples[0].visual_tokens_after, requests[0].stage_ms["prefill"]
+
+Printed, a record is one line without tensors; it says which prompt was cut.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import time
@@ -24,9 +27,10 @@ if TYPE_CHECKING:
     from accelerate_methods.stages.compress import VisualItem
 
 _active: ContextVar[list[RequestRecord] | None] = ContextVar("accelerate_methods_recorder", default=None)
+_SHOWN = 2  # samples of a request that its line shows
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class ItemRecord:
     """One image or video of a sample.
 
@@ -60,6 +64,16 @@ class ItemRecord:
     num_layers: int = 0
     info: dict[str, object] = dataclasses.field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        said = [f"{self.modality}: {self.tokens_before} -> {self.tokens_after} visual tokens"]
+        if self.owner is not None:
+            said.append(f"owner [{', '.join(map(str, self.owner.shape))}]")
+        if self.grid is not None:
+            said.append(f"grid {self.grid[0]} x {self.grid[1]}")
+        if self.info:
+            said.append(f"info {', '.join(self.info)}")
+        return f"ItemRecord({'; '.join(said)})"
+
 
 def item_record(
     item: VisualItem, sequence: VisualSequence, *, tokens_after: int, start: int = 0, rows: torch.Tensor | None = None
@@ -79,7 +93,7 @@ def item_record(
     )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class SampleRecord:
     """One row of a batch. Token counts are content tokens; newlines count in the sequence lengths.
 
@@ -109,6 +123,25 @@ class SampleRecord:
     def visual_tokens_after(self) -> int:
         return sum(i.tokens_after for i in self.items)
 
+    @property
+    def trouble(self) -> str:
+        """What became of a prompt that is longer than the model's context, in words; "" if it fits."""
+        holds = "" if self.limit is None else f", the context holds {self.limit}"
+        if self.cut:
+            return f"cut: lost its last {self.cut} tokens{holds}"
+        if self.untrained:
+            return f"its last {self.untrained} tokens stand beyond the training{holds}"
+        return f"uncompressed it would be {self.over_dense} tokens too long{holds}" if self.over_dense else ""
+
+    def __repr__(self) -> str:
+        return f"SampleRecord({'; '.join(filter(None, (self._lengths(), self.trouble)))})"
+
+    def _lengths(self) -> str:
+        counts = collections.Counter(item.modality for item in self.items)
+        items = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts.items()) or "text only"
+        visual = f"visual tokens {self.visual_tokens_before} -> {self.visual_tokens_after}, " if self.items else ""
+        return f"{items}: {visual}prompt {self.dense_length} -> {self.length}"
+
 
 class RequestRecord:
     """One ``forward`` or ``generate`` call: its samples, stage times and number of decode steps."""
@@ -118,6 +151,18 @@ class RequestRecord:
         self.layer_tokens: list[list[int] | torch.Tensor] = []
         self.decode_steps = 0
         self._spans: list[tuple[str, object]] = []
+
+    def __repr__(self) -> str:
+        said = [f"sample {number}: {sample._lengths()}" for number, sample in enumerate(self.samples[:_SHOWN])]
+        if len(self.samples) > _SHOWN:
+            said.append(f"{len(self.samples) - _SHOWN} more samples")
+        troubled = [(number, sample.trouble) for number, sample in enumerate(self.samples) if sample.trouble]
+        said += [f"the prompt of sample {number}: {trouble}" for number, trouble in troubled[:_SHOWN]]
+        if len(troubled) > _SHOWN:
+            said.append(f"so are {len(troubled) - _SHOWN} more prompts")
+        said.append(f"{self.decode_steps} decode steps")
+        said += [f"{name} {ms:.3g} ms" for name, ms in self.stage_ms.items()]
+        return f"RequestRecord({'; '.join(said)})"
 
     @property
     def stage_ms(self) -> dict[str, float]:

@@ -11,11 +11,12 @@ from torch import Tensor
 from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem
 from accelerate_methods.stages.contract import check_compressed, check_views
 from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.printing import ShapesShown
 from accelerate_methods.stages.views import CompressedViews, Views
 
 
-@dataclasses.dataclass
-class VisualSequence:
+@dataclasses.dataclass(repr=False)
+class VisualSequence(ShapesShown):
     """An item ready to be spliced into the prompt: content tokens and surviving newlines in layout order.
 
     Attributes:

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from accelerate_methods.stages.contract import check_kept
 from accelerate_methods.stages.method import Method
+from accelerate_methods.stages.printing import ShapesShown
 from accelerate_methods.stages.signals import pick_signal
 from accelerate_methods.stages.views import CompressedViews, Views
 
 
-@dataclasses.dataclass
-class VisualItem:
+@dataclasses.dataclass(repr=False)
+class VisualItem(ShapesShown):
     """The visual tokens of one image or video as the uncompressed model would feed them to the LLM.
 
     The uncompressed sequence ("layout") has ``length`` rows: F*N content tokens and S structural ones (newlines).
@@ -85,8 +86,8 @@ class VisualItem:
 
 
 
-@dataclasses.dataclass
-class Compressed:
+@dataclasses.dataclass(repr=False)
+class Compressed(ShapesShown):
     """What a compress stage gives back.
 
     Attributes:

@@ -10,6 +10,7 @@ from torch import Tensor
 from accelerate_methods.ops.select import right_aligned_indices
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.method import Method
+from accelerate_methods.stages.printing import ShapesShown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,8 @@ class VisualSpan:
 
 
 
-@dataclasses.dataclass
-class Selection:
+@dataclasses.dataclass(repr=False)
+class Selection(ShapesShown):
     """Tokens that go on after a prefill stage.
 
     Attributes:

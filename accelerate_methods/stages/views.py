@@ -12,11 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
+from accelerate_methods.stages.printing import ShapesShown
 from accelerate_methods.stages.signals import pick_signal
 
 
-@dataclasses.dataclass
-class Views:
+@dataclasses.dataclass(repr=False)
+class Views(ShapesShown):
     """The views of one image.
 
     Attributes:
@@ -49,8 +50,8 @@ class Views:
         return pick_signal(self.signals, names, "image")
 
 
-@dataclasses.dataclass
-class CompressedViews:
+@dataclasses.dataclass(repr=False)
+class CompressedViews(ShapesShown):
     """What goes on of an image's views.
 
     Attributes:

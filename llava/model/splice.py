@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor
 from accelerate_methods.engine.devices import moved
 from accelerate_methods.engine.prompt import PromptLayout
 from accelerate_methods.engine.sequences import VisualSequence
+from accelerate_methods.ops.select import on_device
 from accelerate_methods.stages.prefill import VisualSpan
+from accelerate_methods.stages.printing import ShapesShown
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 
@@ -34,8 +36,8 @@ class Prompts:
     dummies: bool = False
 
 
-@dataclasses.dataclass
-class Spliced:
+@dataclasses.dataclass(repr=False)
+class Spliced(ShapesShown):
     """A batch ready for the decoder.
 
     Attributes:
@@ -101,33 +103,48 @@ def splice(
     Raises:
         ValueError: placeholders and visual items do not match in number.
     """
-    keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    per_sample = ((input_ids == IMAGE_TOKEN_INDEX) & keep).sum(1).tolist()
+    holes, keep = _read(input_ids, attention_mask)
+    per_sample = holes.sum(1).tolist()
     placeholders, text_only = sum(per_sample), per_sample.count(0)
     dummies = dummies and text_only > 0 and len(sequences) == placeholders + text_only
     if placeholders != len(sequences) and not dummies:
         raise ValueError(
             f"the prompts hold {placeholders} <image> placeholders but {len(sequences)} images or videos were given."
         )
-    built: list[_Sample] = []
+    text = on_device((keep & ~holes).flatten().nonzero().squeeze(1), input_ids.device)
+    lengths = [_text_lengths(*rows) for rows in zip(holes, keep, strict=True)]
+    every = [length for sample in lengths for length in sample]
+    embedded = iter(embed(input_ids.flatten()[text]).split(every))
+    targets = None if labels is None else iter(labels.flatten()[text.to(labels.device)].split(every))
+    samples: list[_Sample] = []
     used = 0
-    for number in range(input_ids.shape[0]):
-        sample = _Sample(original_positions)
-        ids = input_ids[number][keep[number]]
-        targets = None if labels is None else labels[number][keep[number]]
-        holes = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
-        bounds = [-1, *holes, ids.shape[0]]
-        texts = [ids[a + 1 : b] for a, b in pairwise(bounds)]
-        embedded = embed(torch.cat(texts)).split([len(t) for t in texts])
-        for piece, (start, end) in enumerate(pairwise(bounds)):
-            sample.add_text(embedded[piece], None if targets is None else targets[start + 1 : end])
-            if piece < len(holes):
+    for texts in lengths:
+        sample = _Sample()
+        for number in range(len(texts)):
+            if number:
                 sample.add_visual(sequences[used], used)
                 used += 1
-        if not holes and dummies:
-            used += 1
-        built.append(sample.finished(max_length))
-    return dataclasses.replace(_pad(built, padding_side), max_length=max_length)
+            sample.add_text(next(embedded), None if targets is None else next(targets))
+        used += len(texts) == 1 and dummies
+        samples.append(sample.shortened(max_length))
+    return dataclasses.replace(_joined(samples, padding_side, original_positions), max_length=max_length)
+
+
+def _read(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[B, n] placeholders and [B, n] real ids, on the host. The one device read: all sizes follow from it."""
+    holes = input_ids == IMAGE_TOKEN_INDEX
+    if attention_mask is None:
+        return holes.cpu(), torch.ones(holes.shape, dtype=torch.bool)
+    keep = attention_mask.bool()
+    holes, keep = torch.stack([holes & keep, keep]).cpu()
+    return holes, keep
+
+
+def _text_lengths(holes: Tensor, keep: Tensor) -> list[int]:
+    """Real ids before, between and behind the placeholders of one sample; both [n], on the host."""
+    holes = holes[keep]
+    bounds = [-1, *holes.nonzero().squeeze(1).tolist(), holes.shape[0]]
+    return [end - start - 1 for start, end in pairwise(bounds)]
 
 
 def beside_text(sequence: VisualSequence, device: torch.device) -> VisualSequence:
@@ -136,87 +153,129 @@ def beside_text(sequence: VisualSequence, device: torch.device) -> VisualSequenc
     return dataclasses.replace(sequence, **{name: moved(getattr(sequence, name), device) for name in parts})
 
 
-class _Sample:
-    """One sample under construction."""
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Text, or one image or video, in a sample.
 
-    def __init__(self, original_positions: bool):
-        self.original = original_positions
-        self.embeds: list[Tensor] = []
-        self.labels: list[Tensor] = []
-        self.positions: list[Tensor] = []
-        self.visual: list[Tensor] = []
+    Attributes:
+        embeds: [K, D]; labels: [K], None where nothing is to be learnt.
+        sequence: whose rows these are the first ones of; None for text.
+        dense: row of the uncompressed sample at which it begins.
+    """
+
+    embeds: Tensor
+    labels: Tensor | None
+    sequence: VisualSequence | None
+    dense: int
+
+    def __len__(self) -> int:
+        return self.embeds.shape[0]
+
+    def first(self, rows: int) -> _Part:
+        labels = None if self.labels is None else self.labels[:rows]
+        return dataclasses.replace(self, embeds=self.embeds[:rows], labels=labels)
+
+    def positions(self) -> Tensor:
+        """[K] rows of the uncompressed sample at which the rows stand."""
+        if self.sequence is None:
+            return torch.arange(self.dense, self.dense + len(self), device=self.embeds.device)
+        return self.sequence.positions[: len(self)] + self.dense
+
+    def visual(self) -> Tensor:
+        """[K] True at content tokens."""
+        if self.sequence is None:
+            return torch.zeros(len(self), dtype=torch.bool, device=self.embeds.device)
+        return self.sequence.is_content[: len(self)]
+
+
+class _Sample:
+    """One sample under construction: what stands in it is put together for the whole batch at once."""
+
+    def __init__(self) -> None:
+        self.parts: list[_Part] = []
         self.items: list[int] = []
         self.spans: list[VisualSpan] = []
         self.length = self.dense_length = self.cut = 0
 
     def add_text(self, embeds: Tensor, labels: Tensor | None) -> None:
-        count = embeds.shape[0]
-        labels = torch.full((count,), IGNORE_INDEX, device=embeds.device) if labels is None else labels
-        self._add(embeds, labels, torch.arange(count, device=embeds.device), count, torch.zeros_like(labels).bool())
+        self._add(_Part(embeds, labels, None, self.dense_length), embeds.shape[0])
 
     def add_visual(self, sequence: VisualSequence, number: int) -> None:
-        tokens = sequence.tokens
-        labels = torch.full((tokens.shape[0],), IGNORE_INDEX, device=tokens.device)
         self.items.append(number)
-        self.spans.append(
-            VisualSpan(self.length, tokens.shape[0], sequence.modality, sequence.num_content, sequence.info)
-        )
-        self._add(tokens, labels, sequence.positions, sequence.length, sequence.is_content)
+        rows = sequence.tokens.shape[0]
+        self.spans.append(VisualSpan(self.length, rows, sequence.modality, sequence.num_content, sequence.info))
+        self._add(_Part(sequence.tokens, None, sequence, self.dense_length), sequence.length)
 
-    def _add(self, embeds: Tensor, labels: Tensor, positions: Tensor, dense: int, visual: Tensor) -> None:
-        count = embeds.shape[0]
-        if not self.original:
-            positions = torch.arange(count, device=embeds.device)
-        self.embeds.append(embeds)
-        self.labels.append(labels)
-        self.positions.append(positions + (self.dense_length if self.original else self.length))
-        self.visual.append(visual)
-        self.length += count
+    def _add(self, part: _Part, dense: int) -> None:
+        self.parts.append(part)
+        self.length += len(part)
         self.dense_length += dense
 
-    def finished(self, max_length: int | None) -> _Sample:
-        dtype = self.embeds[0].dtype
-        for name in ("embeds", "labels", "positions", "visual"):
-            joined = torch.cat([part.to(dtype) if name == "embeds" else part for part in getattr(self, name)])
-            setattr(self, name, joined if max_length is None else joined[:max_length])
-        self.cut = self.length - self.embeds.shape[0]
-        self.length = self.embeds.shape[0]
-        if self.cut:
-            self.spans = [self._left_of(span) for span in self.spans if span.start < self.length]
+    def shortened(self, max_length: int | None) -> _Sample:
+        """Without what is behind ``max_length`` rows."""
+        if max_length is None or self.length <= max_length:
+            return self
+        self.cut, self.length = self.length - max_length, max_length
+        left, parts = max_length, []
+        for part in self.parts:
+            parts.append(part.first(left))
+            left -= len(parts[-1])
+        self.spans = [
+            self._left_of(span, part)
+            for span, part in zip(self.spans, (part for part in parts if part.sequence is not None), strict=True)
+            if span.start < self.length
+        ]
+        self.parts = parts
         return self
 
-    def _left_of(self, span: VisualSpan) -> VisualSpan:
-        """What the cut left of a span. The stages of a method can then no longer rely on ``info``."""
+    def _left_of(self, span: VisualSpan, part: _Part) -> VisualSpan:
+        """What the cut left of a span. The stages of a method can then no longer rely on ``info``.
+
+        Reads the device, of a prompt that ends inside an image or video.
+        """
         if span.end <= self.length:
             return span
-        content = int(self.visual[span.start :].sum())
-        return dataclasses.replace(span, length=self.length - span.start, num_content=content, info={})
+        return dataclasses.replace(span, length=len(part), num_content=int(part.visual().sum()), info={})
 
 
 def _shifted(spans: list[VisualSpan], by: int) -> list[VisualSpan]:
     return [dataclasses.replace(span, start=span.start + by) for span in spans]
 
 
-def _pad(samples: list[_Sample], side: str) -> Spliced:
+def _joined(samples: list[_Sample], side: str, original_positions: bool) -> Spliced:
+    """The batch, padded on ``side``; everything in it is copied once."""
     longest = max(sample.length for sample in samples)
+    like = samples[0].parts[0].embeds  # of text: its dtype is the decoder's
+    device = like.device
 
-    def padded(name: str, value: float) -> Tensor:
-        out = []
+    def batch(of_part: Callable[[_Part], Tensor], padding: Tensor) -> Tensor:
+        rows = []
         for sample in samples:
-            tensor = getattr(sample, name)
-            fill = tensor.new_full((longest - sample.length, *tensor.shape[1:]), value)
-            out.append(torch.cat([fill, tensor] if side == "left" else [tensor, fill]))
-        return torch.stack(out)
+            fill = padding.expand(longest - sample.length, *padding.shape[1:])
+            own = [of_part(part) for part in sample.parts if len(part)]
+            rows += [fill, *own] if side == "left" else [*own, fill]
+        return torch.cat([row for row in rows if row.shape[0]] or rows).view(len(samples), longest, *padding.shape[1:])
 
-    device = samples[0].embeds.device
-    lengths = torch.tensor([sample.length for sample in samples], device=device)[:, None]
+    def number(value: float, dtype: torch.dtype) -> Tensor:
+        return torch.full((1,), value, dtype=dtype, device=device)
+
+    lengths = on_device([[sample.length] for sample in samples], device)
     slots = torch.arange(longest, device=device)[None]
+    mask = slots >= longest - lengths if side == "left" else slots < lengths
+    if original_positions:
+        positions = batch(_Part.positions, number(0, torch.long))
+    else:
+        positions = (slots - (longest - lengths)).clamp(min=0) if side == "left" else slots * mask
+    labels = torch.full((len(samples), longest), IGNORE_INDEX, device=device)
+    if any(part.labels is not None for sample in samples for part in sample.parts):
+        ignored = number(IGNORE_INDEX, torch.long)
+        labels = batch(lambda part: ignored.expand(len(part)) if part.labels is None else part.labels, ignored)
     return Spliced(
-        inputs_embeds=padded("embeds", 0.0),
-        labels=padded("labels", IGNORE_INDEX),
-        mask=slots >= longest - lengths if side == "left" else slots < lengths,
-        position_ids=padded("positions", 0),
-        visual=padded("visual", False),
+        inputs_embeds=batch(lambda part: part.embeds.to(like.dtype), like.new_zeros(1, like.shape[1])),
+        labels=labels,
+        mask=mask,
+        position_ids=positions,
+        visual=batch(_Part.visual, number(False, torch.bool)),
         lengths=[sample.length for sample in samples],
         dense_lengths=[sample.dense_length for sample in samples],
         items=[sample.items for sample in samples],
