@@ -5,6 +5,7 @@
     tau: float = real(0.9, low=-1, high=1)
     variant: str = choice("auto", "auto", "onevision")
     merging: bool = flag(True)
+    pruning_layers: tuple[int, ...] = integers((2, 6, 15), low=0)
 
 Fields with ``budget`` say how much is kept, each in its own way: exactly one way is given, and a caller who gives one
 replaces the one that was there. Two fields that make up one way together have the same text as ``budget``. ``aliases``
@@ -31,6 +32,7 @@ class Rule:
 
     Attributes:
         kind: "number", "integer", "flag" or "choice".
+        several: whether it holds several numbers, a tuple.
         low, high: bounds of a number; ``open_low``: whether ``low`` itself is outside.
         options: what a choice may be.
         budget: name of the way to say how much is kept that this field belongs to, None for other fields.
@@ -44,6 +46,7 @@ class Rule:
     options: tuple[str, ...] = ()
     budget: str | None = None
     aliases: tuple[str, ...] = ()
+    several: bool = False
 
     @property
     def range(self) -> str:
@@ -57,7 +60,9 @@ class Rule:
         """What is allowed, for tables."""
         if self.kind == "flag":
             return "True, False"
-        return ", ".join(self.options) if self.kind == "choice" else self.range
+        if self.kind == "choice":
+            return ", ".join(self.options)
+        return f"{self.range}, several" if self.several else self.range
 
     def checked(self, method: str, field: str, value: Any) -> Any:
         """``value`` as plain Python.
@@ -66,6 +71,8 @@ class Rule:
             MethodError: of the wrong kind, or out of range.
         """
         value = _plain(value)
+        if self.several:
+            return self._several(method, field, value)
         if self.kind == "flag":
             if not isinstance(value, bool):
                 raise MethodError(f"{method}: {field} must be True or False, got {value!r}.")
@@ -79,6 +86,15 @@ class Rule:
             if value < self.low or value > self.high or (self.open_low and value == self.low):
                 raise MethodError(f"{method}: {field}={value!r} is outside the allowed range {self.range}.")
         return value
+
+    def _several(self, method: str, field: str, value: Any) -> tuple[Any, ...]:
+        """A list, a tuple or a 1-d array of numbers as a tuple."""
+        value = value.tolist() if hasattr(value, "tolist") else value
+        if not isinstance(value, (list, tuple)) or not value:
+            kinds = "integers" if self.kind == "integer" else "numbers"
+            raise MethodError(f"{method}: {field} must be a list of {kinds}, got {value!r}.")
+        single = dataclasses.replace(self, several=False)
+        return tuple(single.checked(method, field, entry) for entry in value)
 
 
 def real(
@@ -96,6 +112,16 @@ def share(default: float | None, **more: Any) -> Any:
 def integer(default: int | None, *, low: float = -math.inf, high: float = math.inf, **more: Any) -> Any:
     """A whole number in [low, high]."""
     return _field(default, Rule("integer", low, high), **more)
+
+
+def integers(default: tuple[int, ...] | None, *, low: float = -math.inf, high: float = math.inf, **more: Any) -> Any:
+    """Several whole numbers in [low, high], a tuple."""
+    return _field(default, Rule("integer", low, high, several=True), **more)
+
+
+def reals(default: tuple[float, ...] | None, *, low: float = -math.inf, high: float = math.inf, **more: Any) -> Any:
+    """Several numbers in [low, high], a tuple."""
+    return _field(default, Rule("number", low, high, several=True), **more)
 
 
 def flag(default: bool, **more: Any) -> Any:

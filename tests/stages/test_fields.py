@@ -10,7 +10,18 @@ import torch
 from accelerate_methods import MethodError, UnknownNameError, available
 from accelerate_methods.registry import method_class
 from accelerate_methods.stages.budget import BudgetedMethod
-from accelerate_methods.stages.fields import budgets, choice, flag, integer, parameters_of, real, rules, share
+from accelerate_methods.stages.fields import (
+    budgets,
+    choice,
+    flag,
+    integer,
+    integers,
+    parameters_of,
+    real,
+    reals,
+    rules,
+    share,
+)
 from accelerate_methods.stages.method import Method
 
 
@@ -56,6 +67,43 @@ class Declared(Method):
 def test_what_is_refused(given, message):
     with pytest.raises(MethodError, match=message):
         Declared(**given)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Several(Method):
+    """Lists of numbers.
+
+    Attributes:
+        layers: where it acts.
+        ratios: what stays there.
+    """
+
+    name = "several"
+
+    layers: tuple[int, ...] = integers((2, 6), low=0)
+    ratios: tuple[float, ...] | None = reals(None, low=0, high=1)
+
+
+@pytest.mark.parametrize("given", [[3, 4], (3, 4), np.array([3, 4]), torch.tensor([3, 4])])
+def test_a_list_of_numbers_becomes_a_tuple(given):
+    method = Several(layers=given)
+    assert method.layers == (3, 4) and method.ratios is None and hash(method)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"layers": 3}, "several: layers must be a list of integers, got 3"),
+        ({"layers": []}, r"several: layers must be a list of integers, got \[\]"),
+        ({"layers": [1, 2.5]}, "several: layers must be an integer, got 2.5"),
+        ({"layers": [-1]}, r"several: layers=-1 is outside the allowed range \[0, inf\)"),
+        ({"ratios": ["a"]}, "several: ratios must be a number, got 'a'"),
+        ({"ratios": [0.5, 2]}, r"several: ratios=2 is outside the allowed range \[0, 1\]"),
+    ],
+)
+def test_what_a_list_refuses(given, message):
+    with pytest.raises(MethodError, match=message):
+        Several(**given)
 
 
 def test_a_choice_names_the_nearest():
