@@ -36,6 +36,7 @@ class VisualItem(ShapesShown):
             mixtures of patches.
         views: an image's patch features before the projector, for a method that acts there. ``features`` and
             ``newlines`` are then placeholders of width 1.
+        question: what the user asks about it, None if nobody said (a method that needs it: ``Method.needs_question``).
         full_tokens, full_length: content tokens and layout rows at the full input size, where a sample stage made the
             input smaller; None otherwise.
     """
@@ -53,6 +54,7 @@ class VisualItem(ShapesShown):
     signals: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     source: Tensor | None = None
     views: Views | None = None
+    question: str | None = None
     full_tokens: int | None = None
     full_length: int | None = None
 

@@ -31,7 +31,7 @@ class Rule:
     """What one field may hold.
 
     Attributes:
-        kind: "number", "integer", "flag" or "choice".
+        kind: "number", "integer", "flag", "text" or "choice".
         several: whether it holds several numbers, a tuple.
         low, high: bounds of a number; ``open_low``: whether ``low`` itself is outside.
         options: what a choice may be.
@@ -76,6 +76,9 @@ class Rule:
         if self.kind == "flag":
             if not isinstance(value, bool):
                 raise MethodError(f"{method}: {field} must be True or False, got {value!r}.")
+        elif self.kind == "text":
+            if not isinstance(value, str) or not value.strip():
+                raise MethodError(f"{method}: {field} must be text, got {value!r}.")
         elif self.kind == "choice":
             if value not in self.options:
                 raise UnknownNameError(f"value of {method}.{field}:", value, self.options)
@@ -127,6 +130,11 @@ def reals(default: tuple[float, ...] | None, *, low: float = -math.inf, high: fl
 def flag(default: bool, **more: Any) -> Any:
     """True or False."""
     return _field(default, Rule("flag"), **more)
+
+
+def text(default: str | None, **more: Any) -> Any:
+    """Any text: a name, or a path."""
+    return _field(default, Rule("text"), **more)
 
 
 def choice(default: str, *options: str, **more: Any) -> Any:
@@ -200,7 +208,7 @@ class Parameter:
     """A hyper-parameter as pages and the command line show it.
 
     Attributes:
-        kind: "number", "integer", "flag", "choice", or "" where the field declares nothing.
+        kind: "number", "integer", "flag", "text", "choice", or "" where the field declares nothing.
         allowed: interval or options, "" where the field declares nothing.
         meaning: what the class's docstring says of it.
         budget: whether it says how much is kept.

@@ -29,6 +29,9 @@ class Method:
         code: repository of the official release, "owner/name@commit".
         signals: names out of :data:`.signals.SIGNALS` that the host must provide.
         substitutes: signal -> signal that serves where an encoder lacks the first; its use is reported as adaptation.
+        needs_question: whether it reads ``question`` of an item; asking for a text signal implies it.
+        text_tower: checkpoint (name on the hub or folder) of the text tower for "text_embeds"; None: that of the model's
+            own vision tower. A method may have a field of this name.
         misleading: names that other code bases use for something else than ours, with what to write here.
         budget_required: whether one of the fields declared as budget has to be given (see ``fields.py``).
         modalities: kinds of visual item the method changes; others pass through unpruned.
@@ -44,6 +47,8 @@ class Method:
     baseline: ClassVar[bool] = False
     signals: ClassVar[frozenset[str]] = frozenset()
     substitutes: ClassVar[Mapping[str, str]] = {}
+    needs_question: ClassVar[bool] = False
+    text_tower: ClassVar[str | None] = None
     misleading: ClassVar[Mapping[str, str]] = {}
     budget_required: ClassVar[bool] = True
     modalities: ClassVar[frozenset[str]] = frozenset({"image", "video"})

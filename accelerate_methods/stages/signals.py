@@ -20,7 +20,12 @@ SIGNALS = {
     "cls_attention": "[F, N] head-averaged attention of the CLS token (softmax over all tokens, CLS included)",
     "received_attention": "[F, N] attention a patch receives from all tokens, averaged over heads and queries",
     "key_states": "[F, N, d] head-averaged key states",
+    "image_embeds": "[F, N, C] patches in the image-text space of CLIP (post_layernorm and visual_projection, float32)",
+    "text_embeds": "[M, C] the question in that space, one row per 77 ids of it",
+    "prompt_mean": "[D] mean embedding of the prompt's text tokens, as the language model gets them",
 }
+#: those of the prompt, which all images of a sample share
+TEXT_SIGNALS = frozenset({"text_embeds", "prompt_mean"})
 
 
 def resolve_signal(method: Method, name: str, available: frozenset[str]) -> str | None:

@@ -28,6 +28,9 @@ class Views(ShapesShown):
         signals: what the method asked for (see :data:`.signals.SIGNALS`), over the P patches.
         uncompressed: gives the image (a ``VisualItem``) as the model has it without any method, for a method that
             leaves it alone.
+        project: the model's projector, [..., M] -> [..., D], for a method that compares tokens as the language model
+            would get them.
+        question: what the user asks about the image, None if nobody said.
     """
 
     features: Tensor
@@ -36,6 +39,8 @@ class Views(ShapesShown):
     tiles: tuple[int, int] | None = None
     signals: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     uncompressed: Callable[[], Any] | None = None
+    project: Callable[[Tensor], Tensor] | None = None
+    question: str | None = None
 
     @property
     def num_views(self) -> int:
