@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from accelerate_methods.engine.loop import DecoderOutput
 from accelerate_methods.engine.output_rows import IGNORED, OutputRows, real_rows, shifted, unshifted
+from accelerate_methods.ops.select import on_device
 from llava.model.splice import Spliced
 
 
@@ -45,7 +45,7 @@ class Targets:
             ends = self.shift_labels.new_full((len(self.shift_labels),), self.shift_labels.shape[1] - 1)
             if mask is not None:  # the last real id
                 ends = ends - mask.bool().to(ends.device).flip(1).long().argmax(1)
-            cut = torch.tensor(spliced.cut, device=ends.device) > 0
+            cut = on_device(spliced.cut, ends.device) > 0
             last = self.shift_labels.gather(1, ends[:, None]).squeeze(1).masked_fill(cut, IGNORED)
         return dataclasses.replace(self, labels=spliced.labels, shift_labels=None, last=last)
 
