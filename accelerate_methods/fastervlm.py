@@ -16,13 +16,12 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from accelerate_methods.ops.select import pick_rows, row_numbers, top_indices
+from accelerate_methods.ops.select import row_numbers, top_indices
 from accelerate_methods.registry import register
 from accelerate_methods.stages.compress import Compressed, ViewCompressMethod, VisualItem, selection
 from accelerate_methods.stages.fields import choice, integer, share
-from accelerate_methods.stages.views import CompressedViews, Views
+from accelerate_methods.stages.views import CompressedViews, Views, view_selection
 
 
 @register("fastervlm")
@@ -62,7 +61,7 @@ class FasterVLM(ViewCompressMethod):
         if count >= views.tokens_per_view:
             return None
         scores = views.signal("cls_attention", "received_attention")
-        return keep_patches(views, top_indices(scores, count), "none" if self.merge == "spatial" else "checkpoint")
+        return view_selection(views, top_indices(scores, count), "none" if self.merge == "spatial" else "checkpoint")
 
     def compress(self, item: VisualItem) -> Compressed:
         per_frame = item.tokens_per_frame
@@ -71,18 +70,3 @@ class FasterVLM(ViewCompressMethod):
             return selection(item, torch.arange(item.num_tokens, device=item.features.device))
         kept = top_indices(item.signal("cls_attention", "received_attention"), count)
         return selection(item, row_numbers(kept, per_frame), order="given")  # ascending
-
-
-def keep_patches(views: Views, kept: Tensor, newlines: str) -> CompressedViews:
-    """The patches ``kept`` [V, T] of every view, ascending."""
-    count, patches, _ = views.features.shape
-    rows = torch.arange(kept.numel(), device=kept.device).view_as(kept)
-    owner = torch.full((count, patches), -1, dtype=torch.long, device=kept.device)
-    return CompressedViews(
-        tokens=pick_rows(views.features, kept).flatten(0, 1),
-        view=torch.arange(count, device=kept.device).repeat_interleave(kept.shape[1]),
-        patch=kept.flatten(),
-        section=torch.zeros(kept.numel(), dtype=torch.long, device=kept.device),
-        owner=owner.scatter_(1, kept, rows),
-        newlines=newlines,
-    )

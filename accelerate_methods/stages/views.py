@@ -10,8 +10,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from accelerate_methods.ops.select import pick_rows
 from accelerate_methods.stages.printing import ShapesShown
 from accelerate_methods.stages.signals import pick_signal
 
@@ -76,3 +78,18 @@ class CompressedViews(ShapesShown):
     owner: Tensor
     newlines: str = "none"
     info: dict[str, object] = dataclasses.field(default_factory=dict)
+
+
+def view_selection(views: Views, kept: Tensor, newlines: str = "none") -> CompressedViews:
+    """Compressed form of a pure selection: the patches ``kept`` [V, K] of every view, ascending."""
+    count, per_view = kept.shape
+    rows = torch.arange(kept.numel(), device=kept.device).view_as(kept)
+    owner = torch.full(views.features.shape[:2], -1, dtype=torch.long, device=kept.device)
+    return CompressedViews(
+        tokens=pick_rows(views.features, kept).flatten(0, 1),
+        view=torch.arange(count, device=kept.device).repeat_interleave(per_view),
+        patch=kept.flatten(),
+        section=torch.zeros(kept.numel(), dtype=torch.long, device=kept.device),
+        owner=owner.scatter_(1, kept, rows),
+        newlines=newlines,
+    )

@@ -12,11 +12,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 import accelerate_methods
 from accelerate_methods.engine.encoder_attention import cls_attention
 from accelerate_methods.engine.sequences import VisualSequence, assemble_views
-from accelerate_methods.fastervlm import keep_patches
 from accelerate_methods.hosts.layouts import flat_item, image_item
 from accelerate_methods.ops.select import top_indices
 from accelerate_methods.stages.compress import VisualItem
-from accelerate_methods.stages.views import Views
+from accelerate_methods.stages.views import Views, view_selection
 from tests.conformance import vocabulary
 from tests.conformance.adapters import shared, whole_models
 from tests.conformance.adapters.whole_models import load_tiny
@@ -68,7 +67,7 @@ def assemble(inputs, params, context):
         if compressed is None:  # T = N: the contract still wants the official layout
             newlines = "checkpoint" if merge == "spatial_unpad" else "none"
             every = top_indices(views.signal("cls_attention"), views.tokens_per_view)
-            compressed = keep_patches(views, every, newlines)
+            compressed = view_selection(views, every, newlines)
         sequence = assemble_views(item, views, compressed, lambda t: t)
         tokens.append(sequence.tokens)
         source = _source_index(sequence, item)
