@@ -32,7 +32,7 @@ class ModelFacts:
         name: in errors ("LLaVA-OneVision").
         stages: where methods can act; signals: what the vision encoder gives; modalities: kinds of visual item.
         layers: of the decoder.
-        limits: why no more modalities, a sentence for errors.
+        limits: why no more modalities, a sentence for errors; signal_limits: why no more signals.
     """
 
     name: str
@@ -41,6 +41,7 @@ class ModelFacts:
     modalities: frozenset[str]
     layers: int
     limits: str = ""
+    signal_limits: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Pipeline:
             if missing:
                 raise MethodError(
                     f"{method.name} needs {', '.join(missing)}, which this {facts.name} model cannot give "
-                    f"(it gives: {', '.join(sorted(facts.signals)) or 'none'})."
+                    f"(it gives: {', '.join(sorted(facts.signals)) or 'none'}). {facts.signal_limits}".rstrip()
                 )
             if not method.modalities & facts.modalities:
                 raise MethodError(

@@ -76,6 +76,8 @@ class Family(ABC):
     about: ModelFamily
     #: kinds of item that can be compressed before the projector
     views: frozenset[str] = frozenset()
+    #: why this model gives no more signals, a sentence for errors
+    signal_limits: str = ""
 
     def __init__(self, model: nn.Module):
         self.model, self.config = model, model.config

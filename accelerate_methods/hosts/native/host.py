@@ -77,6 +77,7 @@ class NativeHost(Host):
                 modalities=about.modalities,
                 layers=len(family.language.layers),
                 limits=about.limits,
+                signal_limits=family.signal_limits,
             )
         )
         if pipeline.prefill is not None or pipeline.decode is not None:

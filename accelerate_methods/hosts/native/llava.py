@@ -33,7 +33,11 @@ class Llava(Family):
         super().__init__(model)
         with expected(model):
             tower, _ = model.model.vision_tower, model.model.multi_modal_projector
-        self.tower = ClipTower(tower, self.config.vision_feature_layer)
+        number = self.config.vision_feature_layer
+        self.tower = ClipTower(tower, number)
+        if self.tower.joined:
+            self.views = frozenset()
+            self.signal_limits = f"Its features (vision_feature_layer={number}) are not those of one encoder layer."
         strategy = self.config.vision_feature_select_strategy
         if strategy != ("default" if self.tower.special else "full"):
             raise MethodError(
@@ -56,10 +60,12 @@ class Llava(Family):
 
     def _encoded(self, seen: Seen) -> Encoded:
         """The one run of the tower, whose patches are what the projector got."""
-        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
-            given = seen.arguments.get(name)
-            own = getattr(self.config, name)
-            if given is not None and given != own:
+        for name, read in (
+            ("vision_feature_layer", self.tower.layer_numbers),
+            ("vision_feature_select_strategy", lambda strategy: strategy),
+        ):
+            given, own = seen.arguments.get(name), getattr(self.config, name)
+            if given is not None and read(given) != read(own):
                 raise MethodError(f"{name}={given!r}: only that of the checkpoint ({own!r}) is supported.")
         if len(seen.encoded) != 1:
             raise MethodError(f"the vision tower ran {len(seen.encoded)} times for one prompt; one run was expected.")

@@ -34,7 +34,8 @@ class LlavaOnevision(PooledVideos):
 
     @property
     def signals(self) -> frozenset[str]:
-        return self.tower.signals if self.tower.is_clip else self.tower.signals | _HEAD_SIGNALS
+        headless = self.tower.is_clip or self.tower.joined
+        return self.tower.signals if headless else self.tower.signals | _HEAD_SIGNALS
 
     @property
     def aspect(self) -> str:

@@ -20,7 +20,8 @@ from accelerate_methods.registry import families
 from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.errors import MethodError
 
-_FROM_BLOCK = frozenset({"pooling_attention", "received_attention", "key_states"})
+_ATTENTION = frozenset({"pooling_attention", "received_attention"})
+_FROM_BLOCK = _ATTENTION | {"key_states"}
 
 
 @dataclasses.dataclass
@@ -48,12 +49,13 @@ class QwenVL(Family):
             ) from error
         full = getattr(config, "fullatt_block_indexes", None)
         self.windowed = full is not None
-        if self.windowed and config.depth - 1 not in full:
-            raise MethodError("the last vision block attends to windows only; its attention says nothing of a frame.")
+        self.sees_frames = not self.windowed or config.depth - 1 in full
+        if not self.sees_frames:
+            self.signal_limits = "Its last vision block attends to windows only, which says nothing of a frame."
 
     @property
     def signals(self) -> frozenset[str]:
-        return _FROM_BLOCK | {"frame_features"}
+        return (_FROM_BLOCK if self.sees_frames else _FROM_BLOCK - _ATTENTION) | {"frame_features"}
 
     def watch(self, seen: Any) -> list[Any]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

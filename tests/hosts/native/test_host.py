@@ -314,7 +314,8 @@ def test_towers_and_features_that_are_not_known():
     with pytest.raises(MethodError, match="vision tower pixtral: only CLIP and SigLIP"):
         accelerate(model, "random", retention_ratio=0.5)
     for field, value, says in (
-        ("vision_feature_layer", [-2, -1], "several layers"),
+        ("vision_feature_layer", 99, "not built as this host expects"),
+        ("vision_feature_layer", [], "not built as this host expects"),
         ("vision_feature_select_strategy", "full", "'full' with a clip_vision_model tower"),
     ):
         model = copy.deepcopy(native(V15))
