@@ -1,10 +1,24 @@
 """Packages `llava` and `accelerate_methods`. The harness plugin is its own package in lmms-eval/."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+
+
+class BuildWithConfigs(build_py):
+    """A wheel carries configs/ inside accelerate_methods, where registry/configs.py finds it. Not run by `-e`."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib, "accelerate_methods", "configs")
+            shutil.rmtree(target, ignore_errors=True)  # a build folder may be an older one
+            shutil.copytree(ROOT / "configs", target)
+
 
 # Extras are kept small on purpose: the core must install in seconds and run on a laptop.
 EXTRAS = {
@@ -27,8 +41,10 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["llava", "llava.*", "accelerate_methods", "accelerate_methods.*"]),
     package_data={
-        "accelerate_methods": ["hosts/known_towers/*/*.json"],
+        "accelerate_methods": ["hosts/known_towers/*/*.json", "py.typed"],
+        "llava": ["py.typed"],
     },
+    cmdclass={"build_py": BuildWithConfigs},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17,<6",

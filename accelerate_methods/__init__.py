@@ -41,20 +41,12 @@ _EXPORTS = {
     "UnknownNameError": "stages.errors",
 }
 
-__all__ = ["__version__", *_EXPORTS]
+__all__ = [
+    "__version__", "accelerate", "detach", "Method", "SampleMethod", "EncodeMethod", "CompressMethod",
+    "PrefillMethod", "DecodeMethod", "VisualItem", "Compressed", "Pipeline", "resolve", "record",
+    "available", "get", "register", "MethodError", "UnknownNameError",
+]  # fmt: skip - written out: type checkers do not compute it
 
-
-def __getattr__(name: str):
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
-
-
-# ruff: noqa: F401 - for type checkers and editors only
 if TYPE_CHECKING:
     from accelerate_methods.engine.recording import record
     from accelerate_methods.hosts.attach import accelerate, detach
@@ -67,3 +59,13 @@ if TYPE_CHECKING:
     from accelerate_methods.stages.method import Method
     from accelerate_methods.stages.prefill import PrefillMethod
     from accelerate_methods.stages.sample import SampleMethod
+else:
+
+    def __getattr__(name: str):
+        if name in _EXPORTS:
+            return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -18,7 +18,14 @@ from typing import Any
 from accelerate_methods.registry.families import ModelFamily, families
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
 
-CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+
+def _config_dir() -> Path:
+    """``configs/``: inside the package where a wheel was installed (setup.py puts it there), else of the checkout."""
+    installed = Path(__file__).resolve().parents[1] / "configs"
+    return installed if installed.is_dir() else installed.parents[1] / "configs"
+
+
+CONFIG_DIR = _config_dir()
 #: folders below ``configs/`` that hold no methods' configs: models, and the papers' tables
 _OTHER = ("models", "reproduce")
 #: keys of a model's file that describe it to a reader and to the registry; the rest is how it is run

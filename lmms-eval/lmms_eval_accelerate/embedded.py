@@ -1,4 +1,4 @@
-"""The embedded model and tasks: where their files lie in a checkout of the project, and what to say if they do not."""
+"""The embedded model and tasks: where their files lie, and what to say if they do not."""
 
 from __future__ import annotations
 
@@ -42,6 +42,6 @@ def require_tasks(tasks: str | Iterable[str]) -> None:
 
 
 _WHY = (
-    "the project's assets/ come with its checkout and not with an installed package: run "
-    "`pip install -e lmms-eval` there, or"
+    "the project's assets/ come with its checkout and with a wheel that was built in it: run "
+    "`pip install -e lmms-eval` in a checkout, or"
 )

@@ -13,7 +13,7 @@ from accelerate_methods.registry.families import families, keys
 from accelerate_methods.registry.names import method_class
 from accelerate_methods.registry.settings import Setting
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
-from lmms_eval_accelerate import ROOT, embedded
+from lmms_eval_accelerate import WORK, embedded
 from lmms_eval_accelerate.benchmarks.contents import task_facts
 from lmms_eval_accelerate.models.arguments import COMMON, HF, Arguments, names_of, parse
 from lmms_eval_accelerate.runs.files import COMPARISON_PLAN, read_json, write_json
@@ -198,7 +198,7 @@ def comparison_of(wanted: Wanted) -> Comparison:
     stamp = time.strftime("%Y%m%d_%H%M%S")
     output = wanted.output
     if output is None:
-        output = ROOT / "outputs" / f"{wanted.config.replace('/', '_')}_{stamp}"
+        output = WORK / "outputs" / f"{wanted.config.replace('/', '_')}_{stamp}"
     return Comparison(
         family=model["family"],
         config=wanted.config,

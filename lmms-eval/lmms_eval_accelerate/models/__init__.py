@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate_methods.stages.errors import UnknownNameError
 from lmms_eval_accelerate.manifest import FAMILIES, model_ids
@@ -23,8 +23,10 @@ def model_class(model_id: str) -> type:
     return type(model_id, (base,), {"model_id": model_id, "default_method": method, "__module__": __name__})
 
 
-def __getattr__(name: str) -> Any:
-    if name.startswith(tuple(FAMILIES)) and name in model_ids():
-        globals()[name] = model_class(name)  # one class object per id, so that isinstance and pickle work
-        return globals()[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # to a type checker any name would be there
+
+    def __getattr__(name: str) -> Any:
+        if name.startswith(tuple(FAMILIES)) and name in model_ids():
+            globals()[name] = model_class(name)  # one class object per id, so that isinstance and pickle work
+            return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

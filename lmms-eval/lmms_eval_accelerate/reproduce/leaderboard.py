@@ -17,13 +17,13 @@ from typing import Any
 from rich.console import Console
 
 from accelerate_methods.stages.errors import MethodError
-from lmms_eval_accelerate import ROOT
+from lmms_eval_accelerate import WORK
 from lmms_eval_accelerate.reproduce.folders import read_json
 from lmms_eval_accelerate.reproduce.outcome import KIND, SCHEMA
 from lmms_eval_accelerate.runs.long_prompts import LongPrompts, explained, marked
 
-STORE = ROOT / "docs" / "results" / "reproduce"
-OUTPUT = ROOT / "docs" / "results" / "leaderboard.md"
+STORE = WORK / "docs" / "results" / "reproduce"
+OUTPUT = WORK / "docs" / "results" / "leaderboard.md"
 _HEADERS = (
     *(
         "setting",
