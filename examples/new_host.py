@@ -36,8 +36,11 @@ class VipLlava(Family):
     def signals(self) -> frozenset[str]:
         return self.tower.signals
 
+    def prepare(self, wanted: frozenset[str]) -> None:
+        self.tower.ask(wanted)
+
     def watch(self, seen: Any) -> list[Any]:
-        return [self.tower.watch(seen)]
+        return self.tower.watch(seen)
 
     def items(self, call: Call) -> list[PromptItem]:
         (encoded,) = call.seen["image"].encoded  # one run of the tower for all images

@@ -70,6 +70,13 @@ class Method:
         off = self.stages_off()
         return tuple(s for s in self.class_stages() if s not in off)
 
+    def asks_for(self, *signals: str) -> None:
+        """For ``__post_init__`` of a method whose parameters choose encoder layers: what this object reads.
+
+        The class's ``signals`` are then those of its defaults, for tables.
+        """
+        object.__setattr__(self, "signals", frozenset(signals))  # the dataclass is frozen
+
     def stages_off(self) -> tuple[str, ...]:
         """Stages that the parameters switch off; a method with such switches overrides this."""
         return ()

@@ -29,7 +29,7 @@ class LlavaAcceleration:
     """What is attached to one model: the pipeline, and the side modules its signals need (outside the state dict).
 
     Attributes:
-        encoder_signals: names that the vision tower has to compute.
+        encoder_signals: names that the vision tower has to compute; encoder_layers: those whose inputs it has to keep.
         adaptations: signal that a method asks for -> what this tower gives instead.
     """
 
@@ -41,6 +41,7 @@ class LlavaAcceleration:
         self.adaptations = {name: real for name, real in given.items() if name != real}
         names = frozenset(given.values())
         self.encoder_signals = names - _HEAD_SIGNALS
+        self.encoder_layers = frozenset(self._tower.layers_of(self.encoder_signals).values())
         self._head: SiglipPoolingHead | None = None
         if _HEAD_SIGNALS & names:
             head = SiglipPoolingHead.from_tower(self._tower.vision_tower_name, self._tower.checkpoint)

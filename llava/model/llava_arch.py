@@ -179,7 +179,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration):
         with recording.stage(request, "vision", device):
             if acceleration is not None:
                 pixels = acceleration.resize(pixels)
-            encoded = tower.look(pixels)
+            encoded = tower.look(pixels, () if acceleration is None else acceleration.encoder_layers)
             if acceleration is None or not acceleration.encoder_signals:
                 encoded.before = None  # frees its memory
             features = tower.select(encoded).to(pixels.dtype)

@@ -8,31 +8,21 @@ image by itself, so methods that compare frames cannot act.
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections.abc import Callable
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from accelerate_methods.engine.encoder_attention import ENCODER_SIGNALS, encoder_signals
-from accelerate_methods.hosts.native.family import Call, Family, Seen, locate_items
+from accelerate_methods.engine.encoder_attention import ENCODER_SIGNALS, asked_layers, signals_of_layers
+from accelerate_methods.hosts.native.family import Call, Family, locate_items
 from accelerate_methods.hosts.native.prompt import PromptItem
 from accelerate_methods.registry import families
 from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.errors import MethodError
-
-
-@dataclasses.dataclass
-class LayerStates:
-    """What signals are computed from.
-
-    Attributes:
-        before: [V, 1 + P, M] input of the encoder layer whose output is the feature, CLS token first.
-    """
-
-    before: Tensor
 
 
 class InternVL(Family):
@@ -52,11 +42,10 @@ class InternVL(Family):
         try:
             tower = model.model.vision_tower
             layers, sizes = tower.encoder.layer, zip(tower.config.image_size, tower.config.patch_size, strict=True)
-            self.layer = layers[number - 1 if number > 0 else len(layers) + number]
-            attention = self.layer.attention
-            for name in ("num_heads", "head_dim", "scale", "q_proj", "k_proj", "q_norm", "k_norm"):
-                getattr(attention, name)
-            self.layer.layernorm_before, tower.embeddings.cls_token  # noqa: B018
+            self.feature = number - 1 if number > 0 else len(layers) + number
+            self.layers = [_as_clip(layer) for layer in layers]
+            self._modules = list(layers)
+            tower.embeddings.cls_token  # noqa: B018
         except (AttributeError, IndexError, TypeError) as error:
             raise MethodError(
                 f"the vision tower of {type(model).__name__} is not built as this host expects ({error}); this version "
@@ -66,35 +55,52 @@ class InternVL(Family):
         if rows != columns or rows % self.factor:
             raise MethodError(f"tiles of {rows} x {columns} patches do not make blocks of {self.factor} squared.")
         self.side = rows // self.factor
+        self._asked = {"key_states": self.feature}
+        self._inputs: ContextVar[dict[int, Tensor]] = ContextVar("accelerate_layer_inputs", default={})  # noqa: B039
 
     @property
     def signals(self) -> frozenset[str]:
         return ENCODER_SIGNALS
 
-    def watch(self, seen: Any) -> list[Any]:
-        def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            seen(LayerStates((args[0] if args else kwargs["hidden_states"]).detach()))
+    def prepare(self, wanted: frozenset[str]) -> None:
+        # without any, the feature's layer says how large the tiles are
+        self._asked = asked_layers(wanted | {"key_states"}, len(self.layers), self.feature)
 
-        return [self.layer.register_forward_pre_hook(hook, with_kwargs=True)]
+    def watch(self, seen: Any) -> list[Any]:
+        """``seen`` gets {layer: [V, 1 + P, M] its input, CLS token first} of the layers that signals come from."""
+        wanted = sorted(set(self._asked.values()))
+
+        def hook_of(index: int) -> Any:
+            def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+                states = (args[0] if args else kwargs["hidden_states"]).detach()
+                inputs = {**self._inputs.get(), index: states}
+                self._inputs.set({} if index == wanted[-1] else inputs)
+                if index == wanted[-1]:
+                    seen(inputs)
+
+            return hook
+
+        return [self._modules[i].register_forward_pre_hook(hook_of(i), with_kwargs=True) for i in wanted]
 
     def items(self, call: Call) -> list[PromptItem]:
         seen, token, per_tile = call.seen["image"], self.config.image_token_id, self.side**2
-        (encoded,) = seen.encoded
+        (inputs,) = seen.encoded
+        before = inputs[self.feature]
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
             if seen.arguments.get(name) not in (None, getattr(self.config, name)):
                 raise MethodError(f"{name}={seen.arguments[name]!r} is not the model's own; set it in its config.")
-        if len(encoded.before[0]) != 1 + per_tile * self.factor**2:
+        if len(before[0]) != 1 + per_tile * self.factor**2:
             raise MethodError(
-                f"tiles of {len(encoded.before[0]) - 1} patches; this checkpoint's have {per_tile * self.factor**2}."
+                f"tiles of {len(before[0]) - 1} patches; this checkpoint's have {per_tile * self.factor**2}."
             )
-        tiles = len(encoded.before)
+        tiles = len(before)
         lengths = _runs(call.ids, token, tiles * per_tile)
         if any(length % per_tile for length in lengths):
             raise MethodError(f"runs of {lengths} image placeholders are not made of tiles of {per_tile} tokens.")
-        signals = self._signals(seen, call.wanted)
+        signals = self._signals(inputs, call.wanted)
         firsts = [sum(lengths[:number]) // per_tile for number in range(len(lengths))]
         out = []
-        for at in locate_items(call.ids, token, lengths, "image"):
+        for at in locate_items(call.ids, token, lengths, "image", call.embeds.device):
             count, first = lengths[at.number] // per_tile, firsts[at.number]
             features = call.embeds[at.sample, at.rows].view(count, per_tile, -1)
             item = VisualItem(
@@ -109,27 +115,37 @@ class InternVL(Family):
             out.append(PromptItem(at.sample, at.rows, at.start, at.end, item))
         return out
 
-    def _signals(self, seen: Seen, wanted: frozenset[str]) -> dict[str, Tensor]:
+    def _signals(self, inputs: dict[int, Tensor], wanted: frozenset[str]) -> dict[str, Tensor]:
         """[V, N, ...] over tokens: averages of their blocks of patches. Keys are those that the queries meet."""
-        attention = self.layer.attention
-        layer = SimpleNamespace(
-            layer_norm1=self.layer.layernorm_before,
-            self_attn=SimpleNamespace(
-                num_heads=attention.num_heads,
-                head_dim=attention.head_dim,
-                scale=attention.scale,
-                q_proj=lambda states: attention.q_norm(attention.q_proj(states)),
-                k_proj=lambda states: attention.k_norm(attention.k_proj(states)),
-            ),
-        )
-        found = encoder_signals(layer, seen.encoded[0].before, wanted, special=1)
+        asked = asked_layers(wanted, len(self.layers), self.feature)
+        found = signals_of_layers(self.layers, inputs, asked, special=1)
         return {name: _blocks(value, self.factor) for name, value in found.items()}
+
+
+def _as_clip(layer: nn.Module) -> SimpleNamespace:
+    """The parts of an encoder layer that signals are computed with, under the names of a CLIP layer."""
+    attention = layer.attention
+    return SimpleNamespace(
+        layer_norm1=layer.layernorm_before,
+        self_attn=SimpleNamespace(
+            num_heads=attention.num_heads,
+            head_dim=attention.head_dim,
+            scale=attention.scale,
+            q_proj=_after(attention.q_proj, attention.q_norm),
+            k_proj=_after(attention.k_proj, attention.k_norm),
+        ),
+    )
+
+
+def _after(projection: nn.Module, norm: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda states: norm(projection(states))
 
 
 def _runs(ids: Tensor, token: int, rows: int) -> list[int]:
     """Lengths of the runs of ``token`` in ``ids`` [B, L], sample after sample.
 
     Args:
+        ids: on the host.
         rows: tokens that the vision side made; prompts that stand there several times, for beams, are read once.
     """
     total = int((ids == token).sum())

@@ -49,8 +49,11 @@ class Llava(Family):
     def signals(self) -> frozenset[str]:
         return self.tower.signals
 
+    def prepare(self, wanted: frozenset[str]) -> None:
+        self.tower.ask(wanted)
+
     def watch(self, seen: Any) -> list[Any]:
-        return [self.tower.watch(seen)]
+        return self.tower.watch(seen)
 
     def project(self, tokens: Tensor) -> Tensor:
         return self.model.model.multi_modal_projector(tokens).to(tokens.device)

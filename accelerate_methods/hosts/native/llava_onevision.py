@@ -42,6 +42,7 @@ class LlavaOnevision(PooledVideos):
         return self.config.vision_aspect_ratio
 
     def prepare(self, wanted: frozenset[str]) -> None:
+        super().prepare(wanted)
         if wanted & _HEAD_SIGNALS:
             head = self._load_head(", ".join(sorted(wanted & _HEAD_SIGNALS)))
             tower = self.model.model.vision_tower

@@ -1,24 +1,27 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: patches merged two by two, several position ids per token, deepstack features.
 
 A frame (of a video: of two input frames) has h x w patches in blocks of ``spatial_merge_size`` squared, which the
-merger makes one token each. Signals come from the last vision block, whose patches attend to their whole frame; they
-are averaged over a token's patches, as FastVID's tree for Qwen2.5-VL does (docs/methods/fastvid.md, step 1).
+merger makes one token each. Signals come from the last vision block, whose patches attend to their whole frame, or
+from those that a method names: over the whole frame, too, whatever windows the block itself has. They are averaged
+over a token's patches, as FastVID's tree for Qwen2.5-VL does (docs/methods/fastvid.md, step 1).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from accelerate_methods.engine.encoder_attention import received_per_map
+from accelerate_methods.engine.encoder_attention import asked_layers, received_per_map
 from accelerate_methods.hosts.native.family import Call, Family, Seen, locate_items
 from accelerate_methods.hosts.native.prompt import PromptItem
 from accelerate_methods.registry import families
 from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.signals import Signal
 
 _ATTENTION = frozenset({"pooling_attention", "received_attention"})
 _FROM_BLOCK = _ATTENTION | {"key_states"}
@@ -26,7 +29,7 @@ _FROM_BLOCK = _ATTENTION | {"key_states"}
 
 @dataclasses.dataclass
 class AttentionInput:
-    """What the attention of the last block got: [S, M] normed states of all patches, rotary tables [S, d] each."""
+    """What the attention of a block got: [S, M] normed states of all patches, rotary tables [S, d] each."""
 
     states: Tensor
     rotary: tuple[Tensor, Tensor]
@@ -39,16 +42,18 @@ class QwenVL(Family):
         super().__init__(model)
         config = self.config.vision_config
         try:
-            self.attention = model.model.visual.blocks[-1].attn
-            self.heads, self.unit = self.attention.num_heads, config.spatial_merge_size**2
-            self.attention.qkv  # noqa: B018
+            self.attentions = [block.attn for block in model.model.visual.blocks]
+            self.heads, self.unit = self.attentions[-1].num_heads, config.spatial_merge_size**2
+            self.attentions[-1].qkv  # noqa: B018
         except (AttributeError, IndexError) as error:
             raise MethodError(
                 f"the vision tower of {type(model).__name__} is not built as this host expects ({error}); this version "
                 "of transformers is not supported."
             ) from error
         full = getattr(config, "fullatt_block_indexes", None)
-        self.windowed = full is not None
+        self.windowed, self.whole = full is not None, full
+        self._blocks = [len(self.attentions) - 1]
+        self._inputs: ContextVar[dict[int, Any]] = ContextVar("accelerate_block_inputs", default={})  # noqa: B039
         self.sees_frames = not self.windowed or config.depth - 1 in full
         if not self.sees_frames:
             self.signal_limits = "Its last vision block attends to windows only, which says nothing of a frame."
@@ -57,12 +62,31 @@ class QwenVL(Family):
     def signals(self) -> frozenset[str]:
         return (_FROM_BLOCK if self.sees_frames else _FROM_BLOCK - _ATTENTION) | {"frame_features"}
 
-    def watch(self, seen: Any) -> list[Any]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            states = args[0] if args else kwargs["hidden_states"]
-            seen(AttentionInput(states.detach(), kwargs["position_embeddings"]))
+    def prepare(self, wanted: frozenset[str]) -> None:
+        self._blocks = sorted({*self._asked(wanted).values(), len(self.attentions) - 1})
 
-        return [self.attention.register_forward_pre_hook(hook, with_kwargs=True)]
+    def _asked(self, wanted: frozenset[str]) -> dict[str, int]:
+        """Signal -> block that it is read from."""
+        last = len(self.attentions) - 1
+        asked = asked_layers(wanted, last + 1, last, self.whole)
+        return asked | {name: last for name in wanted & {"pooling_attention"}}
+
+    def watch(self, seen: Any) -> list[Any]:
+        """``seen`` gets {block: what its attention got} of the blocks that signals come from."""
+        last = self._blocks[-1]
+
+        def hook_of(index: int) -> Any:
+            def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+                states = args[0] if args else kwargs["hidden_states"]
+                got = AttentionInput(states.detach(), kwargs["position_embeddings"])
+                inputs = {**self._inputs.get(), index: got}
+                self._inputs.set({} if index == last else inputs)
+                if index == last:
+                    seen(inputs)
+
+            return hook
+
+        return [self.attentions[i].register_forward_pre_hook(hook_of(i), with_kwargs=True) for i in self._blocks]
 
     def added(self, kwargs: dict[str, Any]) -> list[Tensor]:
         where, features = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
@@ -72,9 +96,8 @@ class QwenVL(Family):
         rows = where if where.ndim == 2 else where[..., 0]
         out = []
         for part in features:
-            full = torch.zeros_like(embeds)
-            full[rows.to(embeds.device)] = part.to(embeds)
-            out.append(full)
+            # unlike a boolean index, which reads how many rows there are
+            out.append(torch.zeros_like(embeds).masked_scatter_(rows.to(embeds.device)[..., None], part.to(embeds)))
         return out
 
     def items(self, call: Call) -> list[PromptItem]:
@@ -89,7 +112,7 @@ class QwenVL(Family):
         lengths = [frames * rows * columns for frames, rows, columns in shapes]
         signals = self._signals(seen, shapes, lengths, call.wanted)
         out = []
-        for at in locate_items(call.ids, token, lengths, kind):
+        for at in locate_items(call.ids, token, lengths, kind, call.embeds.device):
             frames, rows, columns = shapes[at.number]
             features = call.embeds[at.sample, at.rows].view(frames, rows * columns, -1)
             item = VisualItem(
@@ -113,24 +136,44 @@ class QwenVL(Family):
         self, seen: Seen, shapes: list[tuple[int, int, int]], lengths: list[int], wanted: frozenset[str]
     ) -> list[dict[str, Tensor]]:
         """Per item [T, N, ...] over its merged tokens."""
-        if not wanted & _FROM_BLOCK:
-            return [{} for _ in shapes]
-        (got,) = seen.encoded
-        query, key, _ = self.attention.qkv(got.states).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        out: list[dict[str, Tensor]] = [{} for _ in shapes]
+        asked = self._asked(wanted)
+        if not asked:
+            return out
+        (inputs,) = seen.encoded
+        for block in sorted(set(asked.values())):
+            names = [name for name, index in asked.items() if index == block]
+            for found, more in zip(out, self._of_block(block, inputs[block], shapes, lengths, names), strict=True):
+                found |= more
+        return out
+
+    def _of_block(
+        self,
+        block: int,
+        got: AttentionInput,
+        shapes: list[tuple[int, int, int]],
+        lengths: list[int],
+        names: list[str],
+    ) -> list[dict[str, Tensor]]:
+        """Signals of one block, per item."""
+        query, key, _ = self.attentions[block].qkv(got.states).unflatten(-1, (3, self.heads, -1)).unbind(1)
         plain = key
         query, key = (_rotate(part, *got.rotary) for part in (query, key))
         out, first = [], 0
         for (frames, rows, columns), length in zip(shapes, lengths, strict=True):
             here = slice(first, first + length * self.unit)
             first = here.stop
-            q, k, bare = (part[here].unflatten(0, (frames, -1)) for part in (query, key, plain))
+            parts = [part[here].unflatten(0, (frames, -1)) for part in (query, key, plain)]
             found: dict[str, Tensor] = {}
-            if "pooling_attention" in wanted:
-                found["pooling_attention"] = frame_attention(q, k, self.unit)
-            if "received_attention" in wanted:
-                found["received_attention"] = received_attention(q, k, self.unit)
-            if "key_states" in wanted:
-                found["key_states"] = bare.unflatten(1, (-1, self.unit)).mean(2).mean(2)
+            for name in names:
+                asked = Signal(name)
+                q, k, bare = parts if asked.heads == "mean" else (part.flatten(2)[:, :, None] for part in parts)
+                if asked.name == "pooling_attention":
+                    found[name] = frame_attention(q, k, self.unit)
+                elif asked.name == "received_attention":
+                    found[name] = received_attention(q, k, self.unit)
+                else:
+                    found[name] = bare.unflatten(1, (-1, self.unit)).mean(2).mean(2)
             if self.windowed:
                 back = torch.argsort(self._window_order(rows, columns)).to(query.device)
                 found = {name: value[:, back] for name, value in found.items()}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
 
-from accelerate_methods.engine.encoder_attention import ENCODER_SIGNALS, Encoded, encoder_signals
+from accelerate_methods.engine.encoder_attention import ENCODER_SIGNALS, Encoded, asked_layers, signals_of_layers
 from accelerate_methods.stages.errors import MethodError
 
 
@@ -31,11 +32,12 @@ class ClipTower:
             raise MethodError(f"vision tower {kind}: only CLIP and SigLIP towers are known to this host.")
         self.config, self.is_clip = tower.config, kind == "clip_vision_model"
         try:
-            layers = tower.encoder.layers
+            layers = self._layers = tower.encoder.layers
             self._states = len(layers) + 1  # the embeddings are the first
             numbers = self.layer_numbers(feature_layer)
             self.joined = len(numbers) > 1 or numbers[0] == 0
-            self.layer = layers[max(numbers) - 1]
+            self._feature = max(numbers) - 1
+            self.layer = layers[self._feature]
             for name in ("num_heads", "head_dim", "scale", "q_proj", "k_proj"):
                 getattr(self.layer.self_attn, name)
             self.layer.layer_norm1  # noqa: B018
@@ -45,6 +47,17 @@ class ClipTower:
                 "transformers is not supported."
             ) from error
         self.special = int(self.is_clip)
+        #: inputs of other layers than the feature's, in the run that is going on
+        self._inputs: ContextVar[dict[int, Tensor]] = ContextVar("accelerate_layer_inputs", default={})  # noqa: B039
+        self._asked: dict[str, int] = {}
+
+    def ask(self, names: frozenset[str]) -> None:
+        """Which signals will be read; said before :meth:`watch`, where they are of other layers than the feature's.
+
+        Raises:
+            MethodError: a layer that is not there.
+        """
+        self._asked = asked_layers(names, len(self._layers), self._feature)
 
     def layer_numbers(self, given: Any) -> tuple[int, ...]:
         """Hidden states that ``vision_feature_layer`` names (a number, or several), counted from the embeddings."""
@@ -62,16 +75,31 @@ class ClipTower:
         """Pixels of a view."""
         return self.config.image_size
 
-    def watch(self, seen: Callable[[Encoded], None]) -> Any:
-        """Call ``seen`` after every run; returns the hook's handle."""
+    def watch(self, seen: Callable[[Encoded], None]) -> list[Any]:
+        """Call ``seen`` after every run; returns the hooks' handles."""
 
         def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            before = args[0] if args else kwargs["hidden_states"]
             hidden = output[0] if isinstance(output, tuple) else output
-            seen(Encoded(hidden, self.special, before.detach()))
+            inputs = self._inputs.get()
+            self._inputs.set({})
+            seen(Encoded(hidden, self.special, _states(args, kwargs), inputs))
 
-        return self.layer.register_forward_hook(hook, with_kwargs=True)
+        def remember(index: int) -> Callable[..., None]:
+            def note(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+                self._inputs.set({**self._inputs.get(), index: _states(args, kwargs)})
+
+            return note
+
+        others = set(self._asked.values()) - {self._feature, self._feature + 1}
+        handles = [self._layers[i].register_forward_pre_hook(remember(i), with_kwargs=True) for i in sorted(others)]
+        return [*handles, self.layer.register_forward_hook(hook, with_kwargs=True)]
 
     def read(self, encoded: Encoded, names: frozenset[str]) -> dict[str, Tensor]:
         """Signals over the patches, see :func:`accelerate_methods.engine.encoder_attention.encoder_signals`."""
-        return encoder_signals(self.layer, encoded.before, names, self.special)
+        asked = asked_layers(names, len(self._layers), self._feature)
+        return signals_of_layers(self._layers, encoded.around(self._feature), asked, self.special)
+
+
+def _states(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """What a layer was called with."""
+    return (args[0] if args else kwargs["hidden_states"]).detach()

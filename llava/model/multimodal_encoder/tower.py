@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, SiglipVisionModel
 
 from accelerate_methods.engine.devices import computes_on, own_weights
-from accelerate_methods.engine.encoder_attention import Encoded, encoder_signals
+from accelerate_methods.engine.encoder_attention import Encoded, asked_layers, signals_of_layers
 from accelerate_methods.hosts.tower_files import TowerError, VisionConfig, tower_config, tower_file, tower_weights
 
 
@@ -77,12 +77,13 @@ class VisionTower(nn.Module):
     #: tokens in front of the patches
     special_tokens = 0
 
-    def encode(self, pixels: Tensor, interpolate: bool = False) -> Encoded:
+    def encode(self, pixels: Tensor, interpolate: bool = False, keep: Collection[int] = ()) -> Encoded:
         """Run the encoder up to the selected layer.
 
         Args:
             pixels: [V, 3, S, S].
             interpolate: fit the position embeddings to another side than the tower's own.
+            keep: encoder layers whose inputs are kept, for signals of them.
         """
         model = self.vision_tower
         # interpolation reads the position table instead of calling its module
@@ -90,17 +91,28 @@ class VisionTower(nn.Module):
             hidden = before = model.embeddings(pixels.to(self.dtype), interpolate_pos_encoding=interpolate)
         if hasattr(model, "pre_layrnorm"):
             hidden = model.pre_layrnorm(hidden)
-        for layer in model.encoder.layers[: self._layers_to_run()]:
+        inputs = {}
+        for index, layer in enumerate(model.encoder.layers[: self._layers_to_run()]):
+            if index in keep:
+                inputs[index] = hidden
             before, hidden = hidden, layer(hidden, attention_mask=None)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        return Encoded(hidden, self.special_tokens, before)
+        return Encoded(hidden, self.special_tokens, before, inputs)
+
+    def layers_of(self, names: Collection[str]) -> dict[str, int]:
+        """Signal -> encoder layer that it is read from, for those of ``names`` that are of a layer.
+
+        Raises:
+            MethodError: a layer that is not there, or does not run.
+        """
+        layers = self._layers_to_run()
+        return asked_layers(names, len(self.vision_tower.encoder.layers), layers - 1) if layers else {}
 
     def signals(self, encoded: Encoded, names: Collection[str]) -> dict[str, Tensor]:
-        """The signals ``names`` (of ``engine.encoder_attention``) of the layer that gave ``encoded``."""
-        layers = self._layers_to_run()
-        if not names or not layers:
-            return {}
-        return encoder_signals(self.vision_tower.encoder.layers[layers - 1], encoded.before, names, self.special_tokens)
+        """The signals ``names`` (of ``engine.encoder_attention``), of the layer that gave ``encoded`` or of others."""
+        inputs = encoded.around(self._layers_to_run() - 1)
+        layers = self.vision_tower.encoder.layers
+        return signals_of_layers(layers, inputs, self.layers_of(names), self.special_tokens)
 
     def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         """Patch features [V, P, M] in the dtype of the input; a list of [3, S, S] gives a list of [1, P, M].
@@ -111,11 +123,11 @@ class VisionTower(nn.Module):
             return [self.forward(image[None]) for image in images]
         return self.select(self.look(images)).to(images.dtype)
 
-    def look(self, images: Tensor) -> Encoded:
+    def look(self, images: Tensor, keep: Collection[int] = ()) -> Encoded:
         """:meth:`encode` for views of any side, on the tower's device."""
         side = self.hub_config.image_size
         interpolate = tuple(images.shape[-2:]) != (side, side)
-        return self.encode(images.to(self.device), interpolate)
+        return self.encode(images.to(self.device), interpolate, keep)
 
     def select(self, encoded: Encoded) -> Tensor:
         """[V, P, M] what the projector gets."""
