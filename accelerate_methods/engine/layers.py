@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accelerate_methods.engine.cached_keys import gather_rows
 from accelerate_methods.engine.devices import hooked_device, moved
+from accelerate_methods.stages.errors import MethodError
 
 
 @dataclasses.dataclass
@@ -56,6 +58,30 @@ class DecoderLayers:
             hidden, attention_mask=mask, position_embeddings=rope, position_ids=None, **cache
         )
         return out[0] if isinstance(out, tuple) else out
+
+    def attend(self, index: int, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Any, **cache: Any) -> Tensor:
+        """[B, L, D] through the first half of layer ``index``: the residual stream with its attention added."""
+        layer = self._layers[index]
+        out = layer.self_attn(
+            layer.input_layernorm(hidden), attention_mask=mask, position_embeddings=rope, position_ids=None, **cache
+        )
+        return hidden + (out[0] if isinstance(out, tuple) else out)
+
+    def feed(self, index: int, hidden: Tensor) -> Tensor:
+        """[B, L, D] through the other half of layer ``index``, its MLP."""
+        layer = self._layers[index]
+        out = layer.mlp(layer.post_attention_layernorm(hidden))
+        return hidden + (out[0] if isinstance(out, tuple) else out)
+
+    def check_halves(self) -> None:
+        """MethodError if a layer is not attention followed by an MLP, each with a norm in front and added."""
+        layer = self._layers[0]
+        halves = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+        more = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+        if not all(hasattr(layer, name) for name in halves) or any(hasattr(layer, name) for name in more):
+            raise MethodError(
+                f"{type(layer).__name__} has no point between attention and MLP at which a method could act."
+            )
 
     def norm(self, hidden: Tensor) -> Tensor:
         """The norm behind the last layer."""
@@ -99,10 +125,11 @@ class DecoderLayers:
     def attention(
         self, index: int, given: LayerInput, rows: Tensor, valid: Tensor | None, *, rotary: bool, causal: bool
     ) -> Tensor:
-        """Attention probabilities [B, H, R, S] of layer ``index`` for the query rows [R], in the dtype of the model.
+        """Attention probabilities [B, H, R, S] of layer ``index`` for the query rows, in the dtype of the model.
 
         Args:
             given: the layer's input.
+            rows: [R], or [B, R] of each sample.
             valid: [B, S] False at keys that nobody sees, or None.
             rotary: False for scores free of positions; causal: False lets every row see every key.
         """
@@ -113,24 +140,32 @@ class DecoderLayers:
         layer = self._layers[index]
         if keys is None:  # all rows are needed only where the keys have to be computed again
             states = layer.input_layernorm(hidden)
-            asking = states[:, rows]
+            asking = _rows_of(states, rows)
             keys = self._projected(layer.self_attn, states, "k")
             keys = rotated(keys, cos, sin) if rotary else keys
         else:
-            asking = layer.input_layernorm(hidden[:, rows])
+            asking = layer.input_layernorm(_rows_of(hidden, rows))
         query = self._projected(layer.self_attn, asking, "q")
         if rotary:
-            query = rotated(query, cos[:, rows], sin[:, rows])
+            query = rotated(query, _rows_of(cos, rows), _rows_of(sin, rows))
         grouped = query.unflatten(1, (keys.shape[1], -1))  # query heads that share a key head
         scores = torch.einsum("bgrqd,bgkd->bgrqk", grouped, keys).flatten(1, 2) * layer.self_attn.scaling
         lowest, length = torch.finfo(scores.dtype).min, keys.shape[2]
         if causal:
             offset = length - hidden.shape[1]
-            future = torch.arange(length, device=rows.device) > (rows + offset)[:, None]
-            scores = scores.masked_fill(future, lowest)
+            future = torch.arange(length, device=rows.device) > (rows + offset)[..., None]  # [R, S] or [B, R, S]
+            scores = scores.masked_fill(future if rows.ndim == 1 else future[:, None], lowest)
         if valid is not None:
             scores = scores.masked_fill(~valid[:, None, None, :], lowest)
         return moved(scores.softmax(dim=-1, dtype=torch.float32).to(hidden.dtype), asked_on)
+
+    def keys(self, index: int, given: LayerInput, *, rotary: bool) -> Tensor:
+        """[B, G, S, d] key states of layer ``index``: those that it has cached, or computed again."""
+        if rotary and given.keys is not None:
+            return given.keys
+        layer = self._layers[index]
+        keys = self._projected(layer.self_attn, layer.input_layernorm(given.hidden), "k")
+        return rotated(keys, *given.rope) if rotary else keys
 
     def _projected(self, attention: Any, states: Tensor, which: str) -> Tensor:
         """[B, L, D] normed states -> queries ("q") or keys ("k") [B, heads, L, d], normed where the model does it."""
@@ -146,6 +181,13 @@ class DecoderLayers:
         out = (out if norm is None else norm(out)).transpose(1, 2)
         norm = getattr(attention, f"{which}_layernorm", None)  # Phi
         return out if norm is None else norm(out)
+
+
+def _rows_of(states: Tensor, rows: Tensor) -> Tensor:
+    """Rows [R], or [B, R] of each sample, of states [B or 1, L, D]."""
+    if rows.ndim == 1:
+        return states[:, rows]
+    return gather_rows(states.expand(len(rows), -1, -1), rows)
 
 
 def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

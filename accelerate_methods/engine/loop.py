@@ -23,15 +23,18 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from accelerate_methods.engine.cache import CacheState, check_cache, request_state
+from accelerate_methods.engine.cache import check_cache, keep_on, request_state
+from accelerate_methods.engine.cache_state import CacheState
 from accelerate_methods.engine.cached_keys import KeyView, cached_length, grown, whole_keys
 from accelerate_methods.engine.devices import moved
+from accelerate_methods.engine.eviction import Evictions
 from accelerate_methods.engine.layers import DecoderLayers, LayerInput
 from accelerate_methods.engine.masks import cached_mask, key_mask, prefill_mask
+from accelerate_methods.engine.points import Attended, Numbered, acting_in, held_by
 from accelerate_methods.engine.prompt import PromptLayout
 from accelerate_methods.engine.rows import Rows
 from accelerate_methods.stages.contract import check_selection, check_visible
-from accelerate_methods.stages.decode import DecodeStep
+from accelerate_methods.stages.decode import DecodeStep, EvictMethod
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.prefill import PrefillStep, Selection, VisualSpan
 
@@ -84,7 +87,7 @@ def run_decoder(
         position_ids: [B or 1, q], or [R, B, q] for a model with several per token (M-RoPE; a leading row of text
             positions is left out); None for consecutive ones (after a prefill of this loop: from its last position).
         past_key_values: a ``DynamicCache``; static ones cannot hold layers of different length.
-        layout: where visual tokens stand; None (text only) bypasses the prefill and decode stages.
+        layout: where visual tokens stand; None (text only) bypasses all methods but those that act on text.
         request: record to fill.
 
     Prefill methods act once, on the first prompt of a cache; later turns run uncut on what they left. They expect
@@ -118,46 +121,68 @@ class _Loop:
         self.cache, self.use_cache, self.request = cache, use_cache, request
         self.past = cached_length(cache)
         self.state: CacheState | None = request_state(cache)
+        self.begins = not self.past
+        self.evictions: Evictions | None = None
         #: what the layer got for which a method will ask attention
-        self.inputs: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
+        self.attended: Attended | None = None
+        #: what each prefill method leaves from layer to layer
+        self.memories: list[dict[str, Any]] = [{} for _ in pipeline.prefills]
+        #: [B, L] row that holds each row of the prompt now, -1 if none does; kept while somebody records
+        self.held: Tensor | None = None
+        self._places: tuple[Tensor, Tensor, Tensor] | None = None
 
     def take(
         self, hidden: Tensor, mask: Tensor | None, position_ids: Tensor | None, layout: PromptLayout | None
     ) -> None:
         """The rows of this call, as :func:`run_decoder` got them."""
         batch, self.new = hidden.shape[:2]
+        mask = None if mask is None else mask.bool()
+        valid = None if mask is None else mask[:, -self.new :]
+        self._make_room(valid, layout)
         self.told = position_ids is not None  # or else counted
-        if position_ids is None:
+        if self.evictions is not None and self.evictions.placed:
+            position_ids, self.told = self.evictions.positions(hidden.device), valid is not None and self.new > 1
+            layout = None if layout is None else dataclasses.replace(layout, next_position=None)
+        elif position_ids is None:
             start = self.past if self.state is None else moved(self.state.position(self.past), hidden.device)
             position_ids = start + torch.arange(self.new, device=hidden.device)[None]
         if position_ids.ndim == 3:
             position_ids = position_ids[-3:].expand(-1, batch, -1)
         else:
             position_ids = position_ids.expand(batch, -1)
-        mask = None if mask is None else mask.bool()
-        self.layout = None if layout is None or self.past else layout.expanded(batch).moved(hidden.device)
+        self.layout = None if layout is None or not self.begins else layout.expanded(batch).moved(hidden.device)
         self.rows = Rows(
             hidden=hidden,
             position_ids=position_ids,
             rope=self.layers.rotary(hidden, position_ids),
             mask=mask,
-            valid=None if mask is None else mask[:, -self.new :],
+            valid=valid,
             masks=self._visual_rows(hidden),
             added=[] if self.layout is None else list(self.layout.added),
         )
 
-    def _visual_rows(self, hidden: Tensor) -> dict[str, Tensor]:
+    def _make_room(self, valid: Tensor | None, layout: PromptLayout | None) -> None:
+        """Let an evicting method act on the cache as it is before this call."""
+        method = self.pipeline.decode
+        if self.cache is None or not isinstance(method, EvictMethod):
+            return
+        visual = layout is not None and any(layout.only(method.modalities).spans)
+        self.evictions = Evictions(method, self.layers, self.cache, new=self.new, real=valid, visual=visual)
+        self.evictions.before()
+        self.past = cached_length(self.cache)
+
+    def _visual_rows(self, hidden: Tensor) -> dict[Any, Tensor]:
         """What the methods take for visual, see :class:`.rows.Rows`: only items of their modalities."""
         none = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        masks = {"visual": none, "block": none, "decode": none}
-        self.spans: list[list[VisualSpan]] = []
+        masks: dict[Any, Tensor] = {"decode": none}
+        self.spans: list[list[list[VisualSpan]]] = []  # of each prefill method
         self.decodes = False  # whether there is anything for a decode method to act on
         if self.layout is None:
             return masks
-        if self.pipeline.prefill is not None:
-            own = self.layout.only(self.pipeline.prefill.modalities)
-            self.spans = own.spans
-            masks |= {"visual": own.visual, "block": own.blocks()}
+        for number, method in enumerate(self.pipeline.prefills):
+            own = self.layout.only(method.modalities)
+            self.spans.append(own.spans)
+            masks |= {("visual", number): own.visual, ("block", number): own.blocks()}
         if self.pipeline.decode is not None:
             own = self.layout.only(self.pipeline.decode.modalities)
             self.decodes = any(own.spans)
@@ -165,16 +190,21 @@ class _Loop:
         return masks
 
     def run(self) -> DecoderOutput:
-        if not self.past:
+        if self.begins:
             following, full = self._following(), self.new if self.layout is None else self.layout.full or self.new
             self._prefill()
             if self.cache is not None:
-                self.state.keep_on(self.cache, following, full)
+                self.state.begin(self.cache, following, full)
+                keep_on(self.cache, self.state)
         elif self.state is None:
             self._continue()
         else:
             with self.state.used():
                 self._continue()
+        if self.evictions is not None:
+            self.evictions.after()
+        if self.request is not None and self.cache is not None:
+            self.request.cached.append([self.cache.get_seq_length(index) for index in range(len(self.layers))])
         return DecoderOutput(
             last_hidden_state=self.layers.norm(self.rows.hidden),
             past_key_values=self.cache if self.use_cache else None,
@@ -195,45 +225,80 @@ class _Loop:
     # -- the first prompt of a cache ---------------------------------------------------------------------------------
 
     def _prefill(self) -> None:
-        method = self.pipeline.prefill
-        acts = method is not None and self.new > 1 and any(self.spans)
-        at = set(method.prefill_layers(len(self.layers))) if acts else set()
+        here = [self.new > 1 and any(spans) for spans in self.spans] or [False] * len(self.pipeline.prefills)
+        acting = acting_in(self.pipeline.prefills, self.layers, here)
         lengths = self.rows.lengths() if self.layout is None else self.layout.lengths
         state = self.state = CacheState(has_visual=self.decodes, length=self.new, name=self.pipeline.name)
         masks: dict[str, Any] = {}
         for index in range(len(self.layers)):
-            if index in at and self._select(method, index):
+            if index in acting.before and self._select(acting.before[index], index):
                 masks.clear()
                 lengths = self.rows.lengths()
             if self._enter(index):
                 masks.clear()
-            if index + 1 in at:
-                self.inputs = {index: (self.rows.hidden, self.rows.rope)}
+            if acting.asks_about(index):
+                self.attended = Attended(index, LayerInput(self.rows.hidden, self.rows.rope), self.rows.valid)
             kind = self.layers.kind(index)
             if kind not in masks:
                 masks[kind] = prefill_mask(self.config, kind, self.rows.hidden, self.rows.valid)
-            self._run_layer(index, masks[kind], self.cache)
-            if index < len(self.rows.added):
-                self.rows.hidden = self.rows.hidden + self.rows.added[index]
-            state.layers.append(self.rows.cached())
             if self.request is not None:
                 self.request.layer_tokens.append(lengths)
-        if len(self.layers) in at:
-            self._select(method, len(self.layers))
+            if index in acting.inside:
+                if self._run_halves(acting.inside[index], index, masks[kind]):
+                    masks.clear()
+                    lengths = self.rows.lengths()
+            else:
+                self._run_layer(index, masks[kind], self.cache)
+                state.layers.append(self.rows.cached())
+            if index < len(self.rows.added):
+                self.rows.hidden = self.rows.hidden + self.rows.added[index]
+        if len(self.layers) in acting.before:
+            self._select(acting.before[len(self.layers)], len(self.layers))
 
-    def _select(self, method: Any, index: int) -> bool:
-        """Let the prefill method act before layer ``index``; whether it dropped anything."""
-        selection = method.prefill(PrefillStep(self, index))
+    def _run_halves(self, acting: Numbered, index: int, mask: Any) -> bool:
+        """Layer ``index`` with a method between its halves; whether that dropped anything."""
+        cache = {"past_key_values": self.cache, "use_cache": self.use_cache}
+        self.rows.hidden = self.layers.attend(index, self.rows.hidden, self.rows.rope, mask, **cache)
+        self.state.layers.append(self.rows.cached())
+        dropped = self._select(acting, index, inside=True)
+        self.rows.hidden = self.layers.feed(index, self.rows.hidden)
+        return dropped
+
+    def _select(self, acting: Numbered, index: int, inside: bool = False) -> bool:
+        """Let a prefill method act before layer ``index``, or inside it; whether it dropped anything."""
+        number, method = acting
+        selection = method.prefill(PrefillStep(self, index, number=number, inside=inside))
         if selection is None:
             return False
         check_selection(method.name, selection, len(self.rows.hidden), self.new)
+        if self.request is not None:
+            self._follow(selection)
         self.rows.cut(selection, self.layers)
         self.new = self.rows.count
+        if inside:
+            self.attended.cut(selection.indices)
+        reached = index + inside  # layers whose cache is filled
         if selection.trim_cache and self.cache is not None:
-            self.state.trim(self.cache, index, selection.indices, self.rows.cached())
+            self.state.trim(self.cache, reached, selection.indices, self.rows.cached())
         if self.request is not None:
-            self.request.dropped(index, self.rows.kept, self.rows.valid, self.layout.visual.shape[1])
+            self.request.went_on(reached, self.held, self.rows.kept)
         return True
+
+    def _follow(self, selection: Selection) -> None:
+        """Keep in mind which row holds each row of the prompt; for whoever records."""
+        held = held_by(selection.indices, selection.valid, selection.owner, self.new)
+        if self.held is not None:
+            before = moved(self.held, held.device)
+            held = torch.where(before >= 0, held.gather(1, before.clamp(min=0)), before)
+        self.held = held
+
+    def places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Item, frame and place of the rows that are left, see :class:`.prefill.RowPlaces`."""
+        if self._places is None:
+            self._places = self.layout.places()
+        device, kept = self.rows.hidden.device, self.rows.kept
+        places = moved(self._places, device)
+        return places if kept is None else tuple(part.gather(1, kept) for part in places)
 
     # -- on top of a cache -------------------------------------------------------------------------------------------
 
@@ -263,7 +328,7 @@ class _Loop:
                 keep = state.carried(keep, index - 1, index)
                 shown = _visible(keep, valid)
             if index + 1 == start:
-                self.inputs = {index: (self.rows.hidden, self.rows.rope)}
+                self.attended = Attended(index, LayerInput(self.rows.hidden, self.rows.rope))
             if shown is None:
                 self._run_layer(index, self._mask(index, valid), self.cache)
             else:
@@ -323,12 +388,26 @@ class _Loop:
         )
 
     def attention_rows(
-        self, index: int, rows: Tensor, valid: Tensor | None, *, rotary: bool, causal: bool
+        self, index: int, rows: Tensor, valid: Tensor | None, *, rotary: bool, causal: bool, upcoming: bool = False
     ) -> Tensor:
-        """What methods are told of layer ``index``, which has just run; see :meth:`.layers.DecoderLayers.attention`."""
-        keys = whole_keys(self.cache, index) if rotary and self.cache is not None else None
-        given = LayerInput(*self.inputs[index], keys)
-        return self.layers.attention(index, given, rows, valid, rotary=rotary, causal=causal)
+        """What methods are told of layer ``index``; see :meth:`.layers.DecoderLayers.attention`."""
+        layer = self._about(index, rotary, upcoming)
+        return layer.attention(self.layers, rows, valid, rotary=rotary, causal=causal)
+
+    def key_rows(self, index: int, *, rotary: bool, upcoming: bool) -> Tensor:
+        """The key states of the rows in layer ``index``, on the device of the rows."""
+        keys = self._about(index, rotary, upcoming).keys(self.layers, rotary=rotary)
+        return moved(keys, self.rows.hidden.device)
+
+    def _about(self, index: int, rotary: bool, upcoming: bool) -> Attended:
+        """Layer ``index`` with what it got: what has just run, or what is about to."""
+        if upcoming:
+            device = self.layers.device(index) or self.rows.hidden.device
+            return Attended(index, LayerInput(*moved((self.rows.hidden, self.rows.rope), device)))
+        attended = self.attended
+        cached = rotary and self.cache is not None and attended.left is None  # or else it may have been cut
+        keys = whole_keys(self.cache, index) if cached else None
+        return dataclasses.replace(attended, given=dataclasses.replace(attended.given, keys=keys))
 
 
 def _visible(keep: Tensor | None, valid: Tensor | None) -> Selection | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from accelerate_methods.engine.devices import moved
+from accelerate_methods.ops.select import on_device
 from accelerate_methods.stages.prefill import VisualSpan
 
 
@@ -23,6 +24,8 @@ class PromptLayout:
         added: [B, L, D] each, what the model adds to the outputs of layers 0, 1, ... (deepstack features of Qwen3-VL).
         next_position: [B, 1] where generated tokens go on; None: after the last of the position ids.
         full: rows of the prompts as the caller counts them, if more than there are here.
+        stands: [B, L] row of its item's uncompressed layout at which each row stands, any at text; None where all of
+            every item is there, in its order.
     """
 
     visual: Tensor
@@ -31,6 +34,7 @@ class PromptLayout:
     added: Sequence[Tensor] = ()
     next_position: Tensor | None = None
     full: int | None = None
+    stands: Tensor | None = None
 
     def expanded(self, batch: int) -> PromptLayout:
         """Repeated for beams or several return sequences."""
@@ -45,6 +49,7 @@ class PromptLayout:
             added=[part.repeat_interleave(times, dim=0) for part in self.added],
             next_position=None if following is None else following.repeat_interleave(times, dim=0),
             full=self.full,
+            stands=None if self.stands is None else self.stands.repeat_interleave(times, dim=0),
         )
 
     def moved(self, device: torch.device) -> PromptLayout:
@@ -59,6 +64,24 @@ class PromptLayout:
         layout = dataclasses.replace(self, spans=spans)
         layout.visual = self.visual & layout.blocks()
         return layout
+
+    def places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, L] each: item, frame and place within the frame of every row, see :class:`.prefill.RowPlaces`."""
+        item = torch.full(self.visual.shape, -1)
+        start, per_frame, frames = torch.zeros_like(item), torch.ones_like(item), torch.ones_like(item)
+        for sample, spans in enumerate(self.spans):
+            for span in spans:
+                rows = (sample, slice(span.start, span.end))
+                item[rows], start[rows], frames[rows] = span.item, span.start, span.frames
+                per_frame[rows] = span.frame_rows or 0
+        device = self.visual.device
+        item, start, per_frame, frames = on_device(torch.stack([item, start, per_frame, frames]), device)
+        stands = torch.arange(item.shape[1], device=device) - start if self.stands is None else self.stands
+        regular = per_frame > 0
+        frame = torch.where(regular, stands // per_frame.clamp(min=1), torch.zeros_like(stands))
+        place = torch.where(regular, stands % per_frame.clamp(min=1), stands)
+        outside = (item < 0) | (frame >= frames)
+        return item, frame.masked_fill(outside, -1), place.masked_fill(outside, -1)
 
     def blocks(self) -> Tensor:
         """[B, L] True at every row of a span, newlines included."""

@@ -41,6 +41,10 @@ class ItemRecord:
             does; ``kept``: [F, N] True where such a row stands.
         left_at: [F, N] decoder layer before which the row that holds the token was dropped; ``num_layers`` if it never
             was; 0 where no row holds it. None as long as no layer has run.
+        merged_at: [F, N] decoder layer before which the row that holds the token was merged into another one;
+            ``num_layers`` if it never was. None as long as no layer has run.
+        held_by: [F, N] row of the (padded) prompt at whose place the token's content stands after the last layer, -1 if
+            it was dropped; None where no decoder layer dropped or merged anything.
         positions: [R] layout row of each of the item's rows.
         start: where the item begins in the (padded) prompt; rows: [R] where each of its rows stands there, if there
             may be text in between.
@@ -61,6 +65,8 @@ class ItemRecord:
     positions: torch.Tensor | None = None
     kept: torch.Tensor | None = None
     left_at: torch.Tensor | None = None
+    merged_at: torch.Tensor | None = None
+    held_by: torch.Tensor | None = None
     num_layers: int = 0
     info: dict[str, object] = dataclasses.field(default_factory=dict)
 
@@ -149,6 +155,8 @@ class RequestRecord:
     def __init__(self) -> None:
         self.samples: list[SampleRecord] = []
         self.layer_tokens: list[list[int] | torch.Tensor] = []
+        #: after each call, the entries that every decoder layer caches (padding included): prompt, then decode steps
+        self.cached: list[list[int]] = []
         self.decode_steps = 0
         self._spans: list[tuple[str, object]] = []
 
@@ -188,18 +196,25 @@ class RequestRecord:
             for item in sample.items:
                 item.num_layers = layers
                 item.left_at = (item.owner >= 0).long() * layers
+                item.merged_at = torch.full_like(item.left_at, layers)
 
-    def dropped(self, layer: int, rows: torch.Tensor, valid: torch.Tensor | None, length: int) -> None:
-        """Of the prompt's ``length`` rows only ``rows`` [B, K] (where ``valid``) go on to ``layer``."""
-        left = rows.new_zeros(rows.shape[0], length + 1).bool()  # a spare slot takes the padding
-        left.scatter_(1, rows if valid is None else rows.masked_fill(~valid, length), True)
-        beams = rows.shape[0] // len(self.samples) if self.samples else 1
-        for sample, here in zip(self.samples, left[::beams], strict=False):
+    def went_on(self, layer: int, held: torch.Tensor, kept: torch.Tensor) -> None:
+        """What goes on to ``layer`` of the prompt.
+
+        Args:
+            held: [B, L] which of the rows that go on holds each row of the prompt, -1 if none does.
+            kept: [B, K] the row of the prompt at whose place each of them stands.
+        """
+        beams = held.shape[0] // len(self.samples) if self.samples else 1
+        stands = torch.where(held >= 0, kept.gather(1, held.clamp(min=0)), held)
+        for sample, here in zip(self.samples, stands[::beams], strict=False):
             for item in sample.items:
-                held = item.owner.clamp(min=0)
-                at = held + item.start if item.rows is None else item.rows[held]
-                goes_on = here.to(item.owner.device)[at]
-                item.left_at = torch.where(goes_on, item.left_at, item.left_at.clamp(max=layer))
+                own = item.owner.clamp(min=0)
+                at = own + item.start if item.rows is None else item.rows[own]
+                now = here.to(item.owner.device)[at].masked_fill(item.owner < 0, -1)
+                item.left_at = torch.where(now >= 0, item.left_at, item.left_at.clamp(max=layer))
+                item.merged_at = torch.where((now < 0) | (now == at), item.merged_at, item.merged_at.clamp(max=layer))
+                item.held_by = now
 
     @contextlib.contextmanager
     def span(self, name: str, device: torch.device) -> Iterator[None]:

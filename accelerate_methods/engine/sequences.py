@@ -11,6 +11,7 @@ from torch import Tensor
 from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem
 from accelerate_methods.stages.contract import check_compressed, check_views
 from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.prefill import VisualSpan
 from accelerate_methods.stages.printing import ShapesShown
 from accelerate_methods.stages.views import CompressedViews, Views
 
@@ -29,6 +30,7 @@ class VisualSequence(ShapesShown):
         owner: [F, N] index into ``tokens`` holding each original content token, -1 if dropped. After a method that acts
             on views: [V, P], over their patches.
         stands: like ``owner``, True where an output token stands.
+        frames, frame_rows: as in :class:`.prefill.VisualSpan`.
     """
 
     tokens: Tensor
@@ -40,6 +42,15 @@ class VisualSequence(ShapesShown):
     owner: Tensor
     stands: Tensor
     info: dict[str, object] = dataclasses.field(default_factory=dict)
+    frames: int = 1
+    frame_rows: int | None = None
+
+    def span(self, start: int, item: int) -> VisualSpan:
+        """Where it stands in a prompt, from row ``start`` on; ``item``: its number in the sample."""
+        rows = self.tokens.shape[0]
+        return VisualSpan(
+            start, rows, self.modality, self.num_content, self.info, item, self.frames, self.frame_rows
+        )
 
     def first(self, rows: int) -> VisualSequence:
         """What is left of the sequence where a prompt ends after ``rows`` of its rows.
@@ -78,6 +89,8 @@ def uncompressed(item: VisualItem) -> VisualSequence:
         num_content=item.num_tokens,
         owner=item.positions,
         stands=torch.ones_like(item.positions, dtype=torch.bool),
+        frames=item.num_frames,
+        frame_rows=item.frame_rows,
     )
 
 
@@ -127,6 +140,8 @@ def assemble(item: VisualItem, compressed: Compressed) -> VisualSequence:
         owner=owner,
         stands=stands[item.positions],
         info=compressed.info,
+        frames=item.num_frames,
+        frame_rows=item.frame_rows,
     )
 
 

@@ -46,7 +46,7 @@ class ModelFacts:
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """Methods that act together, at most one per stage.
+    """Methods that act together, at most one per stage; at the prefill stage several, each at layers of its own.
 
     Attributes:
         models: what the configs that they came from are written for; :meth:`check` refuses other models.
@@ -58,7 +58,7 @@ class Pipeline:
     def __post_init__(self) -> None:
         for stage in STAGES:
             acting = [m.name for m in self.methods if stage in m.stages]
-            if len(acting) > 1:
+            if len(acting) > 1 and (stage != "prefill" or len(set(acting)) < len(acting)):
                 raise MethodError(
                     f"{' and '.join(acting)} both act at the {stage} stage and cannot be combined; "
                     "compose methods whose stages differ."
@@ -80,12 +80,18 @@ class Pipeline:
         return self._at("compress")
 
     @property
-    def prefill(self) -> PrefillMethod | None:
-        return self._at("prefill")
+    def prefills(self) -> tuple[PrefillMethod, ...]:
+        """Those that act between decoder layers, in the order in which they were named."""
+        return tuple(m for m in self.methods if "prefill" in m.stages)
 
     @property
     def decode(self) -> DecodeMethod | None:
         return self._at("decode")
+
+    @property
+    def acts_on_text(self) -> bool:
+        """Whether prompts without visual tokens are not left to the model's own forward."""
+        return self.decode is not None and self.decode.acts_on_text
 
     @property
     def signals(self) -> frozenset[str]:
@@ -128,10 +134,29 @@ class Pipeline:
                     f"{', '.join(sorted(method.modalities))} only, they have {', '.join(sorted(facts.modalities))} "
                     f"only. {facts.limits}".rstrip()
                 )
-        if self.prefill is not None:
-            self.prefill.prefill_layers(facts.layers)
+        self.check_layers(facts.layers)
+
+    def check_layers(self, num_layers: int) -> None:
+        """
+        Raises:
+            MethodError: a method names a layer that a decoder with ``num_layers`` lacks, or two name the same one.
+        """
+        taken: dict[tuple[str, int], str] = {}
+        for method in self.prefills:
+            points = [("before", layer) for layer in method.prefill_layers(num_layers)]
+            points += [("inside", layer) for layer in method.inner_layers(num_layers)]
+            for point in points:
+                other = taken.setdefault(point, method.name)
+                if other != method.name:
+                    where = f"{point[0]} decoder layer {point[1]}"
+                    raise MethodError(f"{other} and {method.name} both act {where}; give them different layers.")
         if self.decode is not None:
-            self.decode.decode_layer(facts.layers)
+            self.decode.decode_layer(num_layers)
+        if self.prefills and getattr(self.decode, "cache_positions", "original") != "original":
+            raise MethodError(
+                f"{self.prefills[0].name} leaves other tokens in each layer's cache, so {self.decode.name} cannot "
+                "number them by their place in it. Keep original positions."
+            )
 
     @property
     def name(self) -> str:

@@ -71,6 +71,13 @@ class VisualItem(ShapesShown):
         """Content tokens F*N (newlines not counted)."""
         return self.features.shape[0] * self.features.shape[1]
 
+    @property
+    def frame_rows(self) -> int | None:
+        """Rows of the layout that each frame of a video takes, newlines included; None for an image."""
+        if self.modality != "video":
+            return None
+        return (self.length - (self.layout == "one_token")) // self.num_frames
+
     def signal(self, *names: str) -> Tensor:
         """A declared signal, or the first of several that is there; having none is the host's fault."""
         return pick_signal(self.signals, names, self.modality)

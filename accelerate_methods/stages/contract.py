@@ -70,7 +70,17 @@ def check_selection(method: str, selection: Any, batch: int, length: int) -> Non
     if valid is not None and not _is_mask(valid, indices.shape):
         shape = list(indices.shape)
         raise MethodError(f"{where}: valid must be a bool tensor {shape} like indices, got {_what(valid)}.")
-    if indices.device.type == "cpu":
+    if selection.order not in ("layout", "given"):
+        raise MethodError(f"{where}: order {selection.order!r} is neither 'layout' nor 'given'.")
+    if selection.owner is not None:
+        what = "rows that go on, -1 where none holds one of the layer"
+        _indices(where, "owner", selection.owner, (batch, length), indices.shape[1], what, low=-1)
+    if indices.device.type == "cpu" and selection.order == "given":
+        taken = indices if valid is None else indices.masked_fill(~valid, length)
+        sorted_rows = taken.sort(dim=1).values
+        if bool(((sorted_rows[:, 1:] == sorted_rows[:, :-1]) & (sorted_rows[:, 1:] < length)).any()):
+            raise MethodError(f"{where}: indices name a row twice.")
+    elif indices.device.type == "cpu":
         rising = indices[:, 1:] > indices[:, :-1]
         if not bool((rising if valid is None else rising | ~valid[:, :-1]).all()):
             raise MethodError(f"{where}: indices must rise from row to row, each only once.")
@@ -86,6 +96,49 @@ def check_visible(method: str, keep: Any, shape: tuple[int, int]) -> None:
             f"{method}.decode must return a bool mask {list(shape)}, True at the keys that the step sees, or None for "
             f"all of them; got {_what(keep)}."
         )
+
+
+def check_merge(method: str, merge: Any, hidden: Tensor, special: int) -> None:
+    """
+    Raises:
+        MethodError: ``merge`` is no ``Merge``, or does not fit the [V, T, C] tokens of the block.
+    """
+    where = f"{method}.encode"
+    _kind(where, merge, "Merge", "or None, which leaves the tokens of the block")
+    (views, length, width), tokens = hidden.shape, merge.hidden
+    fits = isinstance(tokens, Tensor) and tokens.ndim == 3 and tokens.dtype == hidden.dtype
+    if not fits or (tokens.shape[0], tokens.shape[2]) != (views, width) or not special < tokens.shape[1] <= length:
+        raise MethodError(
+            f"{where}: hidden must be {str(hidden.dtype).removeprefix('torch.')} [{views}, T', {width}] with "
+            f"{special} < T' <= {length}, got {_what(tokens)}."
+        )
+    count = tokens.shape[1]
+    _indices(where, "owner", merge.owner, (views, length), count, "tokens that go on, -1 where none holds one", low=-1)
+    _indices(where, "source", merge.source, (views, count), length, "tokens of the block, -1 for a new one", low=-1)
+    if merge.sizes is not None and tuple(merge.sizes.shape) != (views, count):
+        raise MethodError(f"{where}: sizes must be [{views}, {count}], got {_what(merge.sizes)}.")
+    kept = torch.arange(special, device=merge.source.device)
+    if merge.source.device.type == "cpu" and not bool((merge.source[:, :special] == kept).all()):
+        raise MethodError(f"{where}: the {special} special tokens must stay in front.")
+
+
+def check_stays(method: str, kept: Any, batch: int, entries: int) -> None:
+    """
+    Raises:
+        MethodError: ``kept`` is no ``Kept``, or does not fit the [batch, entries] of a cache.
+    """
+    where = f"{method}.evict"
+    _kind(where, kept, "Kept", "or None, which evicts nothing")
+    indices, valid = kept.indices, kept.valid
+    alike = isinstance(indices, Tensor) and indices.ndim == 1
+    count = indices.shape[-1] if isinstance(indices, Tensor) and indices.ndim in (1, 2) else 1
+    _indices(where, "indices", indices, (count,) if alike else (batch, count), entries, "entries of the cache")
+    if valid is not None and not _is_mask(valid, (batch, count)):
+        raise MethodError(f"{where}: valid must be a bool tensor [{batch}, {count}], got {_what(valid)}.")
+    if indices.device.type == "cpu":
+        rising = indices[..., 1:] > indices[..., :-1]
+        if not bool((rising if valid is None else rising | ~valid[:, :-1]).all()):
+            raise MethodError(f"{where}: indices must rise from entry to entry, each only once.")
 
 
 def _is_mask(value: Any, shape: tuple[int, ...]) -> bool:

@@ -22,6 +22,9 @@ class VisualSpan:
         modality: "image" or "video".
         num_content: rows that are visual tokens (the others are newlines).
         info: what the compress stage said about it (``Compressed.info``); empty where nothing was compressed.
+        item: number of the image or video, unique within its sample. One with text in between has several spans.
+        frames: of a video, 1 of an image; frame_rows: rows that a frame takes in the uncompressed layout, its newlines
+            included; None where not every frame takes as many.
     """
 
     start: int
@@ -29,12 +32,13 @@ class VisualSpan:
     modality: str
     num_content: int
     info: dict[str, object] = dataclasses.field(default_factory=dict)
+    item: int = 0
+    frames: int = 1
+    frame_rows: int | None = None
 
     @property
     def end(self) -> int:
         return self.start + self.length
-
-
 
 
 @dataclasses.dataclass(repr=False)
@@ -42,12 +46,16 @@ class Selection(ShapesShown):
     """Tokens that go on after a prefill stage.
 
     Attributes:
-        indices: [B, K] ascending positions in the sequence that the layer got.
+        indices: [B, K] positions in the sequence that the layer got; ascending where ``order`` is "layout".
         valid: [B, K] False where a sample has fewer than K (padding stands on the left); None if all are real.
-        hidden_states: [B, L, D] replacement states to gather from (for methods that merge), or None.
+        hidden_states: [B, L, D] replacement states to gather from (for methods that merge), or None. A row that a
+            method makes out of several takes the place of one of them, wherever it then stands.
         trim_cache: also cut the KV cache of the layers already run.
         positions: "original" keeps position ids (gaps); "compact" re-numbers from 0 for the layers to come, which
             generated tokens then continue.
+        owner: [B, L] for every row that the layer got the index (0..K-1) of the row that holds it now, -1 if none does;
+            None where nothing was merged: those that go on hold themselves.
+        order: "layout" for ascending indices, "given" for those of a method that moves rows.
     """
 
     indices: Tensor
@@ -55,6 +63,8 @@ class Selection(ShapesShown):
     hidden_states: Tensor | None = None
     trim_cache: bool = False
     positions: str = "original"
+    owner: Tensor | None = None
+    order: str = "layout"
 
     @classmethod
     def from_mask(cls, keep: Tensor, **kwargs: Any) -> Selection:
@@ -65,12 +75,30 @@ class Selection(ShapesShown):
         return cls(indices=indices, valid=valid, **kwargs)
 
 
+@dataclasses.dataclass(repr=False)
+class RowPlaces(ShapesShown):
+    """Where the rows of a sequence stand in their images and videos; all [B, L], -1 at text.
+
+    Attributes:
+        item: number of the image or video, unique within its sample.
+        frame: of the video, 0 in an image; -1 at what belongs to no frame (the newline behind a whole video).
+        place: row within the frame as the uncompressed model lays it out, newlines included; the same place in two
+            frames is the same spot of the picture.
+    """
+
+    item: Tensor
+    frame: Tensor
+    place: Tensor
+
+
 class PrefillStep:
-    """What a prefill method sees before decoder layer ``layer``.
+    """What a prefill method sees before decoder layer ``layer``, or inside it.
 
     Attributes:
         layer: 0-based index of the layer about to run; num_layers: how many there are.
-        hidden_states: [B, L, D] its input.
+        inside: False before the layer; True between its attention and its MLP, where ``hidden_states`` is the residual
+            stream with the attention added.
+        hidden_states: [B, L, D].
         visual: [B, L] True at visual tokens; block: [B, L] the same with the newlines of an image or video. Items of
             other modalities than the method's own count as text.
         valid: [B, L] False at padding, or None.
@@ -78,41 +106,78 @@ class PrefillStep:
         spans: per sample, where the method's items stood in the prompt (``rows`` leads from here to there).
         rows: [B, L] row of the prompt that each row was, None as long as nothing has been dropped.
         lengths: real tokens of each sample's prompt; num_heads: query heads of the decoder.
+        memory: dict that lives as long as the prompt is read, for what one layer leaves to the next.
 
     Padding stands on the left, so the last row is the last prompt token of every sample.
     """
 
-    def __init__(self, loop: Any, layer: int):
+    def __init__(self, loop: Any, layer: int, *, number: int = 0, inside: bool = False):
         self._loop = loop
-        self.layer = layer
+        self.layer, self.inside = layer, inside
         self.num_layers = len(loop.layers)
         rows = loop.rows
         self.hidden_states = rows.hidden
-        self.visual = rows.masks["visual"]
-        self.block = rows.masks["block"]
+        self.visual = rows.masks["visual", number]
+        self.block = rows.masks["block", number]
         self.valid = rows.valid
         self.position_ids = rows.position_ids
-        self.spans = loop.spans
+        self.spans = loop.spans[number]
         self.rows = rows.kept
         self.lengths = loop.layout.lengths
         self.num_heads = loop.config.num_attention_heads
+        self.memory: dict[str, Any] = loop.memories[number]
 
-    def attention(self, rows: Tensor, *, rotary: bool = True, causal: bool = True) -> Tensor:
-        """Attention probabilities [B, H, R, L] of layer ``layer - 1`` for the query positions ``rows`` [R] only.
+    @property
+    def text(self) -> Tensor:
+        """[B, L] True at real rows that none of the method's items holds."""
+        return ~self.block if self.valid is None else ~self.block & self.valid
 
-        Softmax in float32, returned in the model dtype. ``rotary=False`` gives position-free scores, ``causal=False``
-        lets every row see every key; padding is never seen.
+    def attention(
+        self, rows: Tensor, *, rotary: bool = True, causal: bool = True, upcoming: bool = False
+    ) -> Tensor:
+        """Attention probabilities [B, H, R, L] for the query positions ``rows`` [R], or [B, R] of each sample, only.
+
+        Of the layer that has last attended: ``layer - 1``, or ``layer`` itself inside of it. ``upcoming``: of
+        ``layer``, which has not run yet, as it would attend to the rows that stand here. Softmax in float32, returned
+        in the model dtype. ``rotary=False`` gives position-free scores, ``causal=False`` lets every row see every key;
+        padding is never seen.
         """
+        layer = self._attended(upcoming)
+        return self._loop.attention_rows(layer, rows, self.valid, rotary=rotary, causal=causal, upcoming=upcoming)
+
+    def keys(self, *, rotary: bool = True, upcoming: bool = False) -> Tensor:
+        """[B, G, L, d] key states of the layer that :meth:`attention` is about, one per key head."""
+        return self._loop.key_rows(self._attended(upcoming), rotary=rotary, upcoming=upcoming)
+
+    def final_normed(self) -> Tensor:
+        """[B, L, D] the hidden states through the norm that stands behind the last layer."""
+        return self._loop.layers.norm(self.hidden_states)
+
+    def where(self) -> RowPlaces:
+        """Where every row stands in its image or video. Items of other modalities count as text."""
+        places = self._loop.places()
+        return RowPlaces(*(part.masked_fill(~self.block, -1) for part in places))
+
+    def _attended(self, upcoming: bool) -> int:
+        if upcoming:
+            if self.inside:
+                raise MethodError("inside a layer there is no upcoming attention; ask before the layer.")
+            if self.layer == self.num_layers:
+                raise MethodError(f"there is no layer {self.layer} whose attention could be asked for.")
+            return self.layer
+        if self.inside:
+            return self.layer
         if self.layer == 0:
             raise MethodError("there is no attention before layer 0; ask for a layer >= 1.")
-        return self._loop.attention_rows(self.layer - 1, rows, self.valid, rotary=rotary, causal=causal)
+        return self.layer - 1
 
 
 class PrefillMethod(Method):
-    """Acts between decoder layers during prefill.
+    """Acts between decoder layers during prefill, or inside them.
 
-    ``prefill`` is called with the hidden states entering each layer of :meth:`prefill_layers` and says which of them
-    go on. Attention scores are available through ``step`` for chosen rows only.
+    ``prefill`` is called with the hidden states entering each layer of :meth:`prefill_layers`, and with those between
+    attention and MLP of each layer of :meth:`inner_layers`, and says which of them go on. Attention scores are
+    available through ``step`` for chosen rows only.
     """
 
     stage = "prefill"
@@ -120,6 +185,10 @@ class PrefillMethod(Method):
     def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
         """0-based indices of the decoder layers before which the method acts; ``num_layers``: after the last one."""
         raise NotImplementedError
+
+    def inner_layers(self, num_layers: int) -> tuple[int, ...]:
+        """0-based indices of the decoder layers inside which it acts, behind the attention."""
+        return ()
 
     def prefill(self, step: PrefillStep) -> Selection | None:
         raise NotImplementedError

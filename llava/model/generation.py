@@ -27,10 +27,13 @@ from llava.model.targets import Targets
 from llava.model.vision import brings_images, has_images
 
 
+_VISUAL = ("images", "image_sizes", "modalities", "questions")
+
+
 class ForwardArguments(TypedDict, total=False):
     """What ``forward`` takes beside the arguments of every causal LM.
 
-    ``images``, ``image_sizes``, ``modalities``: as in ``generate``. ``return_dict=False`` gives a tuple;
+    ``images``, ``image_sizes``, ``modalities``, ``questions``: as in ``generate``. ``return_dict=False`` gives a tuple;
     ``dpo_forward`` gives (logits, labels). ``num_items_in_batch`` and ``shift_labels`` (the label behind each id) go to
     the loss. ``layout`` and ``request`` travel from ``generate`` to the decoder loop and the recorder. Anything else
     goes to the decoder.
@@ -39,6 +42,7 @@ class ForwardArguments(TypedDict, total=False):
     images: Any
     image_sizes: Any
     modalities: str | list[str]
+    questions: list[str] | None
     use_cache: bool | None
     output_attentions: bool | None
     output_hidden_states: bool | None
@@ -78,7 +82,7 @@ class MultimodalGeneration:
                 sample without a placeholder may bring a dummy image, which is skipped.
             MethodError: a prompt of embeddings, or states of the layers, while a method is attached.
         """
-        visual = {name: kwargs.pop(name) for name in ("images", "image_sizes", "modalities") if name in kwargs}
+        visual = {name: kwargs.pop(name) for name in _VISUAL if name in kwargs}
         layout, request = kwargs.pop("layout", None), kwargs.pop("request", None)
         dpo_forward, return_dict = kwargs.pop("dpo_forward", False), kwargs.pop("return_dict", None)
         targets = Targets(labels, kwargs.pop("shift_labels", None), kwargs.pop("num_items_in_batch", None))
@@ -142,7 +146,7 @@ class MultimodalGeneration:
 
     def _cuts_inside(self) -> bool:
         """Whether the sequence gets shorter between decoder layers."""
-        return self.acceleration is not None and self.acceleration.pipeline.prefill is not None
+        return self.acceleration is not None and bool(self.acceleration.pipeline.prefills)
 
     def _check_text_side(self, mask: Tensor | None, positions: Tensor | None, kwargs: dict[str, Any]) -> None:
         """What is beside the ids of a prompt with images: one row of the batch is one prompt."""
@@ -178,6 +182,7 @@ class MultimodalGeneration:
         images: Any = None,
         image_sizes: Any = None,
         modalities: str | list[str] = ("image",),
+        questions: list[str] | None = None,
         **kwargs: Any,
     ):
         """transformers' ``generate``; returns new tokens only, also for text-only prompts.
@@ -190,6 +195,7 @@ class MultimodalGeneration:
                 in the order of the placeholders of all prompts.
             image_sizes: (width, height) of each, for any-resolution images.
             modalities: "image" or "video" for each, or one for all.
+            questions: what is asked, one text per prompt, for a method that looks at it.
         """
         if kwargs.get("inputs_embeds") is not None:
             raise NotImplementedError("`inputs_embeds` is not supported; pass input ids and images.")
@@ -205,8 +211,9 @@ class MultimodalGeneration:
         request = recording.new_request()
         if has_images(images):
             spliced = self.prepare_multimodal(
-                inputs, attention_mask, None, images, modalities, image_sizes, padding_side="left", request=request
-            )
+                inputs, attention_mask, None, images, modalities, image_sizes,
+                padding_side="left", request=request, questions=questions,
+            )  # fmt: skip
         else:
             spliced = self._text_only(inputs, attention_mask, request)
         if self.acceleration is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class Prompts:
         attention_mask: [B, n] of padding, or None; labels: [B, n], or None.
         padding_side: "left" or "right"; None for that of the config.
         dummies: whether a sample without placeholder may bring an image that is skipped (training data do).
+        questions: one text per prompt, for methods that look at it, or None.
     """
 
     input_ids: Tensor
@@ -34,6 +36,7 @@ class Prompts:
     labels: Tensor | None = None
     padding_side: str | None = None
     dummies: bool = False
+    questions: Any = None
 
 
 @dataclasses.dataclass(repr=False)
@@ -62,6 +65,7 @@ class Spliced(ShapesShown):
     items: list[list[int]]
     spans: list[list[VisualSpan]]
     cut: list[int]
+    stands: Tensor
     max_length: int | None = None
 
     @property
@@ -72,7 +76,7 @@ class Spliced(ShapesShown):
     @property
     def layout(self) -> PromptLayout:
         """What the decoder loop needs to know."""
-        return PromptLayout(self.visual, self.lengths, self.spans)
+        return PromptLayout(self.visual, self.lengths, self.spans, stands=self.stands)
 
 
 def splice(
@@ -147,6 +151,17 @@ def _text_lengths(holes: Tensor, keep: Tensor) -> list[int]:
     return [end - start - 1 for start, end in pairwise(bounds)]
 
 
+def samples_of_items(prompts: Prompts, count: int) -> list[int]:
+    """The sample that each of ``count`` images and videos belongs to. Reads the device if there are several prompts."""
+    if prompts.input_ids.shape[0] == 1:
+        return [0] * count
+    per_sample = _read(prompts.input_ids, prompts.attention_mask)[0].sum(1).tolist()
+    if sum(per_sample) != count and prompts.dummies:
+        per_sample = [max(1, here) for here in per_sample]
+    owners = [sample for sample, here in enumerate(per_sample) for _ in range(here)]
+    return owners if len(owners) == count else [0] * count  # `splice` says what is wrong
+
+
 def beside_text(sequence: VisualSequence, device: torch.device) -> VisualSequence:
     """The sequence on the device of the text's embeddings (under a device map not always the tower's)."""
     parts = ("tokens", "positions", "is_content")
@@ -181,6 +196,12 @@ class _Part:
             return torch.arange(self.dense, self.dense + len(self), device=self.embeds.device)
         return self.sequence.positions[: len(self)] + self.dense
 
+    def stands(self) -> Tensor:
+        """[K] rows of the item's own layout at which the rows stand, 0 in text."""
+        if self.sequence is None:
+            return torch.zeros(len(self), dtype=torch.long, device=self.embeds.device)
+        return self.sequence.positions[: len(self)]
+
     def visual(self) -> Tensor:
         """[K] True at content tokens."""
         if self.sequence is None:
@@ -201,9 +222,8 @@ class _Sample:
         self._add(_Part(embeds, labels, None, self.dense_length), embeds.shape[0])
 
     def add_visual(self, sequence: VisualSequence, number: int) -> None:
+        self.spans.append(sequence.span(self.length, len(self.items)))
         self.items.append(number)
-        rows = sequence.tokens.shape[0]
-        self.spans.append(VisualSpan(self.length, rows, sequence.modality, sequence.num_content, sequence.info))
         self._add(_Part(sequence.tokens, None, sequence, self.dense_length), sequence.length)
 
     def _add(self, part: _Part, dense: int) -> None:
@@ -276,6 +296,7 @@ def _joined(samples: list[_Sample], side: str, original_positions: bool) -> Spli
         mask=mask,
         position_ids=positions,
         visual=batch(_Part.visual, number(False, torch.bool)),
+        stands=batch(_Part.stands, number(0, torch.long)),
         lengths=[sample.length for sample in samples],
         dense_lengths=[sample.dense_length for sample in samples],
         items=[sample.items for sample in samples],

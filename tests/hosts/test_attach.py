@@ -169,7 +169,7 @@ def test_ways_to_name_a_method(tmp_path):
 def test_prefixed_parameters():
     pipeline = resolve("fastvid + random_prefill", **{"fastvid.c": 4, "random_prefill.layer": 1})
     assert pipeline.stages == ("compress", "prefill") and pipeline.name == "fastvid+random_prefill"
-    assert pipeline.compress.c == 4 and pipeline.prefill.layer == 1
+    assert pipeline.compress.c == 4 and pipeline.prefills[0].layer == 1
     assert resolve(pipeline.to_dict()) == pipeline
     assert "c=4" in pipeline.describe() and "layer=1" in pipeline.describe()
 

@@ -23,7 +23,7 @@ def test_prefill_stage(name, params, asked, ratio):
     pipeline = in_llm(name, ratio, params, "prefill")
     if pipeline is None:
         return
-    method, model, layout, inputs = pipeline.prefill, decoder(), asked.layout, asked.inputs
+    method, model, layout, inputs = pipeline.prefills[0], decoder(), asked.layout, asked.inputs
     given_embeds, given_visual, given_spans = inputs["inputs_embeds"].clone(), layout.visual.clone(), layout.spans
     request, state, cache = asked.record(), torch.get_rng_state(), DynamicCache(config=model.config)
     with torch.no_grad():

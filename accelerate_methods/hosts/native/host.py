@@ -8,6 +8,7 @@ import functools
 import importlib
 from typing import Any
 
+from accelerate_methods.engine.points import check_halves
 from accelerate_methods.hosts.base import Host
 from accelerate_methods.hosts.native.acceleration import NativeAcceleration
 from accelerate_methods.hosts.native.family import Family
@@ -73,15 +74,16 @@ class NativeHost(Host):
             ModelFacts(
                 name=about.name,
                 stages=about.stages,
-                signals=family.signals,
+                signals=family.available(pipeline),
                 modalities=about.modalities,
                 layers=len(family.language.layers),
                 limits=about.limits,
                 signal_limits=family.signal_limits,
             )
         )
-        if pipeline.prefill is not None or pipeline.decode is not None:
+        if pipeline.prefills or pipeline.decode is not None:
             family.check_attention()
+        check_halves(family.language, pipeline)
         state = NativeAcceleration(model, family, pipeline)
         previous = self.attached(model)
         self._off(model)

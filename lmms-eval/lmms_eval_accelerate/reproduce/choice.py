@@ -150,10 +150,8 @@ def _fitting(selection: ChosenPart, choices: Choices) -> ChosenPart:
     rows = []
     for row in selection.rows:
         try:
-            if row.pipeline is not None and row.pipeline.prefill is not None:
-                row.pipeline.prefill.prefill_layers(layers)
-            if row.pipeline is not None and row.pipeline.decode is not None:
-                row.pipeline.decode.decode_layer(layers)
+            if row.pipeline is not None:
+                row.pipeline.check_layers(layers)
         except MethodError as error:
             reason = f"the given checkpoint is too shallow: {str(error).rstrip('.')}"
             row = dataclasses.replace(row, pipeline=None, not_run=reason)

@@ -224,11 +224,7 @@ def _pipeline(spec: str | None, params: Mapping[str, Any], part: Part, where: st
             if of_config != part.family:
                 raise MethodError(f"config {spec} is for the family {of_config}, this part is {part.family}.")
         compatibility.check(pipeline, part.family)
-        layers = part.checkpoint["num_hidden_layers"]
-        if pipeline.prefill is not None:
-            pipeline.prefill.prefill_layers(layers)
-        if pipeline.decode is not None:
-            pipeline.decode.decode_layer(layers)
+        pipeline.check_layers(part.checkpoint["num_hidden_layers"])
     except MethodError as error:
         raise TableError(f"{where}: {error}") from error
     return pipeline

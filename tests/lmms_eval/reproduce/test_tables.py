@@ -142,9 +142,10 @@ def test_settings_give_the_printed_tflops():
             count = frames * method.frame_budget(per_frame)
         elif method is not None:
             count = frames * sum(method.view_budget(per_frame))
-        if pipeline.prefill is None:
+        if not pipeline.prefills:
             return [count] * layers
-        return [count] * pipeline.prefill.k + [pipeline.prefill.keep_count(count)] * (layers - pipeline.prefill.k)
+        (prefill,) = pipeline.prefills
+        return [count] * prefill.k + [prefill.keep_count(count)] * (layers - prefill.k)
 
     checked = 0
     for row in part.rows:
