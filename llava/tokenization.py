@@ -16,7 +16,9 @@ from typing import Any, ClassVar
 
 import sentencepiece
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
-from transformers.utils import cached_file
+
+from accelerate_methods.hosts.checkpoint_files import CheckpointError, find_file, read_json
+from accelerate_methods.stages.errors import one_line
 
 WORD_BOUNDARY = "\u2581"  # SentencePiece writes a space as this character
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -185,24 +187,9 @@ class SentencePieceLlamaTokenizer(PreTrainedTokenizer):
         return files
 
 
-def _find(model_path: str, name: str) -> Path | None:
-    """A file of a local folder or, for a hub id, of the hub (or its cache); None when the place has no such file."""
-    if Path(model_path).is_dir():
-        path = Path(model_path) / name
-        return path if path.is_file() else None
-    found = cached_file(
-        model_path,
-        name,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return Path(found) if found else None
-
-
 def _read_json(model_path: str, name: str) -> dict[str, Any]:
-    path = _find(model_path, name)
-    return json.loads(path.read_text(encoding="utf-8")) if path else {}
+    path = find_file(model_path, name)
+    return read_json(path) if path else {}
 
 
 def load_tokenizer(model_path: str | os.PathLike[str], config: Any = None) -> PreTrainedTokenizerBase:
@@ -218,6 +205,7 @@ def load_tokenizer(model_path: str | os.PathLike[str], config: Any = None) -> Pr
             tokenizer_config.json leaves out.
     Raises:
         FileNotFoundError: none of these files is there; the message lists what was looked for.
+        CheckpointError: a file cannot be reached or read.
     """
     model_path = os.fspath(model_path)
     settings = _read_json(model_path, "tokenizer_config.json")
@@ -227,16 +215,20 @@ def load_tokenizer(model_path: str | os.PathLike[str], config: Any = None) -> Pr
         if value is not None and own not in settings:
             fallback[own] = value
 
-    if _find(model_path, SENTENCEPIECE_FILE):
+    if (pieces := find_file(model_path, SENTENCEPIECE_FILE)) is not None:
         special = _read_json(model_path, "special_tokens_map.json")
         if settings.get("pad_token") is None and special.get("pad_token") is not None:
             pad = special["pad_token"]
             fallback["pad_token"] = pad["content"] if isinstance(pad, dict) else pad
         # An absent "legacy" means the old rule: the flag was introduced together with the new one.
-        return SentencePieceLlamaTokenizer.from_pretrained(model_path, legacy=settings.get("legacy", True), **fallback)
+        legacy = settings.get("legacy", True)
+        try:
+            return SentencePieceLlamaTokenizer.from_pretrained(model_path, legacy=legacy, **fallback)
+        except RuntimeError as error:  # of sentencepiece, or of transformers when it tries other formats
+            raise CheckpointError(f"cannot read {pieces}: {one_line(error)}") from error
 
-    has_fast = _find(model_path, FAST_FILE) is not None
-    has_bpe = all(_find(model_path, name) for name in BPE_FILES)
+    has_fast = find_file(model_path, FAST_FILE) is not None
+    has_bpe = all(find_file(model_path, name) for name in BPE_FILES)
     if has_bpe and (not has_fast or settings.get("tokenizer_class", "").startswith("Qwen2")):
         return Qwen2Tokenizer.from_pretrained(model_path, **fallback)
     if has_fast:

@@ -7,7 +7,6 @@ that carries its own tower weights needs no hub access at all.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -15,12 +14,14 @@ import torch
 from safetensors import safe_open
 from transformers import CLIPVisionConfig, SiglipVisionConfig
 
+from accelerate_methods.hosts.checkpoint_files import CheckpointError, find_file, read_json
+
 _KNOWN = Path(__file__).parent / "known_towers"
 _CONFIG_CLASSES = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}
 VisionConfig = CLIPVisionConfig | SiglipVisionConfig
 
 
-class TowerError(RuntimeError):
+class TowerError(CheckpointError):
     """A vision tower that cannot be identified or loaded."""
 
 
@@ -50,16 +51,17 @@ def tower_file(name: str, checkpoint: str | None, filename: str) -> Path:
     known = _KNOWN / name.replace("/", "--") / filename
     if known.is_file():
         return known
-    from transformers.utils import cached_file
-
+    reason, cause = "the hub has no such file", None
     try:
-        return Path(cached_file(name, filename))
-    except Exception as error:
+        found = find_file(name, filename)
+    except CheckpointError as error:
+        found, reason, cause = None, str(error), error
+    if found is None:
         raise TowerError(
             f"cannot find {filename} of vision tower {name!r}: no folder 'vision_tower' in the checkpoint "
-            f"({checkpoint or 'path unknown'}), no directory of that name, and the hub (or its local cache) "
-            f"does not have it: {error}"
-        ) from error
+            f"({checkpoint or 'path unknown'}), and no directory of that name; {reason}"
+        ) from cause
+    return found
 
 
 def _cached(name: str, filename: str) -> Path | None:
@@ -75,7 +77,7 @@ def _cached(name: str, filename: str) -> Path | None:
 def tower_config(name: str, checkpoint: str | None) -> VisionConfig:
     """Configuration of the tower as it lies on the hub (all its layers)."""
     path = tower_file(name, checkpoint, "config.json")
-    raw = json.loads(path.read_text(encoding="utf-8"))
+    raw = read_json(path)
     kind = str(raw.get("model_type", ""))
     vision = raw.get("vision_config", raw)
     for family, config_class in _CONFIG_CLASSES.items():
@@ -88,7 +90,7 @@ def tower_weights(name: str, checkpoint: str | None, prefix: str = "") -> dict[s
     """Vision weights below ``vision_model.<prefix>``, named relative to ``vision_model.``; safetensors or .bin."""
     wanted = f"vision_model.{prefix}"
     weights: dict[str, torch.Tensor] = {}
-    for path in _weight_files(name, checkpoint):
+    for path in weight_files(name, checkpoint):
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as source:
                 weights.update({k: source.get_tensor(k) for k in source.keys() if k.startswith(wanted)})
@@ -100,7 +102,8 @@ def tower_weights(name: str, checkpoint: str | None, prefix: str = "") -> dict[s
     return {k.removeprefix("vision_model."): v for k, v in weights.items()}
 
 
-def _weight_files(name: str, checkpoint: str | None) -> list[Path]:
+def weight_files(name: str, checkpoint: str | None) -> list[Path]:
+    """The weight files of a tower, all shards; :class:`TowerError` if there are none."""
     tried = []
     for index, single in (
         ("model.safetensors.index.json", "model.safetensors"),
@@ -111,7 +114,7 @@ def _weight_files(name: str, checkpoint: str | None) -> list[Path]:
         except TowerError as error:
             tried.append(str(error))
         try:
-            listing = json.loads(tower_file(name, checkpoint, index).read_text(encoding="utf-8"))
+            listing = read_json(tower_file(name, checkpoint, index))
         except TowerError:
             continue
         return [tower_file(name, checkpoint, shard) for shard in sorted(set(listing["weight_map"].values()))]

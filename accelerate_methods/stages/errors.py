@@ -20,3 +20,9 @@ class UnknownNameError(MethodError):
         hint = f" Did you mean {close[0]!r}?" if close else ""
         super().__init__(f"unknown {what} {name!r}.{hint} Allowed: {', '.join(allowed) or '(none)'}.")
         self.name, self.allowed, self.suggestion = name, allowed, close[0] if close else None
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(" ".join(lines).split()) or type(error).__name__

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from accelerate_methods.engine.devices import computes_on, is_offloaded
+from accelerate_methods.hosts.checkpoint_files import check_files, reading
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model.checkpoint import CheckpointError, find_file, load_config, read_config
@@ -65,7 +66,8 @@ def load_pretrained_model(
         tokenizer, model, image_processor, context_len.
 
     Raises:
-        CheckpointError: not a LLaVA checkpoint, contradicting ``model_name``, missing weights.
+        CheckpointError: not a LLaVA checkpoint, contradicting ``model_name``, files that cannot be reached or read,
+            weights that are missing or that the model has no place for.
         MethodError: ``method_params`` without ``method``; ``tp_plan`` or ``tp_size`` (tensor parallelism is not
             offered), or "auto" finds too little memory and no ``offload_folder`` says that running from disk is meant.
     """
@@ -79,6 +81,8 @@ def load_pretrained_model(
         given = ", ".join(sorted(method_params))
         raise MethodError(f"method_params ({given}) given, but no method to apply them to; name one with method=.")
     source = model_base if model_base is not None else model_path
+    for path in dict.fromkeys((model_path, source)):
+        check_files(path)
     decoder = checkpoint_decoder(read_config(model_path), model_path)
     if model_name:
         check_model_name(model_name, decoder, model_path)
@@ -95,7 +99,8 @@ def load_pretrained_model(
         config = load_config(model_class.config_class, model_path if config is None else config)
     for key, value in (overwrite_config or {}).items():
         _set_config(config, key, value)
-    tokenizer = load_tokenizer(source, config)
+    with reading(source):
+        tokenizer = load_tokenizer(source, config)
     if model_base is not None:
         from llava.model.adapters import load_on_base
 

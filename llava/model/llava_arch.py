@@ -28,6 +28,7 @@ from accelerate_methods.engine.prompt import PromptLayout
 from accelerate_methods.engine.sequences import VisualSequence, compressed_sequence
 from accelerate_methods.hosts import register_host
 from accelerate_methods.hosts.calls import refuse_outputs
+from accelerate_methods.hosts.checkpoint_files import check_files, check_loaded, reading
 from accelerate_methods.hosts.layouts import (
     flat_item,
     image_item,
@@ -39,12 +40,12 @@ from accelerate_methods.registry.pipeline import Pipeline
 from accelerate_methods.stages.compress import VisualItem
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model.acceleration import LlavaHost
-from llava.model.checkpoint import KEY_MAPPING, check_loaded, has_tower_weights, load_config
+from llava.model.checkpoint import KEY_MAPPING, TOWER_PREFIX, has_tower_weights, load_config
 from llava.model.context import fits_of
 from llava.model.generation import MultimodalGeneration, describe
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.splice import Prompts, Spliced, beside_text, splice
+from llava.model.splice import Prompts, Spliced, beside_text, samples_of_items, splice
 from llava.model.vision import gather_visuals, has_images, resized_like
 
 
@@ -110,10 +111,12 @@ class LlavaMetaForCausalLM(MultimodalGeneration):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any):
         """As in transformers, for checkpoints in the official format.
 
-        Weights that the checkpoint lacks are an error, save those whose names start with one of ``allow_missing``. A
-        tower that is not inside the checkpoint (LLaVA-1.5) is left unloaded; call ``get_vision_tower().load_model()``,
-        as ``load_pretrained_model`` does.
+        Weights that the checkpoint lacks are an error, save those whose names start with one of ``allow_missing``, and
+        so are weights beyond those of the config: layers that it does not count, a projector of another kind. A tower
+        that is not inside the checkpoint (LLaVA-1.5) is left unloaded; call ``get_vision_tower().load_model()``, as
+        ``load_pretrained_model`` does.
         """
+        check_files(pretrained_model_name_or_path)
         config = kwargs.pop("config", None)
         overrides = kwargs.pop("overwrite_config", None) or {}
         if config is None:
@@ -124,15 +127,15 @@ class LlavaMetaForCausalLM(MultimodalGeneration):
             config.delay_load = not has_tower_weights(pretrained_model_name_or_path, kwargs)
         want_info = kwargs.pop("output_loading_info", False)
         allow_missing = kwargs.pop("allow_missing", ())
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *args,
-            config=config,
-            key_mapping={**KEY_MAPPING, **kwargs.pop("key_mapping", {})},
-            output_loading_info=True,
-            **kwargs,
-        )
-        check_loaded(info, pretrained_model_name_or_path, allow_missing)
+        kwargs["key_mapping"] = {**KEY_MAPPING, **kwargs.get("key_mapping", {})}
+        with reading(pretrained_model_name_or_path):
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *args,
+                **{**kwargs, "config": config, "output_loading_info": True, "ignore_mismatched_sizes": True},
+            )
+        # a tower runs up to the layer that the config selects, and its files have all
+        check_loaded(info, pretrained_model_name_or_path, allow_missing, allow_extra=(TOWER_PREFIX,))
         return (model, info) if want_info else model
 
     def get_model(self) -> LlavaMetaModel:
@@ -281,15 +284,21 @@ class LlavaMetaForCausalLM(MultimodalGeneration):
         images: Any,
         modalities: str | list[str] = ("image",),
         image_sizes: Any = None,
-        padding_side: str | None = None,
         request: recording.RequestRecord | None = None,
-        dummies: bool = False,
+        **how: Any,
     ) -> Spliced:
-        """Encode, compress and embed: everything between raw inputs and the decoder."""
+        """Encode, compress and embed: everything between raw inputs and the decoder.
+
+        ``how``: ``padding_side``, ``dummies`` and ``questions`` of :class:`.splice.Prompts`.
+        """
         modalities = [modalities] * len(images) if isinstance(modalities, str) else list(modalities)
-        prompts = Prompts(input_ids, attention_mask, labels, padding_side, dummies)
+        prompts = Prompts(input_ids, attention_mask, labels, **how)
         prompts = moved(prompts, computes_on(self.get_model().embed_tokens))
+        texts = None if self.acceleration is None else self.acceleration.texts(self, prompts)
         items = self.encode(images, modalities, image_sizes, request)
+        if texts is not None:
+            for item, number in zip(items, samples_of_items(prompts, len(items)), strict=True):
+                texts[number].tell(item)
         with recording.stage(request, "compress", self.get_vision_tower().device):
             sequences = self.compress(items, prompts)
         spliced = self.embed(prompts, sequences)

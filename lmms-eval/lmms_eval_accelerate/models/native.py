@@ -20,9 +20,10 @@ from torchvision.transforms.functional import pil_to_tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from accelerate_methods import accelerate
+from accelerate_methods.hosts.checkpoint_files import CheckpointError, check_files, check_loaded, read_config, reading
 from accelerate_methods.hosts.native.host import class_names, family_of
 from accelerate_methods.registry import compatibility, plugins
-from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.errors import MethodError, one_line
 from llava.media_kind import kind_of
 from lmms_eval_accelerate.models.arguments import HF
 from lmms_eval_accelerate.models.batching import is_padding
@@ -75,18 +76,24 @@ class HfAccelerated(Accelerated):
         model_class = self._class_of(name)
         compatibility.check(self.args.pipeline, self.family, model_class.__name__)  # before the weights are read
         processor = _processor(name)
-        model = model_class.from_pretrained(
-            name,
-            dtype=dtype,
-            attn_implementation=self.args.attn_implementation,
-            device_map=device_map or self._placement.device,
-            **({} if max_memory is None else {"max_memory": max_memory}),
-        )
+        with reading(name):
+            model, info = model_class.from_pretrained(
+                name,
+                dtype=dtype,
+                attn_implementation=self.args.attn_implementation,
+                device_map=device_map or self._placement.device,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # check_loaded refuses them, with their names
+                **({} if max_memory is None else {"max_memory": max_memory}),
+            )
+        check_loaded(info, name)
         return Loaded(model, processor.tokenizer, processor)
 
     @staticmethod
     def _class_of(name: str) -> type:
-        config = AutoConfig.from_pretrained(name)
+        read_config(name)  # says what is wrong with a checkpoint that cannot be reached or read
+        check_files(name)
+        config = _config(name)
         model_class = AutoModelForImageTextToText._model_mapping.get(type(config), None)
         plugins.import_named()
         built = config.architectures or []
@@ -262,11 +269,21 @@ def _pictures_as_images(chat: ChatMessages) -> ChatMessages:
     return chat
 
 
+def _config(name: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(name)
+    except Exception as error:  # every release of transformers checks values in its own way
+        raise CheckpointError(f"cannot use the config of {name!r}: {one_line(error)}") from error
+
+
 def _processor(name: str) -> Any:
     try:
-        processor = AutoProcessor.from_pretrained(name)
+        with reading(name):
+            processor = AutoProcessor.from_pretrained(name)
+    except CheckpointError:
+        raise
     except (OSError, ValueError) as error:
-        raise MethodError(f"{name}: its processor cannot be loaded ({error}).") from error
+        raise MethodError(f"{name}: its processor cannot be loaded ({one_line(error)}).") from error
     if getattr(processor, "tokenizer", None) is None:
         raise MethodError(f"{name} has no processor (only a {type(processor).__name__}); its files are incomplete.")
     return processor
@@ -276,4 +293,4 @@ def _template(path: Any) -> str:
     try:
         return Path(str(path)).expanduser().read_text(encoding="utf-8")
     except OSError as error:
-        raise MethodError(f"chat_template={path}: {error}") from error
+        raise MethodError(f"chat_template={path}: {one_line(error)}") from error
