@@ -133,6 +133,14 @@ def on_device(values: Sequence[Any] | Tensor, device: torch.device) -> Tensor:
     return values.to(device, non_blocking=True)
 
 
+def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Small tensors of integers or booleans, read from their device together: it is waited for once."""
+    if not tensors:
+        return []
+    parts = torch.cat([tensor.flatten().long() for tensor in tensors]).cpu().split([t.numel() for t in tensors])
+    return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
+
+
 def random_indices(total: int, count: int, seed: int) -> torch.Tensor:
     """``count`` of ``total`` indices, ascending; a function of its arguments alone."""
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].sort().values

@@ -21,7 +21,7 @@ from accelerate_methods.engine.prompt import PromptLayout
 from accelerate_methods.engine.sequences import VisualSequence, compressed_sequence
 from accelerate_methods.hosts.calls import check_visuals, refuse_embeddings, refuse_outputs
 from accelerate_methods.hosts.drafts import drafts_behind, expect_drafts, in_two, refuse_drafts
-from accelerate_methods.hosts.native.family import Call, Family
+from accelerate_methods.hosts.native.family import Call, Family, read_prompt
 from accelerate_methods.hosts.native.prompt import CutPrompt, PromptItem, cut_prompt
 from accelerate_methods.hosts.native.watching import Forward, VisionWatch
 from accelerate_methods.hosts.native.wrapping import Wrappers
@@ -211,11 +211,12 @@ class NativeAcceleration:
             # a model over several devices gets these as the caller has them
             as_given = now.arguments.get("input_ids"), kwargs.get("attention_mask"), kwargs.get("position_ids")
             ids, mask, positions = moved(as_given, embeds.device)
-            call = Call(ids, embeds, now.seen, now.arguments, self._wanted, self._on_views)
+            seen, host = read_prompt(now.seen, ids, mask, positions, embeds)
+            call = Call(host.ids, embeds, seen, now.arguments, self._wanted, self._on_views)
             items = self.family.items(call) if now.seen else []
             sequences = [self._sequence(found.item) for found in items]
             cut = now.cut = cut_prompt(
-                embeds, mask, positions, items, sequences, self.pipeline.positions == "original"
+                embeds, mask, positions, items, sequences, self.pipeline.positions == "original", host
             )
             now.seen.clear()
         request = now.request
@@ -287,12 +288,13 @@ class NativeAcceleration:
 
 
 def _fits(cut: CutPrompt, config: Any) -> list[PromptFit]:
-    """How the prompts fit into the positions for which the model was trained: transformers cuts none. One device read.
+    """How the prompts fit into the positions for which the model was trained: transformers cuts none.
 
     Positions count, not tokens: those of several ids per token (M-RoPE) may be far below or above.
     """
     limit = context_length(config)
-    over = [[0, 0]] * len(cut.dense) if limit is None else cut.beyond(limit).tolist()
+    fits = limit is None or cut.highest < limit  # or else how many do not is read from the device
+    over = [[0, 0]] * len(cut.dense) if fits else cut.beyond(limit).tolist()
     return [
         PromptFit(tokens=length, limit=limit, untrained=untrained, over_dense=dense)
         for length, (untrained, dense) in zip(cut.layout.lengths, over, strict=True)

@@ -9,11 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from accelerate_methods.engine.encoder_attention import Encoded
 from accelerate_methods.engine.layers import DecoderLayers
-from accelerate_methods.hosts.native.prompt import PromptItem
+from accelerate_methods.hosts.native.prompt import HostSide, PromptItem
+from accelerate_methods.ops.select import on_device
 from accelerate_methods.registry.families import ModelFamily
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.views import Views
@@ -37,9 +39,10 @@ class Call:
     """One ``forward`` of a model with images or videos in its prompt.
 
     Attributes:
-        ids: [B, L] the prompt.
+        ids: [B, L] the prompt, on the host.
         embeds: [B, L, D] the same with the visual features in place.
-        seen: what the vision side did, by kind of item ("image", "video").
+        seen: what the vision side did, by kind of item ("image", "video"); sizes and grids among its arguments are on
+            the host.
         arguments: the model's keyword arguments.
         wanted: signals that are asked for.
         on_views: kinds of item that are compressed before the projector.
@@ -56,6 +59,26 @@ class Call:
 @contextlib.contextmanager
 def expected(module: nn.Module) -> Iterator[None]:
     """Block that looks at parts of ``module``; :class:`MethodError` if one is not there."""
+def read_prompt(
+    seen: dict[str, Seen], ids: Tensor | None, mask: Tensor | None, positions: Tensor | None, embeds: Tensor
+) -> tuple[dict[str, Seen], HostSide]:
+    """What the host has to know of a prompt [B, L, D]: ids, padding, and the sizes and grids of its images.
+
+    One device read: the only one of a prompt without text inside its videos, but for what the methods read.
+    """
+    sizes = [
+        (kind, name)
+        for kind, run in seen.items()
+        for name, value in run.arguments.items()
+        if isinstance(value, Tensor) and not value.is_floating_point() and value.device == embeds.device
+    ]
+    host = HostSide.read(ids, mask, positions, embeds.shape[1], [seen[kind].arguments[name] for kind, name in sizes])
+    found = {kind: dataclasses.replace(run, arguments=dict(run.arguments)) for kind, run in seen.items()}
+    for (kind, name), value in zip(sizes, host.more, strict=True):
+        found[kind].arguments[name] = value
+    return found, host
+
+
     try:
         yield
     except (AttributeError, IndexError) as error:
@@ -133,7 +156,9 @@ class ItemRows:
     end: int
 
 
-def locate_items(ids: Tensor, token: int, lengths: Sequence[int], kind: str) -> list[ItemRows]:
+def locate_items(
+    ids: Tensor, token: int, lengths: Sequence[int], kind: str, device: torch.device | None = None
+) -> list[ItemRows]:
     """Where the items of one kind stand: their ``token`` placeholders in ``ids`` [B, L], item after item.
 
     Args:
@@ -158,13 +183,17 @@ def locate_items(ids: Tensor, token: int, lengths: Sequence[int], kind: str) -> 
     order = [number for own in numbers for _ in range(copies) for number in own]
     sizes = [lengths[number] for number in order]
     ends = list(itertools.accumulate(sizes))
+        ids: on the host (:class:`Call`); others are read from their device, and the rows are there if ``device`` says
+            nothing else.
     edges = where[[edge for end, size in zip(ends, sizes, strict=True) for edge in (end - size, end - 1)]].tolist()
     return [
-        ItemRows(number, first[0], part[:, 1], first[1], last[1] + 1)
-        for number, first, last, part in zip(order, edges[::2], edges[1::2], where.split(sizes), strict=True)
+        ItemRows(number, first[0], part, first[1], last[1] + 1)
+        for number, first, last, part in zip(order, edges[::2], edges[1::2], rows, strict=True)
     ]
 
 
+    device = ids.device if device is None else device
+    ids = ids.cpu()
 def _owners(ids: Tensor, token: int, lengths: Sequence[int]) -> list[int]:
     """Sample of each item."""
     where = (ids == token).nonzero()[:, 0]
@@ -180,6 +209,7 @@ def views_of(
         special=encoded.special,
         grid=grid,
         tiles=tiles,
+    rows = on_device(where[:, 1].contiguous(), device).split(sizes)
         signals=signals,
         uncompressed=uncompressed,
     )

@@ -83,9 +83,10 @@ class Llava(Family):
         device = call.embeds.device
         layouts = self._image_layouts(seen, encoded.patches[..., :1].to(device))
         ends = list(itertools.accumulate(views for views, _, _ in layouts))
-        signals = moved(self.tower.read(encoded, call.wanted), device)
+        signals = moved(self._read(encoded, call.wanted), device)
+        lengths = [item.length for _, item, _ in layouts]
         out = []
-        for at in locate_items(call.ids, self.config.image_token_id, [item.length for _, item, _ in layouts], "image"):
+        for at in locate_items(call.ids, self.config.image_token_id, lengths, "image", device):
             views, layout, tiles = layouts[at.number]
             item = filled(layout, call.embeds[at.sample, at.rows])
             here = slice(ends[at.number] - views, ends[at.number])

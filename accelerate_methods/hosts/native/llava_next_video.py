@@ -30,7 +30,8 @@ class PooledVideos(LlavaNext):
         layouts = [self._video_layout(part) for part in pooled.split(frames)]
         signals = self._video_signals(encoded, call.wanted)
         out = []
-        for at in locate_items(call.ids, self.config.video_token_id, [item.length for item in layouts], "video"):
+        lengths = [item.length for item in layouts]
+        for at in locate_items(call.ids, self.config.video_token_id, lengths, "video", pooled.device):
             item = filled(layouts[at.number], call.embeds[at.sample, at.rows])
             here = slice(at.number * frames, (at.number + 1) * frames)
             item.signals = {name: value[here] for name, value in signals.items()}
