@@ -11,13 +11,16 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.signals import LAYER_SIGNALS, Signal
+
+if TYPE_CHECKING:
+    from accelerate_methods.engine.encoder_blocks import EncodedTokens
 
 ENCODER_SIGNALS = LAYER_SIGNALS
 CHUNK_BYTES = 256 * 2**20  # what the attention maps alive at a time may take
@@ -32,17 +35,25 @@ class Encoded:
         special_tokens: S (1 for the CLS token of CLIP, 0 for SigLIP).
         before: [V, S + P, M] input of that layer, from which signals are computed; None once nobody will ask for any.
         inputs: index of another layer -> [V, S + P, M] its input, of those that are asked for.
+        merged: after an encode method (``encoder_blocks.EncodedTokens``): where the patches are; it then has the inputs.
     """
 
     hidden: Tensor
     special_tokens: int
     before: Tensor | None
     inputs: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    merged: EncodedTokens | None = None
 
     def __getitem__(self, views: slice) -> Encoded:
         before = None if self.before is None else self.before[views]
         inputs = {index: states[views] for index, states in self.inputs.items()}
-        return Encoded(self.hidden[views], self.special_tokens, before, inputs)
+        merged = None if self.merged is None else self.merged[views]
+        return Encoded(self.hidden[views], self.special_tokens, before, inputs, merged)
+
+    @property
+    def shortened(self) -> bool:
+        """Whether the patches are no grid any more."""
+        return self.merged is not None and not self.merged.keeps_grid
 
     def around(self, feature: int) -> dict[int, Tensor]:
         """Inputs of all layers that are known; ``feature`` is the index of the one whose output is the feature."""
@@ -99,29 +110,34 @@ def _layer_of(signal: Signal, depth: int, feature: int, whole: Collection[int] |
 
 
 def signals_of_layers(
-    layers: Sequence[Any], inputs: Mapping[int, Tensor], asked: Mapping[str, int], special: int
-) -> dict[str, Tensor]:
+    layers: Sequence[Any], inputs: Mapping[int, Tensor], asked: Mapping[str, int], special: int,
+    sizes: Mapping[int, Tensor] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """:func:`encoder_signals` of several layers at once.
 
     Args:
         layers: all layers of the encoder; inputs: index -> [V, S, M] input of those that are asked for.
         asked: as :func:`asked_layers` gives it.
+        sizes: index -> [V, S] patches that each token stands for, where attention counts them.
     """
     out: dict[str, Tensor] = {}
     for index in sorted(set(asked.values())):
         names = [name for name, at in asked.items() if at == index]
-        out |= encoder_signals(layers[index], inputs[index], names, special)
+        out |= encoder_signals(layers[index], inputs[index], names, special, (sizes or {}).get(index))
     return out
 
 
 @torch.no_grad()
-def encoder_signals(layer: Any, hidden: Tensor, names: Collection[str], special: int) -> dict[str, Tensor]:
+def encoder_signals(
+    layer: Any, hidden: Tensor, names: Collection[str], special: int, sizes: Tensor | None = None
+) -> dict[str, Tensor]:
     """Signals of one encoder layer; names that are none of :data:`ENCODER_SIGNALS` are left to others.
 
     Args:
         layer: the layer (``layer_norm1``, ``self_attn``).
         hidden: [V, S, M] its input, the first ``special`` rows being special tokens (the CLS token of CLIP).
         names: what is asked for, of whatever layer; a :class:`Signal` says what becomes of the heads.
+        sizes: [V, S] patches that each token stands for, where attention counts them.
 
     Returns:
         By the names given: "cls_attention" [V, P] and "received_attention" [V, P], averaged over heads; "key_states"
@@ -132,6 +148,7 @@ def encoder_signals(layer: Any, hidden: Tensor, names: Collection[str], special:
         return {}
     attention, states = layer.self_attn, layer.layer_norm1(hidden)
     projected = attention.k_proj(states)
+    bias = None if sizes is None else sizes.log()
     out: dict[str, Tensor] = {}
     for name, signal in asked.items():
         heads = attention if signal.heads == "mean" else _joined(attention, projected.shape[-1])
@@ -139,9 +156,9 @@ def encoder_signals(layer: Any, hidden: Tensor, names: Collection[str], special:
         if signal.name == "cls_attention":
             if not special:
                 raise MethodError("this vision tower has no CLS token, so there is no cls_attention.")
-            out[name] = _cls_probabilities(heads, states, keys).mean(1)[:, special:]
+            out[name] = _cls_probabilities(heads, states, keys, bias).mean(1)[:, special:]
         elif signal.name == "received_attention":
-            out[name] = _received(heads, states, keys)[:, special:]
+            out[name] = _received(heads, states, keys, bias)[:, special:]
         else:
             out[name] = keys.mean(1)[:, special:]
     return out
@@ -178,16 +195,18 @@ def _heads(attention: Any, projected: Tensor) -> Tensor:
     return projected.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
 
 
-def _cls_probabilities(attention: Any, states: Tensor, keys: Tensor) -> Tensor:
-    """[V, H, S]."""
+def _cls_probabilities(attention: Any, states: Tensor, keys: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[V, H, S]; ``bias`` [V, S] is added to the logits of each key."""
     query = _heads(attention, attention.q_proj(states[:, :1]) * attention.scale)
-    return (query @ keys.transpose(-1, -2))[:, :, 0].softmax(-1, dtype=torch.float32)
+    logits = (query @ keys.transpose(-1, -2))[:, :, 0]
+    return (logits if bias is None else logits + bias[:, None]).softmax(-1, dtype=torch.float32)
 
 
-def _received(attention: Any, states: Tensor, keys: Tensor) -> Tensor:
-    """[V, S]."""
+def _received(attention: Any, states: Tensor, keys: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[V, S]; ``bias`` as in :func:`_cls_probabilities`."""
     queries = _heads(attention, attention.q_proj(states) * attention.scale).flatten(0, 1)
-    received = received_per_map(queries, keys.flatten(0, 1).transpose(-1, -2))
+    bias = None if bias is None else bias.repeat_interleave(keys.shape[1], 0)
+    received = received_per_map(queries, keys.flatten(0, 1).transpose(-1, -2), bias)
     return received.view(*keys.shape[:2], -1).mean(1)
 
 

@@ -1,0 +1,278 @@
+"""The one loop through the blocks of a vision encoder under an encode method, for every tower.
+
+A tower says how its blocks are built (:class:`.encoder_block.EncoderBlock`): projections, what follows the attention,
+the MLP, all of them the model's own modules. Attention is PyTorch's ``scaled_dot_product_attention``; the sizes of
+merged tokens go in as a mask with one number per key. No attention map is formed but the rows that a method asks for.
+Without an encode method nothing of this runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from accelerate_methods.engine.encoder_attention import Encoded, signals_of_layers
+from accelerate_methods.engine.encoder_block import (
+    BlockAttention,
+    ClipBlock,
+    EncoderBlock,
+    Padding,
+    from_groups,
+    per_group,
+    per_patch,
+    to_groups,
+)
+from accelerate_methods.ops.select import pick_rows
+from accelerate_methods.stages.contract import check_merge
+from accelerate_methods.stages.encode import EncodeMethod, EncodeStep, Merge, TokenMap
+from accelerate_methods.stages.errors import MethodError
+
+
+@dataclasses.dataclass
+class BlockInput:
+    """What came into one block.
+
+    Attributes:
+        states: [V, S + M * u, C]; sizes: [V, S + M] patches of each token, None where attention does not count them.
+        became: [V, M] token behind the last block that each has become, -1 if it left.
+    """
+
+    states: Tensor
+    sizes: Tensor | None
+    became: Tensor
+
+
+@dataclasses.dataclass
+class EncodedTokens:
+    """What the last block gave.
+
+    Attributes:
+        hidden: [V, S + N * u, C], the S special tokens in front, u patches per token.
+        special: S; unit: u.
+        tokens: where the patches went.
+        keeps_grid: whether the method wants every patch back in its place.
+        inputs: of the blocks whose inputs were asked for.
+    """
+
+    hidden: Tensor
+    special: int
+    unit: int
+    tokens: TokenMap
+    keeps_grid: bool = False
+    inputs: dict[int, BlockInput] = dataclasses.field(default_factory=dict)
+
+    def __getitem__(self, views: slice) -> EncodedTokens:
+        tokens = self.tokens
+        sizes = None if tokens.sizes is None else tokens.sizes[views]
+        inputs = {
+            number: BlockInput(one.states[views], None if one.sizes is None else one.sizes[views], one.became[views])
+            for number, one in self.inputs.items()
+        }
+        own = TokenMap(tokens.owner[views], tokens.stands[views], sizes)
+        return dataclasses.replace(self, hidden=self.hidden[views], tokens=own, inputs=inputs)
+
+    @property
+    def output(self) -> Tensor:
+        """[V, S + ..., C] what the model gets: the tokens, or every patch."""
+        return self.full() if self.keeps_grid else self.hidden
+
+    def full(self) -> Tensor:
+        """[V, S + P * u, C] with every patch in its place, a copy of the token that holds it; zeros where none does."""
+        return restored(self.hidden, self.special, self.unit, self.tokens.owner)
+
+    @torch.no_grad()
+    def signals(self, layers: Sequence[Any], asked: Mapping[str, int]) -> dict[str, Tensor]:
+        """:func:`.encoder_attention.signals_of_layers`, [V, N, ...] over the tokens that are left.
+
+        Of tokens that were merged since, attention is that of all together, keys are their mean. Where every patch has
+        returned, each has the signals of the token that holds it.
+        """
+        states = {number: one.states for number, one in self.inputs.items()}
+        sizes = {
+            number: per_patch(one.sizes, self.special, self.unit)
+            for number, one in self.inputs.items()
+            if one.sizes is not None
+        }
+        found = signals_of_layers(layers, states, asked, self.special, sizes)
+        out = {}
+        for name, value in found.items():
+            value = per_group(value, 0, self.unit)
+            value = self._carried(value, self.inputs[asked[name]].became, mean=value.ndim == 3)
+            out[name] = self._on_patches(value) if self.keeps_grid else value
+        return out
+
+    def _on_patches(self, signal: Tensor) -> Tensor:
+        owner = self.tokens.owner
+        values = pick_rows(signal if signal.ndim == 3 else signal[..., None], owner.clamp(min=0))
+        values = values.masked_fill((owner < 0)[..., None], 0)
+        return values if signal.ndim == 3 else values[..., 0]
+
+    def _carried(self, signal: Tensor, became: Tensor, mean: bool) -> Tensor:
+        views, count = self.tokens.stands.shape
+        values = (signal if signal.ndim == 3 else signal[..., None]).float()
+        slot = torch.where(became < 0, count, became)[..., None]  # a spare slot takes those that left
+        out = values.new_zeros(views, count + 1, values.shape[-1]).scatter_add_(1, slot.expand_as(values), values)
+        if mean:
+            members = values.new_zeros(views, count + 1, 1)
+            out = out / members.scatter_add_(1, slot, torch.ones_like(values[..., :1])).clamp(min=1)
+        out = out[:, :-1].to(signal.dtype)
+        return out if signal.ndim == 3 else out[..., 0]
+
+
+class BlockRun:
+    """One request through the blocks of one tower.
+
+    Args:
+        blocks: those that run; depth: those that the encoder has.
+        special: special tokens in front of the patches; unit: patches that go on together.
+        training: whether attention is dropped out as ``dropout`` says.
+    """
+
+    def __init__(
+        self, blocks: Sequence[EncoderBlock], method: EncodeMethod, *, depth: int, special: int = 0, unit: int = 1,
+        dropout: float = 0.0,
+    ):  # fmt: skip
+        self.blocks, self.method, self.depth = blocks, method, depth
+        self.special, self.unit, self.dropout = special, unit, dropout
+        self.chosen = acting_blocks(method, len(blocks))
+
+    def __call__(
+        self, hidden: Tensor, *, inputs: Collection[int] = (), outputs: Collection[int] = ()
+    ) -> EncodedTokens:
+        """
+        Args:
+            hidden: [V, S + P * u, C] input of the first block, the patches of a group behind each other.
+            inputs: blocks whose inputs are wanted, for signals; their number: what the last one gives.
+            outputs: blocks whose output is wanted too, with every patch in its place (``self.outputs``).
+        """
+        groups = (hidden.shape[1] - self.special) // self.unit
+        index = torch.arange(groups, device=hidden.device).expand(len(hidden), -1)
+        tokens, kept = TokenMap(index, index), {}
+        self.outputs: dict[int, Tensor] = {}
+        for number, block in enumerate(self.blocks):
+            weighted = self.method.proportional and tokens.sizes is not None
+            if number in inputs:
+                kept[number] = self._input(hidden, tokens)
+            if number in self.chosen or weighted or block.taken_apart:
+                attention = self._attention(block, hidden, tokens, weighted)
+                hidden = block.attended(hidden, attention.output(self.dropout))
+                merge = self._merge(number, hidden, attention, tokens, groups) if number in self.chosen else None
+                if merge is not None:
+                    hidden = from_groups(merge.hidden, self.special, self.unit)
+                    tokens = followed(tokens, merge, self.special)
+                    for one in kept.values():
+                        one.became = _moved(one.became, _content(merge.owner, self.special))
+                hidden = block.feed_forward(hidden)
+            else:
+                hidden = block.whole(hidden)
+            if number in outputs:
+                self.outputs[number] = restored(hidden, self.special, self.unit, tokens.owner)
+        if len(self.blocks) in inputs:
+            kept[len(self.blocks)] = self._input(hidden, tokens)
+        return self._arranged(
+            EncodedTokens(hidden, self.special, self.unit, tokens, self.method.keeps_grid, kept)
+        )
+
+    def _input(self, hidden: Tensor, tokens: TokenMap) -> BlockInput:
+        weighted = self.method.proportional and tokens.sizes is not None
+        became = torch.arange(tokens.stands.shape[1], device=hidden.device).expand(len(hidden), -1)
+        return BlockInput(hidden.detach(), tokens.sizes if weighted else None, became)
+
+    def _attention(self, block: EncoderBlock, hidden: Tensor, tokens: TokenMap, weighted: bool) -> BlockAttention:
+        bias = per_patch(tokens.sizes.log(), self.special, self.unit) if weighted else None
+        padding = None
+        if block.windows is not None:
+            here = block.windows.expand(len(hidden), -1).gather(1, tokens.places())
+            counts = block.window_sizes
+            padding = Padding(here, len(counts), max(counts), self.unit)
+        return BlockAttention(block, block.project(hidden, tokens), bias, self.special, self.unit, padding)
+
+    def _merge(
+        self, number: int, hidden: Tensor, attention: BlockAttention, tokens: TokenMap, groups: int
+    ) -> Merge | None:
+        hidden = to_groups(hidden, self.special, self.unit)
+        step = EncodeStep(attention, hidden, tokens.sizes, (number, len(self.blocks), self.depth, groups))
+        merge = self.method.encode(step)
+        if merge is not None:
+            check_merge(self.method.name, merge, hidden, self.special)
+        return merge
+
+    def _arranged(self, out: EncodedTokens) -> EncodedTokens:
+        order = self.method.arrange(out.tokens)
+        if order is None:
+            return out
+        tokens, special = out.tokens, self.special
+        numbers = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        rank = torch.empty_like(order).scatter_(1, order, numbers)
+        front = torch.arange(special, device=order.device).expand(len(order), -1)
+        rows = torch.cat([front, order + special], dim=1)
+        hidden = from_groups(pick_rows(to_groups(out.hidden, special, self.unit), rows), special, self.unit)
+        arranged = TokenMap(
+            owner=_moved(tokens.owner, rank),
+            stands=tokens.stands.gather(1, order),
+            sizes=None if tokens.sizes is None else tokens.sizes.gather(1, rows),
+        )
+        for one in out.inputs.values():
+            one.became = _moved(one.became, rank)
+        return dataclasses.replace(out, hidden=hidden, tokens=arranged)
+
+
+def acting_blocks(method: EncodeMethod, num_blocks: int) -> frozenset[int]:
+    """The blocks in which ``method`` acts.
+
+    Raises:
+        MethodError: it names one that does not run.
+    """
+    chosen = tuple(method.encode_blocks(num_blocks))
+    wrong = [number for number in chosen if not 0 <= number < num_blocks]
+    if wrong:
+        raise MethodError(
+            f"{method.name}: block {wrong[0]} of the vision encoder does not run; blocks are 0..{num_blocks - 1}."
+        )
+    return frozenset(chosen)
+
+
+def followed(tokens: TokenMap, merge: Merge, special: int) -> TokenMap:
+    """Where the patches are after one more merge."""
+    source = merge.source[:, special:] - special
+    stands = tokens.stands.gather(1, source.clamp(min=0))
+    return TokenMap(
+        owner=_moved(tokens.owner, _content(merge.owner, special)),
+        stands=torch.where(source >= 0, stands, -1),
+        sizes=merge.sizes,
+    )
+
+
+def _content(owner: Tensor, special: int) -> Tensor:
+    """[V, T] owners -> [V, T - S] those of content tokens, counted without special ones."""
+    return (owner[:, special:] - special).clamp(min=-1)
+
+
+def _moved(owner: Tensor, to: Tensor) -> Tensor:
+    """[V, P] owners, of which owner i has become ``to`` [V, N] (-1: it is gone)."""
+    return torch.where(owner >= 0, to.gather(1, owner.clamp(min=0)), -1)
+
+
+def restored(hidden: Tensor, special: int, unit: int, owner: Tensor) -> Tensor:
+    """[V, S + N * u, C] tokens -> [V, S + P * u, C] every patch a copy of the token of ``owner`` [V, P], or zero."""
+    content = hidden[:, special:].unflatten(1, (-1, unit)).flatten(2)
+    full = pick_rows(content, owner.clamp(min=0)).masked_fill((owner < 0)[..., None], 0)
+    return torch.cat([hidden[:, :special], full.unflatten(2, (unit, -1)).flatten(1, 2)], dim=1)
+
+
+def run_clip(
+    layers: Sequence[nn.Module], hidden: Tensor, method: EncodeMethod, *, depth: int, special: int,
+    inputs: Collection[int] = (),
+) -> Encoded:  # fmt: skip
+    """Layers of transformers' CLIP or SigLIP encoder under ``method``; the rest as in :class:`BlockRun`.
+
+    Args:
+        layers: those that run; hidden: [V, S + P, C] input of the first.
+    """
+    blocks = [ClipBlock(layer) for layer in layers]
+    merged = BlockRun(blocks, method, depth=depth, special=special)(hidden, inputs=inputs)
+    return Encoded(merged.output, special, None, {}, merged)
