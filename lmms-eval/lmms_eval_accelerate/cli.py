@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 
+from lmms_eval_accelerate.manifest import ANY_METHOD, model_ids
 from lmms_eval_accelerate.runs.command_line import own_parser
 from lmms_eval_accelerate.runs.evaluation import run_evaluation, stock_command
 from lmms_eval_accelerate.runs.fingerprint import code_hash
@@ -25,6 +27,7 @@ from lmms_eval_accelerate.session import session
 
 _SUBCOMMANDS = ("tasks", "models", "ui", "serve", "power", "version", "tui", "mcp")
 _HELP = {"-h", "--help"}
+_INDENT = {"initial_indent": "    ", "subsequent_indent": "    ", "break_on_hyphens": False}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,6 +38,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(0)
     if argv[0] in _SUBCOMMANDS:
         stock_command(argv)
+        if argv[0] == "models" and not _HELP & set(argv):
+            show_models()
         sys.exit(0)
     if argv[0] == "eval":
         argv = argv[1:] or ["--help"]  # not lmms-eval's wizard, whose runs would have no folder
@@ -61,6 +66,20 @@ def show_help() -> None:
     parser.usage = "%(prog)s --model ID --model_args k=v,... --tasks NAME,... [options]"
     parser.epilog = f"All options of lmms-eval: {parser.prog} eval --help. Other commands: {', '.join(_SUBCOMMANDS)}."
     parser.print_help()
+
+
+def show_models() -> None:
+    """This plugin's model ids, by family and in full: the list of lmms-eval cuts names and says nothing about them."""
+    from accelerate_methods.registry import method_class
+    from accelerate_methods.registry.compatibility import why_not
+    from accelerate_methods.registry.families import keys
+
+    print(f"Models of this plugin: FAMILY_METHOD, or FAMILY_{ANY_METHOD} with method= or config= (neither: dense).\n")
+    for family, declared in keys().items():
+        methods = [method for known, method in model_ids().values() if known == family and method is not None]
+        fit = [name for name in methods if any(why_not(method_class(name), one) is None for one in declared)]
+        print(f"{family}: {', '.join(one.name for one in declared)}")
+        print(textwrap.fill(", ".join(f"{family}_{name}" for name in (ANY_METHOD, *fit)), 118, **_INDENT) + "\n")
 
 
 def _prepare_environment() -> None:

@@ -5,6 +5,7 @@ lmms-eval loads all plugins in one try block: an import that fails here would ta
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from accelerate_methods.registry import available
@@ -37,4 +38,14 @@ def manifests() -> list[ModelManifest]:
     for name, (family, _) in model_ids().items():
         kind = "chat_class_path" if family in CHAT else "simple_class_path"
         made.append(ModelManifest(model_id=name, **{kind: f"{__package__}.models.{name}"}))
+    _list(made)
     return made
+
+
+def _list(made: list[ModelManifest]) -> None:
+    """Let ``lmms-eval models`` and its wizard show them, too: both read these dictionaries and not the manifests."""
+    harness = sys.modules.get("lmms_eval.models")  # calls us while it is imported
+    for manifest in made:
+        kind = "SIMPLE" if manifest.chat_class_path is None else "CHAT_TEMPLATE"
+        shown = getattr(harness, f"AVAILABLE_{kind}_MODELS", {})
+        shown.setdefault(manifest.model_id, manifest.model_id)

@@ -148,6 +148,19 @@ def test_results_without_numbers_are_a_failure(values, says) -> None:
         summary.check_scores({"results": values})
 
 
+def test_answers_that_nobody_scored_have_no_score(capsys, tmp_path) -> None:
+    """With --predict_only lmms-eval writes 999 in the place of every score."""
+    values = {"alias": "t", "bypass,none": 999, "bypass_stderr,none": "N/A"}
+    assert summary.scores(values) == {} and summary.scores({**values, "acc,none": 0.5}) == {"acc": 0.5}
+    results = {"results": {"t": values, "u": {"acc,none": 0.5}}, "configs": {"t": {}}}
+    assert summary.without_placeholders(results)["results"] == {"t": {"alias": "t"}, "u": {"acc,none": 0.5}}
+    assert summary.without_placeholders(None) is None
+    report = {"model": "m", "method": None, "tasks": {"t": {}}, "n_samples": {"t": 3}, "warnings": []}
+    summary.show({**report, "costs": {"by_task": {}}}, tmp_path)
+    shown = capsys.readouterr().out
+    assert "no score" in shown and "999" not in shown
+
+
 def test_config_file_of_several_runs_is_refused(tmp_path, capsys) -> None:
     file = tmp_path / "runs.yaml"
     file.write_text("- model: a\n- model: b\n")

@@ -135,6 +135,9 @@ def _take(file: Path, results: Results, named: bool) -> bool:
                 raise ReportError(f"{file} is not the summary of an lmms-eval-accelerate run.")
             results.left_out.append(f"{file}: not the summary of an lmms-eval-accelerate run")
             return False
+        if summary["tasks"] and not any(summary["tasks"].values()):
+            results.left_out.append(f"{folder}: has answers and no scores (--predict_only)")
+            return False
         results.runs.append(Run(folder, summary))
         return True
     if file.name == CLAIM and not (folder / SUMMARY).exists():

@@ -69,6 +69,8 @@ def _harness(own: argparse.Namespace, passed: list[str]) -> dict[str, Any]:
     """Run lmms-eval's command line; returns its results and samples (rank 0)."""
     import lmms_eval.__main__ as harness
 
+    from lmms_eval_accelerate.runs.summary import without_placeholders
+
     outcome: dict[str, Any] = {}
     original = harness.cli_evaluate_single
 
@@ -76,10 +78,11 @@ def _harness(own: argparse.Namespace, passed: list[str]) -> dict[str, Any]:
         given = args.include_path
         args.include_path = [str(TASKS), *([given] if isinstance(given, str) else given or [])]
         try:
-            outcome["results"], outcome["samples"] = original(args)
+            results, outcome["samples"] = original(args)
         except Exception as error:
             traceback.print_exception(error)
             raise _Failed(_cause(error)) from error
+        outcome["results"] = without_placeholders(results)  # lmms-eval prints a table of what it gets back
         return outcome["results"], outcome["samples"]
 
     # cli_evaluate catches what this function raises and exits 0. It is looked up in the module when called.

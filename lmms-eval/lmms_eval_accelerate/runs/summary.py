@@ -18,6 +18,8 @@ from lmms_eval_accelerate.runs.folder import RunError
 from lmms_eval_accelerate.runs.long_prompts import LongPrompts
 from lmms_eval_accelerate.session import Session
 
+#: the number that lmms-eval writes in the place of every score where answers were only asked for (--predict_only)
+NO_SCORE = "bypass"
 _SHOWN = 6  # tasks of which each gets a column
 _ROWS = {
     "samples": "samples",
@@ -61,13 +63,29 @@ def check_scores(results: dict[str, Any]) -> None:
 
 
 def scores(values: dict[str, Any]) -> dict[str, float]:
-    """Metrics of one task without standard errors and bookkeeping; ``exact_match,none`` becomes ``exact_match``."""
+    """Metrics of one task without standard errors, bookkeeping and what stands for no score; ``exact_match,none``
+    becomes ``exact_match``."""
     numbers = {}
     for key, value in values.items():
         name, _, kind = key.partition(",")
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and kind and "stderr" not in name:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and kind and _is_metric(name):
             numbers[name if kind == "none" else key] = float(value)
     return numbers
+
+
+def _is_metric(name: str) -> bool:
+    return "stderr" not in name and name != NO_SCORE
+
+
+def without_placeholders(results: dict[str, Any] | None) -> dict[str, Any] | None:
+    """``results`` of lmms-eval without the 999 of tasks that were not scored."""
+    if not results:
+        return results
+    tasks = {
+        task: {key: value for key, value in values.items() if key.partition(",")[0].removesuffix("_stderr") != NO_SCORE}
+        for task, values in results.get("results", {}).items()
+    }
+    return {**results, "results": tasks}
 
 
 def build(
@@ -116,6 +134,8 @@ def show(report: dict[str, Any], path: Path) -> None:
     for task, metrics in report["tasks"].items():
         for name, value in metrics.items():
             table.add_row(task, name, f"{value:.4f}")
+        if not metrics and task in report["n_samples"]:  # a group may have no number of its own
+            table.add_row(task, "no score", "-")
     console.print(table)
     by_task = report["costs"]["by_task"]
     if len(by_task) > _SHOWN:  # the subtasks of a large group: a column each would show nothing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ import pytest
 pytest.importorskip("lmms_eval")
 pytest.importorskip("lmms_eval_accelerate")
 
+from lmms_eval_accelerate import cli
 from lmms_eval_accelerate.manifest import FAMILIES, model_ids
 
 from accelerate_methods import available
@@ -64,6 +66,29 @@ def test_every_method_has_a_model_per_family() -> None:
     model = get_model("llava_video_fastvid")
     assert (model.family, model.default_method, model.__name__) == ("llava_video", "fastvid", "llava_video_fastvid")
     assert get_model("llava_video_fastvid") is model
+
+
+def test_lmms_eval_lists_them(capsys) -> None:
+    """``lmms-eval models`` reads two dictionaries and not what is registered."""
+    import argparse
+
+    from lmms_eval.cli.models_cmd import run_models
+
+    run_models(argparse.Namespace(aliases=False))
+    listed = dict(re.findall(r"^(\S+) +(simple|chat|chat\+simple) *$", capsys.readouterr().out, re.MULTILINE))
+    for name, (family, _) in model_ids().items():
+        if len(name) < 28:  # longer names are cut in that list
+            assert listed[name] == ("chat" if family == "hf" else "simple"), name
+    assert listed["llava_onevision"] == listed["llava_vid"] == "simple"  # its own are as they were
+
+
+def test_our_command_lists_them_in_full(capsys) -> None:
+    cli.show_models()
+    shown = capsys.readouterr().out
+    names = set(re.findall(r"\b(?:llava|hf)_\w+", shown))
+    assert names - {"llava_onevision", "llava_video"} <= set(model_ids())
+    assert {"llava_onevision_random_prefill", "llava_video_fastvid", "hf_fastv", "llava_accelerated"} <= names
+    assert "llava_fastvid" not in names, "what cannot run is not offered"
 
 
 def test_a_method_registered_later_appears() -> None:

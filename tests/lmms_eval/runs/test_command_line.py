@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import pytest
@@ -12,7 +13,7 @@ pytest.importorskip("lmms_eval")
 from lmms_eval_accelerate import cli
 from lmms_eval_accelerate.models import generation
 from lmms_eval_accelerate.models.generation import READS, check, check_given, check_requests
-from lmms_eval_accelerate.runs import command_line
+from lmms_eval_accelerate.runs import command_line, evaluation
 from lmms_eval_accelerate.runs.command_line import own_options, read
 from lmms_eval_accelerate.runs.folder import RunError
 
@@ -223,3 +224,15 @@ def test_arguments_of_generate_are_read_by_a_family_or_refused():
     for reads in READS.values():
         assert not reads & set(generation._REFUSED)
     assert set(generation._RULES) <= set.union(*map(set, READS.values()))
+
+
+@pytest.mark.slow
+def test_the_table_of_lmms_eval_shows_none_either(monkeypatch) -> None:
+    """It prints what the function gives back that runs one evaluation."""
+    import lmms_eval.__main__ as harness
+
+    made, printed = {"results": {"t": {"bypass,none": 999}}}, []
+    monkeypatch.setattr(harness, "cli_evaluate_single", lambda args: (made, {"t": []}))
+    said = argparse.Namespace(include_path=None)
+    monkeypatch.setattr(evaluation, "stock_command", lambda argv: printed.append(harness.cli_evaluate_single(said)[0]))
+    assert evaluation._harness(argparse.Namespace(), [])["results"] == printed[0] == {"results": {"t": {}}}
