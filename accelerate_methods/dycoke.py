@@ -73,6 +73,10 @@ class DyCoke(CompressMethod, DecodeMethod):
         if not (self.ttm or self.dp):
             raise MethodError("dycoke: ttm and dp are both off; use no method at all instead.")
 
+    @property
+    def needs_grid(self) -> bool:
+        return self.ttm  # tokens are compared with those at the same place in other frames
+
     def stages_off(self) -> tuple[str, ...]:
         return tuple(stage for stage, on in (("compress", self.ttm), ("decode", self.dp)) if not on)
 

@@ -58,6 +58,7 @@ class PruneVid(CompressMethod, PrefillMethod):
     code: ClassVar[str] = "Visual-AI/PruneVid@b12600c6"
     licence: ClassVar[str] = "CC BY-NC-SA 4.0"
     modalities: ClassVar[frozenset[str]] = frozenset({"video"})
+    needs_grid: ClassVar[bool] = True
     positions: ClassVar[str] = "compact"
 
     gamma: float = share(0.25, aliases=("temporal_segment_ratio",))

@@ -35,7 +35,7 @@ class Encoded:
         special_tokens: S (1 for the CLS token of CLIP, 0 for SigLIP).
         before: [V, S + P, M] input of that layer, from which signals are computed; None once nobody will ask for any.
         inputs: index of another layer -> [V, S + P, M] its input, of those that are asked for.
-        merged: after an encode method (``encoder_blocks.EncodedTokens``): where the patches are; it then has the inputs.
+        merged: where the patches are after an encode method (``encoder_blocks.EncodedTokens``), with the inputs.
     """
 
     hidden: Tensor

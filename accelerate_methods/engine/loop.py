@@ -43,28 +43,11 @@ if TYPE_CHECKING:
     from accelerate_methods.registry.pipeline import Pipeline
 
 
-@dataclasses.dataclass
-class DecoderOutput(BaseModelOutputWithPast):
-    """transformers' output plus which rows of the input the last layer still had (None: all of them).
-
-    Attributes:
-        kept: [B, K] rows of the input; kept_valid: [B, K] False at padding, or None.
-    """
-
-    kept: Tensor | None = None
-    kept_valid: Tensor | None = None
-
-    def labels(self, labels: Tensor) -> Tensor:
-        """[B, L] labels of the input -> labels of the rows that are left."""
-        if self.kept is None:
-            return labels
-        labels = labels.gather(1, self.kept.to(labels.device))
-        return labels if self.kept_valid is None else labels.masked_fill(~self.kept_valid.to(labels.device), -100)
-
-
 def needs_loop(pipeline: Pipeline | None) -> bool:
     """Whether the model's own forward cannot express what is attached (a compress stage leaves position gaps)."""
-    return pipeline is not None and bool({"compress", "prefill", "decode"} & set(pipeline.stages))
+    if pipeline is None:
+        return False
+    return pipeline.loses_grid or bool({"compress", "prefill", "decode"} & set(pipeline.stages))
 
 
 def run_decoder(

@@ -84,17 +84,26 @@ class ItemRecord:
 def item_record(
     item: VisualItem, sequence: VisualSequence, *, tokens_after: int, start: int = 0, rows: torch.Tensor | None = None
 ) -> ItemRecord:
-    """Record of ``item``, of which ``sequence`` goes to the language model; the rest as in :class:`ItemRecord`."""
+    """Record of ``item``, of which ``sequence`` goes to the language model; the rest as in :class:`ItemRecord`.
+
+    After an encode method, ``owner`` and ``kept`` are over the encoder's patches.
+    """
+    grid = item.grid if item.views is None else item.views.grid
+    owner, kept = sequence.owner, sequence.stands
+    if item.patches is not None:
+        at, grid = item.patches.owner, item.patches.grid
+        owner = owner.flatten()[at.clamp(min=0)].masked_fill(at < 0, -1)
+        kept = item.patches.stands & (owner >= 0) & kept.flatten()[at.clamp(min=0)]
     return ItemRecord(
         modality=item.modality,
         tokens_before=item.full_tokens or item.num_tokens,
         tokens_after=tokens_after,
         start=start,
         rows=rows,
-        grid=item.grid if item.views is None else item.views.grid,
-        owner=sequence.owner,
+        grid=grid,
+        owner=owner,
         positions=sequence.positions,
-        kept=sequence.stands,
+        kept=kept,
         info=sequence.info,
     )
 

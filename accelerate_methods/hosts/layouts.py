@@ -79,6 +79,15 @@ def _with_newlines(index: Tensor, row: int, newline: Tensor, layout: str, **comm
     )
 
 
+def shortened_item(features: Tensor, modality: str, newline: Tensor | None) -> VisualItem:
+    """Tokens [F, N, D] of views or frames whose grid is gone: neither pooled nor unpadded, one newline behind all."""
+    frames, per_frame, _ = features.shape
+    index = torch.arange(frames * per_frame, device=features.device).view(frames, per_frame)
+    if newline is None:
+        return VisualItem(modality=modality, features=features, positions=index, length=index.numel())
+    return _with_newlines(index, index.numel(), newline, layout="one_token", modality=modality, features=features)
+
+
 def image_item(
     features: Tensor,
     newline: Tensor | None,

@@ -63,6 +63,17 @@ class Pipeline:
                     f"{' and '.join(acting)} both act at the {stage} stage and cannot be combined; "
                     "compose methods whose stages differ."
                 )
+        for method in self.methods if self.loses_grid else ():
+            if method.needs_grid:
+                raise MethodError(
+                    f"{method.name} needs the grid of tokens, which {self.encode.name} takes away inside the vision "
+                    "encoder; have it put every patch back behind the encoder (unmerge=True), or leave one of them out."
+                )
+        if self.encode is not None and len(self.encode.modalities) < 2:
+            raise MethodError(
+                f"{self.encode.name} acts inside the vision encoder, on images and videos alike; its modalities must "
+                "name both."
+            )
 
     def _at(self, stage: str) -> Method | None:
         return next((m for m in self.methods if stage in m.stages), None)
@@ -74,6 +85,11 @@ class Pipeline:
     @property
     def encode(self) -> EncodeMethod | None:
         return self._at("encode")
+
+    @property
+    def loses_grid(self) -> bool:
+        """Whether an encode method leaves tokens of which none has a place in a grid."""
+        return self.encode is not None and not self.encode.keeps_grid
 
     @property
     def compress(self) -> CompressMethod | None:
@@ -104,7 +120,9 @@ class Pipeline:
     @property
     def positions(self) -> str:
         """Position rule of the spliced sequence; a prefill stage's own gaps are its Selection's matter."""
-        return self.compress.positions if self.compress is not None else "compact"
+        if self.compress is None or self.loses_grid:  # there are no positions of an uncompressed sequence then
+            return "compact"
+        return self.compress.positions
 
     def check(self, facts: ModelFacts) -> None:
         """Refuse, with one clear error, what the methods cannot do on a model.

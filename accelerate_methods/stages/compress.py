@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from accelerate_methods.stages.contract import check_kept
+from accelerate_methods.stages.encode import PatchMap
 from accelerate_methods.stages.method import Method
 from accelerate_methods.stages.printing import ShapesShown
 from accelerate_methods.stages.signals import pick_signal
@@ -37,8 +38,9 @@ class VisualItem(ShapesShown):
         views: an image's patch features before the projector, for a method that acts there. ``features`` and
             ``newlines`` are then placeholders of width 1.
         question: what the user asks about it, None if nobody said (a method that needs it: ``Method.needs_question``).
-        full_tokens, full_length: content tokens and layout rows at the full input size, where a sample stage made the
-            input smaller; None otherwise.
+        patches: where the encoder's patches are, if a method inside the encoder has left tokens without a grid.
+        full_tokens, full_length: content tokens and layout rows of the dense model, where a sample stage made the input
+            smaller or an encode stage merged tokens; None otherwise.
     """
 
     modality: str
@@ -55,6 +57,7 @@ class VisualItem(ShapesShown):
     source: Tensor | None = None
     views: Views | None = None
     question: str | None = None
+    patches: PatchMap | None = None
     full_tokens: int | None = None
     full_length: int | None = None
 

@@ -59,6 +59,30 @@ class TokenMap(ShapesShown):
         return torch.where(self.stands >= 0, self.stands, first)
 
 
+@dataclasses.dataclass(repr=False)
+class PatchMap(ShapesShown):
+    """Where the patches of one image or video are, of whose views an encode method has left tokens without a grid.
+
+    Attributes:
+        owner: [F, P] for each patch the content token (frame * N + token) that holds it, -1 if none does.
+        stands: [F, P] True where a token stands.
+        grid: (rows, columns) of a view's patches, None if they are not known.
+    """
+
+    owner: Tensor
+    stands: Tensor
+    grid: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, tokens: TokenMap, grid: tuple[int, int] | None) -> PatchMap:
+        views, count = tokens.stands.shape
+        patches = tokens.owner.shape[1]
+        first = torch.arange(0, views * count, count, device=tokens.owner.device)[:, None]
+        stands = torch.zeros(views, patches + 1, dtype=torch.bool, device=first.device)
+        stands.scatter_(1, torch.where(tokens.stands < 0, patches, tokens.stands), True)  # a spare slot: nowhere
+        return cls(torch.where(tokens.owner < 0, -1, tokens.owner + first), stands[:, :patches], grid)
+
+
 class EncodeStep:
     """What an encode method sees of one block, after the attention's residual and before the MLP.
 

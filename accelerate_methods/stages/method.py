@@ -34,6 +34,8 @@ class Method:
             own vision tower. A method may have a field of this name.
         misleading: names that other code bases use for something else than ours, with what to write here.
         budget_required: whether one of the fields declared as budget has to be given (see ``fields.py``).
+        needs_grid: whether it compares tokens by their place in a frame, so that no method inside the vision encoder
+            may have taken the grid away.
         modalities: kinds of visual item the method changes; others pass through unpruned.
         positions: "original" keeps the position ids of the uncompressed sequence (with gaps; generated tokens go on
             from the uncompressed length), "compact" re-numbers the shortened sequence.
@@ -52,6 +54,7 @@ class Method:
     misleading: ClassVar[Mapping[str, str]] = {}
     budget_required: ClassVar[bool] = True
     modalities: ClassVar[frozenset[str]] = frozenset({"image", "video"})
+    needs_grid: ClassVar[bool] = False
     positions: ClassVar[str] = "compact"
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from accelerate_methods.engine.encoder_attention import Encoded
+from accelerate_methods.engine.encoder_blocks import acting_blocks
 from accelerate_methods.hosts.base import Host
 from accelerate_methods.hosts.layouts import pool_2d, tile_grid
 from accelerate_methods.hosts.pooling_head import SiglipPoolingHead
@@ -37,6 +38,13 @@ class LlavaAcceleration:
         self.pipeline = pipeline
         self._config = model.config
         self._tower = model.get_vision_tower()
+        if pipeline.encode is not None:
+            if self._tower.select_feature != "patch":
+                raise MethodError(
+                    f"{pipeline.encode.name}: the CLS token goes on to the language model with this checkpoint "
+                    f"(mm_vision_select_feature={self._tower.select_feature!r}); only 'patch' is supported."
+                )
+            acting_blocks(pipeline.encode, self._tower.num_blocks)
         given = {name: resolve_signal(m, name, available) for m in pipeline.methods for name in m.signals}
         self.adaptations = {name: real for name, real in given.items() if name != real}
         names = frozenset(given.values())
@@ -50,6 +58,8 @@ class LlavaAcceleration:
     def acts_on_views(self, kind: str) -> bool:
         """Whether an item of this kind is compressed before the projector."""
         method = self.pipeline.compress
+        if self.pipeline.loses_grid:  # tokens of views are then compressed as those of frames are
+            return False
         return isinstance(method, ViewCompressMethod) and kind != "video" and "image" in method.modalities
 
     def resize(self, pixels: Tensor) -> Tensor:
@@ -91,7 +101,7 @@ class LlavaAcceleration:
             if self._head.probe.device != encoded.hidden.device:  # the model was moved after attaching
                 self._head.to(encoded.hidden.device)
             frames, out["pooling_attention"] = self._head(encoded.patches.to(self._head.probe.dtype))
-        tokens = {name: self._to_tokens(value, item) for name, value in out.items()}
+        tokens = out if encoded.shortened else {name: self._to_tokens(value, item) for name, value in out.items()}
         return tokens if self._head is None else {**tokens, "frame_features": frames}
 
     def _to_tokens(self, signal: Tensor, item: VisualItem) -> Tensor:

@@ -33,11 +33,13 @@ from accelerate_methods.hosts.layouts import (
     flat_item,
     image_item,
     pool_2d,
+    shortened_item,
     unpad_image,  # noqa: F401 (official name)
     video_item,
 )
 from accelerate_methods.registry.pipeline import Pipeline
 from accelerate_methods.stages.compress import VisualItem
+from accelerate_methods.stages.encode import PatchMap
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model.acceleration import LlavaHost
 from llava.model.checkpoint import KEY_MAPPING, TOWER_PREFIX, has_tower_weights, load_config
@@ -46,7 +48,7 @@ from llava.model.generation import MultimodalGeneration, describe
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import Prompts, Spliced, beside_text, samples_of_items, splice
-from llava.model.vision import gather_visuals, has_images, resized_like
+from llava.model.vision import gather_visuals, has_images, meta_tokens, patch_grid
 
 
 class LlavaMetaModel:
@@ -182,7 +184,8 @@ class LlavaMetaForCausalLM(MultimodalGeneration):
         with recording.stage(request, "vision", device):
             if acceleration is not None:
                 pixels = acceleration.resize(pixels)
-            encoded = tower.look(pixels, () if acceleration is None else acceleration.encoder_layers)
+            method = None if acceleration is None else acceleration.pipeline.encode
+            encoded = tower.look(pixels, () if acceleration is None else acceleration.encoder_layers, method)
             if acceleration is None or not acceleration.encoder_signals:
                 encoded.before = None  # frees its memory
             features = tower.select(encoded).to(pixels.dtype)
@@ -191,10 +194,16 @@ class LlavaMetaForCausalLM(MultimodalGeneration):
         for visual, on_views in zip(visuals, early, strict=True):
             # a method that acts on views needs the form of the layout only: one channel is enough
             tokens = features[visual.views, :, :1] if on_views else projected[visual.views]
-            item = self.lay_out(tokens, visual.kind, visual.size)
-            if pixels.shape[-1] != full_side:  # only the shape of what the full-size input would have given
-                large = resized_like(tokens, tower.hub_config.patch_size, pixels.shape[-1], full_side)
-                full = self.lay_out(large, visual.kind, visual.size)
+            full = None
+            if pixels.shape[-1] != full_side or encoded.shortened:  # only the shape of what the dense model has
+                full = self.lay_out(meta_tokens(tokens, tower, full_side), visual.kind, visual.size)
+            if encoded.shortened:
+                newline = None if full.newlines is None else self._newline(tokens)
+                item = shortened_item(tokens, "video" if visual.kind == "video" else "image", newline)
+                item.patches = PatchMap.of(encoded.merged[visual.views].tokens, patch_grid(tower, pixels.shape[-1]))
+            else:
+                item = self.lay_out(tokens, visual.kind, visual.size)
+            if full is not None:
                 item.full_tokens, item.full_length = full.num_tokens, full.length
             if acceleration is not None:  # what signals cost is the method's cost
                 with recording.stage(request, "compress", device):

@@ -67,10 +67,16 @@ def _size_of(size: Any) -> tuple[int, int] | None:
     return None
 
 
-def resized_like(tokens: Tensor, patch: int, side: int, full_side: int) -> Tensor:
-    """A meta tensor shaped as ``tokens`` [V, P, D] of views of ``side`` pixels would be at ``full_side`` pixels."""
-    special = tokens.shape[1] - (side // patch) ** 2
-    return torch.empty(tokens.shape[0], (full_side // patch) ** 2 + special, tokens.shape[2], device="meta")
+def meta_tokens(tokens: Tensor, tower: Any, side: int) -> Tensor:
+    """A meta tensor shaped as ``tokens`` [V, P, D] would be of views of ``side`` pixels without a method."""
+    rows, columns = patch_grid(tower, side)
+    front = tower.special_tokens if tower.select_feature == "cls_patch" else 0
+    return torch.empty(tokens.shape[0], rows * columns + front, tokens.shape[2], device="meta")
+
+
+def patch_grid(tower: Any, side: int) -> tuple[int, int]:
+    """(rows, columns) of the patches of a view of ``side`` pixels."""
+    return (side // tower.hub_config.patch_size,) * 2
 
 
 def has_images(images: Any) -> bool:

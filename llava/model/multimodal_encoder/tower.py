@@ -16,7 +16,9 @@ from transformers import CLIPVisionModel, SiglipVisionModel
 
 from accelerate_methods.engine.devices import computes_on, own_weights
 from accelerate_methods.engine.encoder_attention import Encoded, asked_layers, signals_of_layers
+from accelerate_methods.engine.encoder_blocks import run_clip
 from accelerate_methods.hosts.tower_files import TowerError, VisionConfig, tower_config, tower_file, tower_weights
+from accelerate_methods.stages.encode import EncodeMethod
 
 
 class VisionTower(nn.Module):
@@ -77,13 +79,16 @@ class VisionTower(nn.Module):
     #: tokens in front of the patches
     special_tokens = 0
 
-    def encode(self, pixels: Tensor, interpolate: bool = False, keep: Collection[int] = ()) -> Encoded:
+    def encode(
+        self, pixels: Tensor, interpolate: bool = False, keep: Collection[int] = (), method: EncodeMethod | None = None
+    ) -> Encoded:
         """Run the encoder up to the selected layer.
 
         Args:
             pixels: [V, 3, S, S].
             interpolate: fit the position embeddings to another side than the tower's own.
             keep: encoder layers whose inputs are kept, for signals of them.
+            method: acts inside the layers.
         """
         model = self.vision_tower
         # interpolation reads the position table instead of calling its module
@@ -91,8 +96,12 @@ class VisionTower(nn.Module):
             hidden = before = model.embeddings(pixels.to(self.dtype), interpolate_pos_encoding=interpolate)
         if hasattr(model, "pre_layrnorm"):
             hidden = model.pre_layrnorm(hidden)
+        layers = model.encoder.layers[: self._layers_to_run()]
+        if method is not None:
+            depth = self.hub_config.num_hidden_layers
+            return run_clip(layers, hidden, method, depth=depth, special=self.special_tokens, inputs=keep)
         inputs = {}
-        for index, layer in enumerate(model.encoder.layers[: self._layers_to_run()]):
+        for index, layer in enumerate(layers):
             if index in keep:
                 inputs[index] = hidden
             before, hidden = hidden, layer(hidden, attention_mask=None)
@@ -110,6 +119,8 @@ class VisionTower(nn.Module):
 
     def signals(self, encoded: Encoded, names: Collection[str]) -> dict[str, Tensor]:
         """The signals ``names`` (of ``engine.encoder_attention``), of the layer that gave ``encoded`` or of others."""
+        if encoded.merged is not None:
+            return encoded.merged.signals(self.vision_tower.encoder.layers, self.layers_of(names))
         inputs = encoded.around(self._layers_to_run() - 1)
         layers = self.vision_tower.encoder.layers
         return signals_of_layers(layers, inputs, self.layers_of(names), self.special_tokens)
@@ -123,11 +134,11 @@ class VisionTower(nn.Module):
             return [self.forward(image[None]) for image in images]
         return self.select(self.look(images)).to(images.dtype)
 
-    def look(self, images: Tensor, keep: Collection[int] = ()) -> Encoded:
+    def look(self, images: Tensor, keep: Collection[int] = (), method: EncodeMethod | None = None) -> Encoded:
         """:meth:`encode` for views of any side, on the tower's device."""
         side = self.hub_config.image_size
         interpolate = tuple(images.shape[-2:]) != (side, side)
-        return self.encode(images.to(self.device), interpolate, keep)
+        return self.encode(images.to(self.device), interpolate, keep, method)
 
     def select(self, encoded: Encoded) -> Tensor:
         """[V, P, M] what the projector gets."""
@@ -163,6 +174,11 @@ class VisionTower(nn.Module):
     @property
     def image_size(self) -> int:
         return self.config.image_size
+
+    @property
+    def num_blocks(self) -> int:
+        """Encoder layers that run."""
+        return self._layers_to_run()
 
     @property
     def num_patches_per_side(self) -> int:

@@ -12,7 +12,7 @@ from accelerate_methods.engine.encoder_blocks import BlockRun
 from accelerate_methods.evit import keep_rate_at, left_of, reorganize
 from accelerate_methods.stages.encode import EncodeStep, TokenMap
 from tests.conformance.adapters import whole_models
-from tests.conformance.adapters.tome import enlarged, one_block, watched_mlps, weights_of
+from tests.conformance.adapters.tome import enlarged, one_block, WatchedMlps, weights_of
 from tests.support.tiny_vit import TinyViT
 
 
@@ -94,8 +94,8 @@ def vit(inputs, params, context):
     method = method_of(params, [(rate, None) for rate in rates])
     run = BlockRun(model.blocks, method, depth=len(model.blocks), special=1)
     out = run(model.embed(enlarged(inputs["pixel_small"], params["input_size"])))
-    count, kept = inputs["pixel_small"].shape[-1] * 4 // params["patch"], {f"idx{n}": k for n, k in enumerate(method.kept)}
-    count **= 2
+    count = (params["input_size"] // params["patch"]) ** 2
+    kept = {f"idx{number}": index for number, index in enumerate(method.kept)}
     for rate in rates:
         left = left_of(count, rate)
         count = left + params["fuse_token"] if left < count else count
@@ -112,10 +112,10 @@ def e2e(inputs, params, context):
     question, seen = whole_models.ask(inputs, params, context, method=method), []
     vision = question.model.get_vision_tower()
     with accelerate_methods.accelerate(question.model, method):
-        with watched_mlps(vision, seen):
+        with WatchedMlps(vision, seen):
             (item,) = question.items()
         out = whole_models.answer(question)
-    merged = vision.look(question.media["images"], method).merged
+    merged = vision.look(question.media["images"], method=method).merged
     return out | {
         "n_visual": torch.tensor(item.num_tokens),
         "n_tokens": torch.tensor(seen) - 1,

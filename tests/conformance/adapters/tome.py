@@ -179,8 +179,8 @@ def _counted(function: Any, counts: list[int]) -> Any:
 
 def tower(inputs, params, context):
     vision, counts = whole_models.load_tiny(params, context).get_vision_tower(), []
-    with watched_mlps(vision, counts):
-        encoded = vision.look(enlarged(inputs["pixel_small"], vision.image_size), method_of(params)).merged
+    with WatchedMlps(vision, counts):
+        encoded = vision.look(enlarged(inputs["pixel_small"], vision.image_size), method=method_of(params)).merged
     features = encoded.hidden[:, encoded.special :]
     return {
         "features": features,
@@ -192,7 +192,7 @@ def tower(inputs, params, context):
     }
 
 
-class watched_mlps:  # noqa: N801 (used as a function)
+class WatchedMlps:
     """Block in which the lengths that the MLPs of a tower see are noted."""
 
     def __init__(self, vision: Any, counts: list[int]):
@@ -213,12 +213,12 @@ def e2e(inputs, params, context):
     question, counts = whole_models.ask(inputs, params, context, method=method_of(params)), []
     vision = question.model.get_vision_tower()
     with accelerate_methods.accelerate(question.model, question.method):
-        with watched_mlps(vision, counts):
+        with WatchedMlps(vision, counts):
             (item,) = question.items()
         out = whole_models.answer(question)
-    encoded = vision.look(question.media["images"], question.method)
+    encoded = vision.look(question.media["images"], method=question.method)
     merged, unordered = encoded.merged, method_of(params | {"token_order": "as_is"})
-    plain = vision.look(question.media["images"], unordered).merged
+    plain = vision.look(question.media["images"], method=unordered).merged
     return out | {
         "n_visual": torch.tensor(item.num_tokens),
         "tokens_per_layer": torch.tensor(counts),
