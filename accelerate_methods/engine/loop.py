@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from accelerate_methods.engine.cache import check_cache, keep_on, request_state
 from accelerate_methods.engine.cache_state import CacheState
@@ -30,11 +29,12 @@ from accelerate_methods.engine.devices import moved
 from accelerate_methods.engine.eviction import Evictions
 from accelerate_methods.engine.layers import DecoderLayers, LayerInput
 from accelerate_methods.engine.masks import cached_mask, key_mask, prefill_mask
+from accelerate_methods.engine.output_rows import DecoderOutput
 from accelerate_methods.engine.points import Attended, Numbered, acting_in, held_by
 from accelerate_methods.engine.prompt import PromptLayout
 from accelerate_methods.engine.rows import Rows
 from accelerate_methods.stages.contract import check_selection, check_visible
-from accelerate_methods.stages.decode import DecodeStep, EvictMethod
+from accelerate_methods.stages.decode import DecodeStep
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.prefill import PrefillStep, Selection, VisualSpan
 
@@ -121,10 +121,14 @@ class _Loop:
         batch, self.new = hidden.shape[:2]
         mask = None if mask is None else mask.bool()
         valid = None if mask is None else mask[:, -self.new :]
-        self._make_room(valid, layout)
+        evictions = Evictions.around(self.pipeline.decode, self.layers, self.cache, valid, hidden, layout)
+        self.evictions = evictions
+        if evictions is not None:
+            evictions.before()
+            self.past = cached_length(self.cache)
         self.told = position_ids is not None  # or else counted
-        if self.evictions is not None and self.evictions.placed:
-            position_ids, self.told = self.evictions.positions(hidden.device), valid is not None and self.new > 1
+        if evictions is not None and evictions.placed:
+            position_ids, self.told = evictions.positions(hidden.device), valid is not None and self.new > 1
             layout = None if layout is None else dataclasses.replace(layout, next_position=None)
         elif position_ids is None:
             start = self.past if self.state is None else moved(self.state.position(self.past), hidden.device)
@@ -143,16 +147,6 @@ class _Loop:
             masks=self._visual_rows(hidden),
             added=[] if self.layout is None else list(self.layout.added),
         )
-
-    def _make_room(self, valid: Tensor | None, layout: PromptLayout | None) -> None:
-        """Let an evicting method act on the cache as it is before this call."""
-        method = self.pipeline.decode
-        if self.cache is None or not isinstance(method, EvictMethod):
-            return
-        visual = layout is not None and any(layout.only(method.modalities).spans)
-        self.evictions = Evictions(method, self.layers, self.cache, new=self.new, real=valid, visual=visual)
-        self.evictions.before()
-        self.past = cached_length(self.cache)
 
     def _visual_rows(self, hidden: Tensor) -> dict[Any, Tensor]:
         """What the methods take for visual, see :class:`.rows.Rows`: only items of their modalities."""

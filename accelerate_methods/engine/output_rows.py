@@ -7,17 +7,33 @@ they train, and read logits at the rows of their own prompt.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from accelerate_methods.engine.cached_keys import gather_rows
 
-if TYPE_CHECKING:
-    from accelerate_methods.engine.loop import DecoderOutput
-
 IGNORED = -100  # label of a row that does not count
+
+
+@dataclasses.dataclass
+class DecoderOutput(BaseModelOutputWithPast):
+    """transformers' output plus which rows of the input the last layer still had (None: all of them).
+
+    Attributes:
+        kept: [B, K] rows of the input; kept_valid: [B, K] False at padding, or None.
+    """
+
+    kept: Tensor | None = None
+    kept_valid: Tensor | None = None
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """[B, L] labels of the input -> labels of the rows that are left."""
+        if self.kept is None:
+            return labels
+        labels = labels.gather(1, self.kept.to(labels.device))
+        return labels if self.kept_valid is None else labels.masked_fill(~self.kept_valid.to(labels.device), -100)
 
 
 @dataclasses.dataclass

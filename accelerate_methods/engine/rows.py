@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from accelerate_methods.engine.cache import LayerCache
+from accelerate_methods.engine.cache_state import LayerCache
 from accelerate_methods.engine.cached_keys import gather_rows
 from accelerate_methods.engine.devices import moved
 from accelerate_methods.engine.layers import DecoderLayers

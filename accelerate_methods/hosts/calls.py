@@ -60,3 +60,25 @@ def check_visuals(pipeline: Pipeline, arguments: dict[str, Any], begins: bool) -
             f"{pipeline.name} cannot act on packed prompts with images or videos (position_ids that jump or start "
             "again, cu_seq_lens): give each prompt a row of the batch, with an attention_mask."
         )
+
+
+def acts_on_text(pipeline: Pipeline, arguments: dict[str, Any], tokens: Tensor, positions: Tensor | None) -> bool:
+    """Whether ``pipeline`` acts on a first prompt of text alone: what is done to its cache, if it has one.
+
+    Args:
+        arguments: of the language model; tokens: [B, L, ...] of the prompt; positions: ids that the caller gave.
+
+    Raises:
+        MethodError: the prompt's mask or positions say more than which of its rows are padding.
+    """
+    if not pipeline.acts_on_text or arguments.get("use_cache") is False:
+        return False
+    mask = arguments.get("attention_mask")
+    plain = mask is None or (isinstance(mask, Tensor) and mask.shape == tokens.shape[:2])
+    if not plain or any(arguments.get(name) is not None for name in PACKING) or not goes_on(positions, mask):
+        raise MethodError(
+            f"{pipeline.name} acts on the KV cache of text, too, and cannot on packed prompts or masks of "
+            "another form than [batch, length]: give each prompt a row of the batch, with its attention_mask, or "
+            "use_cache=False."
+        )
+    return True

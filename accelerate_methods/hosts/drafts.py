@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate_methods.engine.eviction import expect_answer, expect_drafts_on
 from accelerate_methods.engine.loop import needs_loop
 from accelerate_methods.registry.pipeline import Pipeline
 from accelerate_methods.stages.errors import MethodError
@@ -21,11 +22,11 @@ def refuse_drafts(pipeline: Pipeline, generation_config: Any) -> None:
     """MethodError where assisted decoding cannot give the answer of greedy decoding."""
     if not needs_loop(pipeline):
         return
-    if pipeline.decode is not None:
+    if pipeline.decode is not None and not pipeline.decode.checks_drafts:
         raise MethodError(
-            f"{pipeline.name} chooses anew in every decode step what the step sees, so several drafts cannot be "
-            "checked at once: assisted decoding is not available with it (leave out assistant_model, "
-            "prompt_lookup_num_tokens and the like)."
+            f"{pipeline.name} chooses anew in every decode step what the step sees, or what is left of the cache, so "
+            "several drafts cannot be checked at once: assisted decoding is not available with it (leave out "
+            "assistant_model, prompt_lookup_num_tokens and the like)."
         )
     if getattr(generation_config, "assistant_early_exit", None) is not None:
         raise MethodError(
@@ -36,8 +37,14 @@ def refuse_drafts(pipeline: Pipeline, generation_config: Any) -> None:
 
 def expect_drafts(cache: Any, prompt: int) -> None:
     """``cache`` is about to be used by assisted decoding, for a prompt of so many tokens."""
+    expect_drafts_on(cache)
     if cache is not None and not cache.get_seq_length():
         setattr(cache, _PROMPT, prompt)
+
+
+def expect_new_tokens(generation_config: Any, model_kwargs: dict[str, Any], longest: int) -> None:
+    """``generate`` begins, perhaps on the cache of an earlier turn; ``longest`` sequence that may be cached."""
+    expect_answer(model_kwargs.get("past_key_values"), generation_config.max_new_tokens, longest + 1)
 
 
 def drafts_behind(arguments: dict[str, Any]) -> int:

@@ -13,12 +13,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from accelerate_methods.engine import recording
 from accelerate_methods.engine.devices import computes_on, moved
+from accelerate_methods.engine.eviction import expect_drafts_on
 from accelerate_methods.engine.long_prompts import PromptFit, tell
 from accelerate_methods.engine.output_rows import OutputRows, on_the_right, real_rows
 from accelerate_methods.engine.prompt import PromptLayout, goes_on
 from accelerate_methods.engine.sequences import VisualSequence
 from accelerate_methods.hosts.calls import PACKING, refuse_embeddings
-from accelerate_methods.hosts.drafts import refuse_drafts
+from accelerate_methods.hosts.drafts import expect_new_tokens, refuse_drafts
 from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.errors import MethodError
 from llava.model.context import check_text, fits_of
@@ -238,6 +239,12 @@ class MultimodalGeneration:
             describe(request, [], [], spliced, fits)
         return spliced
 
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any):
+        prepared = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if self.acceleration is not None:
+            expect_new_tokens(generation_config, model_kwargs, kwargs.get("max_cache_length", args[-1] if args else 0))
+        return prepared
+
     def _get_candidate_generator(self, **kwargs: Any) -> Any:
         """Assisted decoding begins.
 
@@ -247,6 +254,7 @@ class MultimodalGeneration:
         """
         if self.acceleration is not None:
             refuse_drafts(self.acceleration.pipeline, kwargs.get("generation_config"))
+            expect_drafts_on(kwargs["model_kwargs"].get("past_key_values"))
         early_exit = getattr(kwargs.get("generation_config"), "assistant_early_exit", None)
         if kwargs.get("assistant_model") is not None or early_exit is not None:
             raise (NotImplementedError if self.acceleration is None else MethodError)(

@@ -27,7 +27,7 @@ from accelerate_methods.engine.loop import needs_loop, run_decoder
 from accelerate_methods.engine.prompt import PromptLayout
 from accelerate_methods.engine.sequences import VisualSequence, compressed_sequence
 from accelerate_methods.hosts import register_host
-from accelerate_methods.hosts.calls import refuse_outputs
+from accelerate_methods.hosts.calls import acts_on_text, refuse_outputs
 from accelerate_methods.hosts.checkpoint_files import check_files, check_loaded, reading
 from accelerate_methods.hosts.layouts import (
     flat_item,
@@ -79,12 +79,17 @@ class LlavaMetaModel:
         refuse_outputs(pipeline, kwargs, self.config)
         cache = kwargs.get("past_key_values")
         check_cache(cache, pipeline.name)
-        acts = request_state(cache) is not None if cached_length(cache) else layout is not None and any(layout.spans)
+        tokens = next(v for v in (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("input_ids")) if v is not None)
+        if cached_length(cache):
+            acts = request_state(cache) is not None or pipeline.acts_on_text
+        else:
+            acts = layout is not None and any(layout.spans)
+            acts = acts or acts_on_text(pipeline, kwargs, tokens, kwargs.get("position_ids"))
         if not acts:  # text alone: packed prompts and masks of any kind are as right as without a method
             return super().forward(*args, **kwargs)
         inputs_embeds = kwargs.get("inputs_embeds")
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(args[0] if args else kwargs["input_ids"])
+            inputs_embeds = self.embed_tokens(tokens)
         passed = ("attention_mask", "position_ids", "past_key_values", "use_cache")
         return run_decoder(
             self,

@@ -19,8 +19,8 @@ from accelerate_methods.engine.loop import DecoderOutput, needs_loop, run_decode
 from accelerate_methods.engine.output_rows import IGNORED, OutputRows, as_the_caller_had_them, shifted, unshifted
 from accelerate_methods.engine.prompt import PromptLayout
 from accelerate_methods.engine.sequences import VisualSequence, compressed_sequence
-from accelerate_methods.hosts.calls import check_visuals, refuse_embeddings, refuse_outputs
-from accelerate_methods.hosts.drafts import drafts_behind, expect_drafts, in_two, refuse_drafts
+from accelerate_methods.hosts.calls import acts_on_text, check_visuals, refuse_embeddings, refuse_outputs
+from accelerate_methods.hosts.drafts import drafts_behind, expect_drafts, expect_new_tokens, in_two, refuse_drafts
 from accelerate_methods.hosts.native.family import Call, Family, read_prompt
 from accelerate_methods.hosts.native.prompt import CutPrompt, PromptItem, cut_prompt
 from accelerate_methods.hosts.native.watching import Forward, VisionWatch
@@ -72,6 +72,7 @@ class NativeAcceleration:
     # -- generate ----------------------------------------------------------------------------------------------------
 
     def _prepared(self, *args: Any, **kwargs: Any) -> Any:
+        self._prepare_cache = wrap(self.model, "_prepare_cache_for_generation", self._caching)
         """In the place of ``model.prepare_inputs_for_generation``.
 
         Assisted decoding gives a whole chat again on top of the cache of its former turns.
@@ -101,6 +102,12 @@ class NativeAcceleration:
         if needs_loop(self.pipeline):
             check_cache(cache, self.pipeline.name)
         begins = cache is None or not cache.get_seq_length()
+    def _caching(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """In the place of ``model._prepare_cache_for_generation``; the longest cache comes last."""
+        prepared = self._prepare_cache(generation_config, model_kwargs, *args, **kwargs)
+        expect_new_tokens(generation_config, model_kwargs, kwargs.get("max_cache_length", args[-1] if args else 0))
+        return prepared
+
         drafts = drafts_behind(arguments) if begins and needs_loop(self.pipeline) else 0
         if drafts:
             return self._in_two_steps(arguments, drafts)
@@ -189,7 +196,7 @@ class NativeAcceleration:
         if request is not None:
             request.decode_steps += 1
         with recording.stage(request, "decode", kwargs["inputs_embeds"].device):
-            if state is None:  # text alone so far
+            if state is None and not self.pipeline.acts_on_text:  # text alone so far
                 return self._inner(**kwargs)
             # Several ids per token are coordinates, kept whatever was dropped: transformers says where tokens go on
             # (generate: behind the last one; forward: behind the largest, which may be that of a long video).
@@ -200,13 +207,13 @@ class NativeAcceleration:
             embeds = kwargs["inputs_embeds"]
             # what is padding among the keys is known; a turn of several tokens may be padded itself
             mask = moved(kwargs.get("attention_mask"), embeds.device) if embeds.shape[1] > 1 else None
-            return self._plain(self._run(kwargs, embeds, attention_mask=mask, **more))
+            return self._plain(self._run(kwargs, embeds, attention_mask=mask, request=request, **more))
 
     def _prefill(self, now: Forward, kwargs: dict[str, Any]) -> Any:
         embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
         if not now.seen and not (mask is None or (isinstance(mask, Tensor) and mask.shape == embeds.shape[:2])):
             return self._inner(**kwargs)  # text under a mask of its own kind: the model's affair, and not recorded
-        acts = bool(now.seen) and needs_loop(self.pipeline)
+        acts = on_text or (bool(now.seen) and needs_loop(self.pipeline))
         with recording.stage(now.request, "compress", embeds.device):
             # a model over several devices gets these as the caller has them
             as_given = now.arguments.get("input_ids"), kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -223,6 +230,7 @@ class NativeAcceleration:
         fits = _fits(cut, self.family.language.config)
         tell(fits, self.model.config)
         if request is not None:
+        on_text = not now.seen and acts_on_text(self.pipeline, kwargs, embeds, now.arguments.get("position_ids"))
             _describe(request, items, sequences, cut, fits)
             request.started(len(self.family.language.layers))
         with recording.stage(request, "prefill", embeds.device):
