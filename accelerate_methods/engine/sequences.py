@@ -100,9 +100,10 @@ def assemble(item: VisualItem, compressed: Compressed) -> VisualSequence:
     Which newlines return is ``Compressed.newlines``; with "closing", one survives if the row (or frame) it closes still
     holds a kept token, and the single newline after a "one_token" video always does (docs/methods/fastvid.md, step 7).
     """
-    tokens, positions = compressed.tokens, compressed.positions
-    content, device = tokens.shape[0], positions.device
-    newlines = _surviving_newlines(item, compressed)
+    positions, source = compressed.positions, compressed.source
+    content, device = positions.shape[0], positions.device
+    dtype = (compressed.tokens if source is None else source[0]).dtype
+    newlines, rows = _surviving_newlines(item, compressed), None
     is_content = torch.ones(content, dtype=torch.bool, device=device)
     # what is sorted by: the layout position, or with a given order the stretch that a newline closes
     key = positions
@@ -111,27 +112,21 @@ def assemble(item: VisualItem, compressed: Compressed) -> VisualSequence:
         # content before stretch s: 2s, its newline: 2s + 1, content that no newline closes: -2
         key = item.newline_of[positions] * 2
     if newlines is not None:
-        at, rows = item.newline_positions[newlines], item.newlines[newlines].to(tokens.dtype)
+        at, rows = item.newline_positions[newlines], item.newlines[newlines].to(dtype)
         positions = torch.cat([positions, at])
         is_content = torch.cat([is_content, is_content.new_zeros(at.shape[0])])
         if not in_order:
             key = torch.cat([key, item.newline_of[at] * 2 + 1 if compressed.order == "given" else at])
     owner = compressed.owner
-    if in_order:
-        tokens = tokens if newlines is None else torch.cat([tokens, rows])
-    else:
+    order = rank = None
+    if not in_order:
         order = torch.argsort(key, stable=True)
         rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=device))
         positions, is_content = positions[order], is_content[order]
         owner = torch.where(owner >= 0, rank[owner.clamp(min=0)], owner)
-        if newlines is None:
-            tokens = tokens[order]
-        else:  # written to where they go at once: the tokens are what takes memory
-            out = tokens.new_empty(order.shape[0], tokens.shape[-1])
-            tokens = out.index_copy_(0, rank[:content], tokens).index_copy_(0, rank[content:], rows)
     stands = torch.zeros(item.length, dtype=torch.bool, device=device).index_fill_(0, compressed.positions, True)
     return VisualSequence(
-        tokens=tokens,
+        tokens=_placed(compressed, rows, order, rank),
         positions=positions,
         is_content=is_content,
         modality=item.modality,
@@ -143,6 +138,36 @@ def assemble(item: VisualItem, compressed: Compressed) -> VisualSequence:
         frames=item.num_frames,
         frame_rows=item.frame_rows,
     )
+
+
+def _placed(compressed: Compressed, newlines: Tensor | None, order: Tensor | None, rank: Tensor | None) -> Tensor:
+    """[R, D] tokens and newlines in the order in which they are read: the tokens are what takes memory, and are copied
+    once.
+
+    Args:
+        newlines: [S, D] that follow the tokens, or None.
+        order: [R] which of all these stands in each place; None: they stand in order; rank: its inverse.
+    """
+    if compressed.source is None:
+        tokens = compressed.tokens
+        if order is None:
+            return tokens if newlines is None else torch.cat([tokens, newlines])
+        if newlines is None:
+            return tokens[order]
+        out = tokens.new_empty(order.shape[0], tokens.shape[-1])
+        out.index_copy_(0, rank[: tokens.shape[0]], tokens)
+        return out.index_copy_(0, rank[tokens.shape[0] :], newlines)
+    features, rows = compressed.source
+    content = rows.shape[0]
+    if newlines is not None:  # any row holds their places
+        rows = torch.cat([rows, rows.new_zeros(newlines.shape[0])])
+    tokens = features.index_select(0, rows if order is None else rows[order])
+    if newlines is None:
+        return tokens
+    if order is None:
+        tokens[content:] = newlines
+        return tokens
+    return tokens.index_copy_(0, rank[content:], newlines)
 
 
 def _in_order(item: VisualItem, compressed: Compressed) -> bool:

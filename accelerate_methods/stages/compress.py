@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,6 +123,30 @@ class Compressed(ShapesShown):
     order: str = "layout"
     newlines: str = "closing"
 
+    @classmethod
+    def of_rows(cls, features: Tensor, rows: Tensor, **rest: Any) -> Compressed:
+        """With the rows [K] of ``features`` [M, D] for its tokens.
+
+        They are copied when ``tokens`` is asked for; where a sequence is laid out they are not, but copied once, to
+        where they stand in it.
+        """
+        made = cls(tokens=features, **rest)
+        del made.tokens
+        made._source = features, rows
+        return made
+
+    @property
+    def source(self) -> tuple[Tensor, Tensor] | None:
+        """(features, rows) of tokens that nobody has asked for yet; None where there are ``tokens``."""
+        return None if "tokens" in self.__dict__ else self.__dict__.get("_source")
+
+    def __getattr__(self, name: str) -> Any:  # of what is not there
+        if name != "tokens" or "_source" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        features, rows = self._source
+        self.tokens = features.index_select(0, rows)
+        return self.tokens
+
 
 
 
@@ -138,8 +163,9 @@ def selection(
     check_kept(kept, item.num_tokens)
     owner = torch.full((item.num_tokens,), -1, dtype=torch.long, device=item.features.device)
     owner[kept] = torch.arange(kept.shape[0], device=kept.device)
-    return Compressed(
-        tokens=item.features.flatten(0, 1)[kept],
+    return Compressed.of_rows(
+        item.features.flatten(0, 1),
+        kept,
         positions=item.positions.flatten()[kept],
         owner=owner.view(item.num_frames, item.tokens_per_frame),
         info=info or {},

@@ -25,7 +25,12 @@ def check_compressed(method: str, compressed: Any, item: VisualItem) -> None:
     """
     where = f"{method}.compress"
     _kind(where, compressed, "Compressed", "for a plain selection: selection(item, indices)")
-    count = _tokens(where, compressed.tokens, item.features.shape[-1])
+    source, width = compressed.source, item.features.shape[-1]
+    if source is None:
+        count = _tokens(where, compressed.tokens, width)
+    else:  # chosen rows that are not copied yet
+        _tokens(where, source[0], width)
+        count = source[1].shape[0]
     _indices(where, "positions", compressed.positions, (count,), item.length, "rows of the item's layout")
     _owner(where, compressed.owner, (item.num_frames, item.tokens_per_frame), count)
 
