@@ -7,7 +7,8 @@ patches, methods see groups, and the S special tokens stay in front of both.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -163,10 +164,14 @@ class Padding:
 
 
 class ClipBlock(EncoderBlock):
-    """A layer of transformers' CLIP or SigLIP vision encoder."""
+    """A layer of transformers' CLIP or SigLIP vision encoder.
 
-    def __init__(self, layer: nn.Module):
-        self._layer = layer
+    Args:
+        forward: its own, where something else has been put in its place.
+    """
+
+    def __init__(self, layer: nn.Module, forward: Callable[..., Any] | None = None):
+        self._layer, self._forward = layer, layer if forward is None else forward
         self._attention = layer.self_attn
         self.scale = layer.self_attn.scale
 
@@ -185,7 +190,7 @@ class ClipBlock(EncoderBlock):
         return hidden + self._layer.mlp(self._layer.layer_norm2(hidden))
 
     def whole(self, hidden: Tensor) -> Tensor:
-        out = self._layer(hidden, attention_mask=None)
+        out = self._forward(hidden, attention_mask=None)
         return out[0] if isinstance(out, tuple) else out
 
 

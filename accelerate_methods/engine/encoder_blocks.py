@@ -266,13 +266,14 @@ def restored(hidden: Tensor, special: int, unit: int, owner: Tensor) -> Tensor:
 
 def run_clip(
     layers: Sequence[nn.Module], hidden: Tensor, method: EncodeMethod, *, depth: int, special: int,
-    inputs: Collection[int] = (),
+    inputs: Collection[int] = (), forwards: Sequence[Any] | None = None,
 ) -> Encoded:  # fmt: skip
     """Layers of transformers' CLIP or SigLIP encoder under ``method``; the rest as in :class:`BlockRun`.
 
     Args:
         layers: those that run; hidden: [V, S + P, C] input of the first.
+        forwards: their own, where something else has been put in their place.
     """
-    blocks = [ClipBlock(layer) for layer in layers]
+    blocks = [ClipBlock(layer, None if forwards is None else forwards[i]) for i, layer in enumerate(layers)]
     merged = BlockRun(blocks, method, depth=depth, special=special)(hidden, inputs=inputs)
     return Encoded(merged.output, special, None, {}, merged)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 
-_CLIP = frozenset({"cls_attention", "received_attention", "key_states"})
+_CLS = frozenset({"cls_attention", "received_attention", "key_states"})
+_CLIP = _CLS | {"image_embeds", "text_embeds"}
 _SIGLIP = frozenset({"frame_features", "pooling_attention", "received_attention", "key_states"})
 _IMAGE, _BOTH = frozenset({"image"}), frozenset({"image", "video"})
 _NATIVE_STAGES = frozenset({"compress", "prefill", "decode"})
+_OWN_STAGES = _NATIVE_STAGES | {"encode"}  # of the families here: for one from outside, its host has to say so
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ def _tree(name: str, key: str, stock_model: str, signals: frozenset[str], modali
         chat=False,
         signals=signals,
         modalities=modalities,
-        stages=_NATIVE_STAGES | {"sample"},
+        stages=_OWN_STAGES | {"sample"},
         tasks="videomme" if "video" in modalities else "gqa,mme,pope",
     )
 
@@ -71,6 +73,7 @@ def _native(
         host=f"accelerate_methods.hosts.native.{host}",
         signals=signals,
         modalities=modalities,
+        stages=_OWN_STAGES,
         limits=limits,
     )
 

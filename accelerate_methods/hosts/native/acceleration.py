@@ -38,21 +38,28 @@ class NativeAcceleration:
 
     Attributes:
         adaptations: signal that a method asks for -> what this model gives instead.
+        tokenizer: reads the question out of the prompt where the caller gives none; None: the caller has to.
     """
+
+    tokenizer: Any = None
 
     def __init__(self, model: nn.Module, family: Family, pipeline: Pipeline):
         self.model, self.family, self.pipeline = model, family, pipeline
-        given = {name: resolve_signal(m, name, family.signals) for m in pipeline.methods for name in m.signals}
+        available = family.available(pipeline)
+        given = {name: resolve_signal(m, name, available) for m in pipeline.methods for name in m.signals}
         self.adaptations = {name: real for name, real in given.items() if name != real}
         self._wanted = frozenset(given.values())
         family.prepare(self._wanted)
+        family.prepare_text(self._wanted, pipeline)
         method = pipeline.compress
-        acts = isinstance(method, ViewCompressMethod)
+        acts = isinstance(method, ViewCompressMethod) and not pipeline.loses_grid
         self._on_views = family.views & method.modalities if acts else frozenset()
         self._now: ContextVar[Forward | None] = ContextVar("accelerate_forward", default=None)
         #: attention mask that ``generate`` has just prepared for a forward
         self._generated_mask: ContextVar[Any] = ContextVar("accelerate_generated_mask", default=None)
-        self._vision = VisionWatch(model, family, self._now)
+        #: questions that ``generate`` was given
+        self._questions: ContextVar[Any] = ContextVar("accelerate_questions", default=None)
+        self._vision = VisionWatch(model, family, self._now, pipeline.encode)
         self._wrappers = Wrappers()
         self._signature = inspect.signature(model.forward)
 

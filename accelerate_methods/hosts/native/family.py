@@ -12,12 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from accelerate_methods.engine.devices import computes_on
 from accelerate_methods.engine.encoder_attention import Encoded
 from accelerate_methods.engine.layers import DecoderLayers
 from accelerate_methods.hosts.native.prompt import HostSide, PromptItem
+from accelerate_methods.hosts.native.wrapping import Wrappers
 from accelerate_methods.ops.select import on_device
 from accelerate_methods.registry.families import ModelFamily
+from accelerate_methods.registry.pipeline import Pipeline
+from accelerate_methods.stages.encode import EncodeMethod
 from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.signals import IMAGE_TEXT
 from accelerate_methods.stages.views import Views
 
 
@@ -130,6 +135,10 @@ class Family(ABC):
     @abstractmethod
     def watch(self, seen: Any) -> list[Any]:
         """Hook the vision encoder: ``seen(encoded)`` after every run. Returns the hooks' handles."""
+
+    def take_over(self, method: EncodeMethod, wrappers: Wrappers, seen: Any) -> None:
+        """Run the vision encoder under an encode method, in place of :meth:`watch`."""
+        raise MethodError(f"{method.name} acts inside the vision encoder, which {self.about.name} does not offer.")
 
     @abstractmethod
     def items(self, call: Call) -> list[PromptItem]:

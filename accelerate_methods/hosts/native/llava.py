@@ -14,12 +14,16 @@ from torch import Tensor, nn
 from accelerate_methods.engine.devices import moved
 from accelerate_methods.engine.encoder_attention import Encoded
 from accelerate_methods.hosts.anyres import get_anyres_image_grid_shape
-from accelerate_methods.hosts.layouts import flat_item, image_item, tile_grid
-from accelerate_methods.hosts.native.family import Call, Family, Seen, expected, locate_items, views_of
+from accelerate_methods.hosts.layouts import flat_item, image_item, shortened_item, tile_grid
+from accelerate_methods.hosts.native.family import Call, Family, ItemRows, Seen, expected, locate_items, views_of
 from accelerate_methods.hosts.native.prompt import PromptItem
 from accelerate_methods.hosts.native.tower import ClipTower
+from accelerate_methods.hosts.native.wrapping import Wrappers
+from accelerate_methods.hosts.text_tower import text_tower_name
 from accelerate_methods.registry import families
+from accelerate_methods.registry.pipeline import Pipeline
 from accelerate_methods.stages.compress import VisualItem
+from accelerate_methods.stages.encode import EncodeMethod, PatchMap
 from accelerate_methods.stages.errors import MethodError
 
 
@@ -52,8 +56,17 @@ class Llava(Family):
     def prepare(self, wanted: frozenset[str]) -> None:
         self.tower.ask(wanted)
 
+    def text_tower_name(self, pipeline: Pipeline) -> str | None:
+        if self.tower.joined or not self.tower.is_clip:
+            return None
+        named = next((m.text_tower for m in pipeline.methods if m.text_tower is not None), None)
+        return named or text_tower_name(None, self.config.name_or_path or None, self.tower.config)
+
     def watch(self, seen: Any) -> list[Any]:
         return self.tower.watch(seen)
+
+    def take_over(self, method: EncodeMethod, wrappers: Wrappers, seen: Any) -> None:
+        self.tower.take_over(method, wrappers, seen)
 
     def project(self, tokens: Tensor) -> Tensor:
         return self.model.model.multi_modal_projector(tokens).to(tokens.device)
@@ -81,24 +94,45 @@ class Llava(Family):
     def _images(self, call: Call, seen: Seen) -> list[PromptItem]:
         encoded = self._encoded(seen)
         device = call.embeds.device
-        layouts = self._image_layouts(seen, encoded.patches[..., :1].to(device))
+        layouts = self._image_layouts(seen, dense_patches(encoded).to(device))
         ends = list(itertools.accumulate(views for views, _, _ in layouts))
         signals = moved(self._read(encoded, call.wanted), device)
         lengths = [item.length for _, item, _ in layouts]
         out = []
         for at in locate_items(call.ids, self.config.image_token_id, lengths, "image", device):
             views, layout, tiles = layouts[at.number]
-            item = filled(layout, call.embeds[at.sample, at.rows])
             here = slice(ends[at.number] - views, ends[at.number])
             own = {name: value[here] for name, value in signals.items()}
+            if encoded.shortened:
+                out.append(self._without_grid(encoded[here], layout, at, own))
+                continue
+            item = filled(layout, call.embeds[at.sample, at.rows])
             if "image" in call.on_views:
                 side = math.isqrt(encoded.patches.shape[1])
                 seen_views = moved(encoded[here], device)
-                item.views = views_of(seen_views, own, (side, side), tiles, lambda item=item: item)
+                item.views = views_of(seen_views, own, (side, side), tiles, lambda item=item: item, self.project)
             else:
                 item.signals = {name: _on_tokens(value, item) for name, value in own.items()}
             out.append(PromptItem(at.sample, at.rows, at.start, at.end, item))
         return out
+
+
+    def _without_grid(
+        self, encoded: Encoded, layout: VisualItem, at: ItemRows, signals: dict[str, Tensor]
+    ) -> PromptItem:
+        """An image or video of whose views an encode method has left tokens without a grid.
+
+        Args:
+            layout: of the dense model.
+        """
+        device = at.rows.device
+        newline = None if layout.newlines is None else self.model.model.image_newline.to(device)
+        item = shortened_item(moved(self.project(encoded.patches), device), layout.modality, newline)
+        side = math.isqrt(encoded.merged.tokens.owner.shape[1])
+        item.patches = moved(PatchMap.of(encoded.merged.tokens, (side, side)), device)
+        item.full_tokens, item.full_length = layout.num_tokens, layout.length
+        item.signals = signals
+        return PromptItem(at.sample, at.rows[: item.length], at.start, at.end, item, dense_rows=at.rows)
 
 
 class LlavaNext(Llava):
@@ -133,6 +167,13 @@ class LlavaNext(Llava):
         if sum(counts) != total:
             raise MethodError(f"{len(sizes)} images should have {counts} views, but the vision tower saw {total}.")
         return counts
+
+
+def dense_patches(encoded: Encoded) -> Tensor:
+    """[V, P, 1] shaped as the patches of the dense model; the numbers mean nothing after an encode method."""
+    if not encoded.shortened:
+        return encoded.patches[..., :1]
+    return encoded.hidden.new_zeros(*encoded.merged.tokens.owner.shape, 1)
 
 
 def filled(layout: VisualItem, rows: Tensor) -> VisualItem:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from accelerate_methods.engine.encoder_attention import Encoded
 from accelerate_methods.hosts.layouts import pool_2d, video_item
 from accelerate_methods.hosts.native.family import Call, Seen, locate_items
-from accelerate_methods.hosts.native.llava import LlavaNext, filled
+from accelerate_methods.hosts.native.llava import LlavaNext, dense_patches, filled
 from accelerate_methods.hosts.native.prompt import PromptItem
+from accelerate_methods.hosts.native.wrapping import Wrappers
 from accelerate_methods.registry import families
 from accelerate_methods.stages.compress import VisualItem
+from accelerate_methods.stages.encode import EncodeMethod
 from accelerate_methods.stages.errors import MethodError
 
 
@@ -26,15 +30,19 @@ class PooledVideos(LlavaNext):
     def _videos(self, call: Call, seen: Seen) -> list[PromptItem]:
         encoded = self._encoded(seen)
         frames = next(v.shape[1] for v in seen.arguments.values() if isinstance(v, Tensor) and v.ndim == 5)
-        pooled = self._pooled(encoded.patches[..., :1]).to(call.embeds.device)
+        pooled = self._pooled(dense_patches(encoded)).to(call.embeds.device)
         layouts = [self._video_layout(part) for part in pooled.split(frames)]
         signals = self._video_signals(encoded, call.wanted)
         out = []
         lengths = [item.length for item in layouts]
         for at in locate_items(call.ids, self.config.video_token_id, lengths, "video", pooled.device):
-            item = filled(layouts[at.number], call.embeds[at.sample, at.rows])
             here = slice(at.number * frames, (at.number + 1) * frames)
-            item.signals = {name: value[here] for name, value in signals.items()}
+            own = {name: value[here] for name, value in signals.items()}
+            if encoded.shortened:
+                out.append(self._without_grid(encoded[here], layouts[at.number], at, own))
+                continue
+            item = filled(layouts[at.number], call.embeds[at.sample, at.rows])
+            item.signals = own
             out.append(PromptItem(at.sample, at.rows, at.start, at.end, item))
         return out
 
@@ -48,7 +56,8 @@ class PooledVideos(LlavaNext):
 
     def _video_signals(self, encoded: Encoded, wanted: frozenset[str]) -> dict[str, Tensor]:
         """Signals over all frames, pooled as the features are."""
-        return {name: self._per_token(value) for name, value in self.tower.read(encoded, wanted).items()}
+        found = self._read(encoded, wanted)
+        return found if encoded.shortened else {name: self._per_token(value) for name, value in found.items()}
 
     def _per_token(self, signal: Tensor) -> Tensor:
         """[F, P, ...] -> [F, N, ...]."""
@@ -68,6 +77,11 @@ class LlavaNextVideo(PooledVideos):
                 f"{type(model).__name__} does not pool its frames as this host expects "
                 f"(spatial_pool_mode={self.config.spatial_pool_mode!r}); this version of transformers is not supported."
             )
+
+    def take_over(self, method: EncodeMethod, wrappers: Wrappers, seen: Any) -> None:
+        if self.config.spatial_pool_mode == "conv" and not method.keeps_grid:
+            raise MethodError(f"{method.name}: this model pools frames with a convolution, which needs their grid.")
+        super().take_over(method, wrappers, seen)
 
     def _pooled(self, patches: Tensor) -> Tensor:
         return pool_2d(patches, self.mode, self.stride)

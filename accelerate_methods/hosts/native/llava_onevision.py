@@ -88,4 +88,5 @@ class LlavaOnevision(PooledVideos):
         if self._head.probe.device != encoded.hidden.device:  # the model was moved after attaching
             self._head.to(encoded.hidden.device)
         frames, attention = self._head(encoded.patches.to(self._head.probe.dtype))
-        return found | {"pooling_attention": self._per_token(attention), "frame_features": frames}
+        attention = attention if encoded.shortened else self._per_token(attention)
+        return found | {"pooling_attention": attention, "frame_features": frames}

@@ -29,6 +29,8 @@ class PromptItem:
             text in between (timestamps between frames).
         start, end: first row and the one after the last, as host integers.
         item: its tokens and signals.
+        dense_rows: rows of the prompt that it takes, where a method inside the vision encoder has left it fewer; those
+            between ``start`` and ``end`` that are none of them are text.
     """
 
     sample: int
@@ -36,6 +38,11 @@ class PromptItem:
     start: int
     end: int
     item: VisualItem
+    dense_rows: Tensor | None = None
+
+    @property
+    def all_rows(self) -> Tensor:
+        return self.rows if self.dense_rows is None else self.dense_rows
 
 
 @dataclasses.dataclass
@@ -226,10 +233,10 @@ def _rows(
 ) -> list[_Row]:
     """Every sample; ``real`` [B, L] on the host, None without padding."""
     text = torch.ones(batch, length, dtype=torch.bool) if real is None else real.clone()
-    gapped = [n for n, item in enumerate(items) if item.end - item.start > len(item.rows)]
+    gapped = [n for n, item in enumerate(items) if item.end - item.start > len(item.all_rows)]
     # an order of the method's own holds inside the rows that are left of the item
     stands = [_stands(items[n], sequences[n]).sort().values for n in gapped]
-    read = on_host([items[n].rows for n in gapped] + stands) if gapped else []
+    read = on_host([items[n].all_rows for n in gapped] + stands) if gapped else []
     own, left = dict(zip(gapped, read, strict=False)), dict(zip(gapped, read[len(gapped) :], strict=True))
     for number, item in enumerate(items):
         text[item.sample, own[number] if number in own else slice(item.start, item.end)] = False

@@ -9,6 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from accelerate_methods.engine.encoder_attention import ENCODER_SIGNALS, Encoded, asked_layers, signals_of_layers
+from accelerate_methods.engine.encoder_blocks import acting_blocks, run_clip
+from accelerate_methods.hosts.native.encoding import TakenOver
+from accelerate_methods.hosts.native.wrapping import Wrappers
+from accelerate_methods.stages.encode import EncodeMethod
 from accelerate_methods.stages.errors import MethodError
 
 
@@ -94,9 +98,33 @@ class ClipTower:
         handles = [self._layers[i].register_forward_pre_hook(remember(i), with_kwargs=True) for i in sorted(others)]
         return [*handles, self.layer.register_forward_hook(hook, with_kwargs=True)]
 
+    def take_over(self, method: EncodeMethod, wrappers: Wrappers, seen: Callable[[Encoded], None]) -> None:
+        """Run the encoder under ``method`` from now on, in place of :meth:`watch`.
+
+        Raises:
+            MethodError: the features are not those of one layer, or a block that does not run.
+        """
+        if self.joined:
+            raise MethodError(f"{method.name}: features of several encoder layers cannot be merged inside the encoder.")
+        layers = self._layers[: self._feature + 1]
+        acting_blocks(method, len(layers))
+
+        def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            encoded = run_clip(
+                layers, hidden_states, method, depth=len(self._layers), special=self.special,
+                inputs=set(self._asked.values()), forwards=taken.forwards,
+            )  # fmt: skip
+            seen(encoded)
+            full = encoded.merged.full()
+            return lambda number: full
+
+        taken = TakenOver(wrappers, self._layers, run)
+
     def read(self, encoded: Encoded, names: frozenset[str]) -> dict[str, Tensor]:
         """Signals over the patches, see :func:`accelerate_methods.engine.encoder_attention.encoder_signals`."""
         asked = asked_layers(names, len(self._layers), self._feature)
+        if encoded.merged is not None:
+            return encoded.merged.signals(self._layers, asked)
         return signals_of_layers(self._layers, encoded.around(self._feature), asked, self.special)
 
 

@@ -19,6 +19,7 @@ from accelerate_methods.engine.output_rows import OutputRows, real_rows
 from accelerate_methods.hosts.native.family import Family, Seen
 from accelerate_methods.hosts.native.prompt import CutPrompt
 from accelerate_methods.hosts.native.wrapping import Wrappers
+from accelerate_methods.stages.encode import EncodeMethod
 
 _SEEN = "accelerate_seen"  # key in the vision side's output, which may be copied: how it came about
 _KINDS = ("image", "video")
@@ -30,6 +31,8 @@ class Forward:
     def __init__(self, arguments: dict[str, Any]):
         self.arguments = arguments
         self.request: recording.RequestRecord | None = None
+        #: one text per prompt, for methods that look at it
+        self.questions: Any = None
         #: what the vision side did for this prompt, now or ahead of it
         self.seen: dict[str, Seen] = {}
         #: kinds of item whose features come from somewhere else
@@ -61,10 +64,13 @@ class VisionWatch:
 
     Args:
         now: the ``forward`` around, None outside of one.
+        method: acts inside the vision encoder.
     """
 
-    def __init__(self, model: nn.Module, family: Family, now: ContextVar[Forward | None]):
-        self._model, self._family, self._now = model, family, now
+    def __init__(
+        self, model: nn.Module, family: Family, now: ContextVar[Forward | None], method: EncodeMethod | None = None
+    ):
+        self._model, self._family, self._now, self._method = model, family, now, method
         self._seeing: ContextVar[Seen | None] = ContextVar("accelerate_seeing", default=None)
         #: record of a request whose images were encoded ahead of its forward
         self._ahead: ContextVar[recording.RequestRecord | None] = ContextVar("accelerate_ahead", default=None)
@@ -73,7 +79,10 @@ class VisionWatch:
         for kind in _KINDS:
             if hasattr(self._model.model, f"get_{kind}_features"):
                 self._watch(kind, wrappers)
-        wrappers.keep(self._family.watch(self._encoded))
+        if self._method is None:
+            wrappers.keep(self._family.watch(self._encoded))
+        else:
+            self._family.take_over(self._method, wrappers, self._encoded)
 
     def take_request(self) -> recording.RequestRecord | None:
         """The record of the request whose images were encoded ahead, for the forward that has now begun."""

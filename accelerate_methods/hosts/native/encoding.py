@@ -1,0 +1,52 @@
+"""Encode methods in transformers' own vision encoders.
+
+The model's code around the encoder's layers stays: it embeds the patches, calls the layers one after the other, and
+merges, pools and projects what they give, which it takes to have as many patches as ever. So the first layer runs the
+whole encoder under the method, and every layer hands on a full grid, on which each patch is a copy of the token that
+holds it. What goes to the language model is then taken from the tokens themselves (:mod:`.llava`), or from the places
+where they stand (:mod:`.qwen_vl`, :mod:`.internvl`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor, nn
+
+from accelerate_methods.hosts.native.wrapping import Wrappers
+
+#: what each layer of the encoder gives, by its number
+Outputs = Callable[[int], Tensor]
+
+
+class TakenOver:
+    """The layers of one encoder, of which the first runs them all.
+
+    Args:
+        layers: of the encoder.
+        run: from what the first was called with to what each of them gives.
+
+    Attributes:
+        forwards: the layers' own, in their order.
+    """
+
+    def __init__(self, wrappers: Wrappers, layers: Sequence[nn.Module], run: Callable[..., Outputs]):
+        self._run = run
+        #: of the run that is going on
+        self._outputs: ContextVar[Outputs | None] = ContextVar("accelerate_encoder_outputs", default=None)
+        self._last = len(layers) - 1
+        self.forwards = [
+            wrappers.wrap(layer, "forward", functools.partial(self._layer, number))
+            for number, layer in enumerate(layers)
+        ]
+
+    def _layer(self, number: int, *args: Any, **kwargs: Any) -> Tensor:
+        if number == 0:
+            self._outputs.set(self._run(*args, **kwargs))
+        outputs = self._outputs.get()
+        if number == self._last:
+            self._outputs.set(None)
+        return outputs(number)
