@@ -56,7 +56,7 @@ class Acceleration:
     thereby replaced.
     """
 
-    def __init__(self, model: Any, pipeline: Pipeline):
+    def __init__(self, model: Any, pipeline: Pipeline, tokenizer: Any = None):
         self.pipeline = pipeline
         self._model = model
         self._host = host_for(model)
@@ -72,6 +72,8 @@ class Acceleration:
             self._place = _Place(previous, weakref.ref(self))
             if self._state is not None:
                 self._state.place = self._place
+                if tokenizer is not None:
+                    self._state.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
         #: signal that a method asks for -> what this model gives instead; empty where the method runs as published
         self.adaptations: dict[str, str] = dict(getattr(self._state, "adaptations", {}))
         for asked, given in self.adaptations.items():
@@ -124,19 +126,21 @@ class Acceleration:
         return f"<{self.pipeline.describe()} {state} {type(self._model).__name__}>"
 
 
-def accelerate(model: Any, method: Any, **params: Any) -> Acceleration:
+def accelerate(model: Any, method: Any, *, tokenizer: Any = None, **params: Any) -> Acceleration:
     """Attach ``method`` to this model object: at once, and until detached, replaced or the ``with`` block ends.
 
     Args:
         model: a model of a supported host (see ``accelerate_methods.hosts``).
         method: anything :func:`accelerate_methods.resolve` takes; None or "dense" runs the model uncompressed.
+        tokenizer: the model's tokenizer or processor, for methods that look at the question: it is then read out of the
+            prompt wherever ``generate`` is not told (``questions=[...]``).
         params: hyper-parameters.
 
     Raises:
         MethodError: unknown method, bad parameter, a model no host knows, something that the model lacks, or a block of
             another thread on the same object.
     """
-    return Acceleration(model, resolve(method, **params))
+    return Acceleration(model, resolve(method, **params), tokenizer)
 
 
 def detach(model: Any) -> None:

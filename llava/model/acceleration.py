@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from accelerate_methods.engine.encoder_attention import Encoded
@@ -12,17 +13,30 @@ from accelerate_methods.engine.encoder_blocks import acting_blocks
 from accelerate_methods.hosts.base import Host
 from accelerate_methods.hosts.layouts import pool_2d, tile_grid
 from accelerate_methods.hosts.pooling_head import SiglipPoolingHead
+from accelerate_methods.hosts.questions import (
+    PromptText,
+    asks,
+    mean_embedding,
+    missing,
+    per_prompt,
+    prompt_texts,
+    question_in,
+)
+from accelerate_methods.hosts.text_tower import TextTower, text_tower_name, text_tower_of
 from accelerate_methods.registry import families
 from accelerate_methods.registry.pipeline import ModelFacts, Pipeline
 from accelerate_methods.stages.compress import ViewCompressMethod, VisualItem
 from accelerate_methods.stages.errors import MethodError
-from accelerate_methods.stages.signals import resolve_signal
+from accelerate_methods.stages.signals import ANYWHERE, IMAGE_TEXT, resolve_signal
 from accelerate_methods.stages.views import Views
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.model.splice import Prompts
 from llava.model.vision import VisualInput
 
 _HEAD_SIGNALS = frozenset({"frame_features", "pooling_attention"})
 #: config keys of checkpoints that were trained on videos
 _VIDEO_KEYS = ("mm_spatial_pool_mode", "mm_spatial_pool_stride", "mm_newline_position")
+_DENSE = Pipeline()
 _NO_VIDEO = f"Its config has none of {', '.join(_VIDEO_KEYS)}: it was not trained on videos."
 
 
@@ -32,7 +46,10 @@ class LlavaAcceleration:
     Attributes:
         encoder_signals: names that the vision tower has to compute; encoder_layers: those whose inputs it has to keep.
         adaptations: signal that a method asks for -> what this tower gives instead.
+        tokenizer: reads the question out of the prompt where the caller gives none; None: the caller has to.
     """
+
+    tokenizer: Any = None
 
     def __init__(self, model: Any, pipeline: Pipeline, available: frozenset[str]):
         self.pipeline = pipeline
@@ -48,12 +65,40 @@ class LlavaAcceleration:
         given = {name: resolve_signal(m, name, available) for m in pipeline.methods for name in m.signals}
         self.adaptations = {name: real for name, real in given.items() if name != real}
         names = frozenset(given.values())
-        self.encoder_signals = names - _HEAD_SIGNALS
+        self._names = names
+        self.encoder_signals = names - _HEAD_SIGNALS - IMAGE_TEXT - ANYWHERE
         self.encoder_layers = frozenset(self._tower.layers_of(self.encoder_signals).values())
         self._head: SiglipPoolingHead | None = None
         if _HEAD_SIGNALS & names:
             head = SiglipPoolingHead.from_tower(self._tower.vision_tower_name, self._tower.checkpoint)
             self._head = head.to(device=self._tower.device, dtype=self._tower.dtype)
+        self._text: TextTower | None = None
+        if IMAGE_TEXT & names:
+            text = text_tower_of(model, text_tower_named(model, pipeline), self._tower.hidden_size, pipeline.name)
+            self._text = text.placed(self._tower.device, self._tower.dtype)
+
+    def texts(self, model: Any, prompts: Prompts) -> list[PromptText] | None:
+        """What the methods are told of the text of each prompt; None if they do not look at it.
+
+        Raises:
+            MethodError: nobody says what the question is.
+        """
+        needed = asks(self.pipeline, self._names)
+        if not (needed or ANYWHERE & self._names):
+            return None
+        ids, mask = prompts.input_ids, prompts.attention_mask
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        given = per_prompt(prompts.questions, ids.shape[0])
+        if given is None and self.tokenizer is not None:
+            rows = [(row[keep], row[keep] == IMAGE_TOKEN_INDEX) for row, keep in zip(ids, real, strict=True)]
+            given = [question_in(*row, self.tokenizer) for row in rows]
+        if needed and (given is None or not all(given)):
+            raise missing(self.pipeline)
+        means = None
+        if ANYWHERE & self._names:
+            text = real & (ids != IMAGE_TOKEN_INDEX)
+            means = mean_embedding(model.get_model().embed_tokens(ids.masked_fill(~text, 0)), text)
+        return prompt_texts(given, means, self._text, ids.shape[0])
 
     def acts_on_views(self, kind: str) -> bool:
         """Whether an item of this kind is compressed before the projector."""
@@ -85,11 +130,16 @@ class LlavaAcceleration:
             tiles=None if visual.kind == "plain" else tile_grid(len(features), visual.size, tower_size, self._config),
             signals=self.view_signals(encoded),
             uncompressed=lambda: model.lay_out(model.project(features), visual.kind, visual.size),
+            project=model.project,
         )
 
     def view_signals(self, encoded: Encoded) -> dict[str, Tensor]:
         """The signals that a method acting on views asks for, over the patches of an image's views."""
-        return self._tower.signals(encoded, self.encoder_signals)
+        found = self._tower.signals(encoded, self.encoder_signals)
+        if "image_embeds" in self._names:
+            norm = self._tower.vision_tower.post_layernorm
+            found["image_embeds"] = self._text.embed_patches(encoded.patches, norm)
+        return found
 
     def signals(self, item: VisualItem, encoded: Encoded) -> dict[str, Tensor]:
         """The signals that the attached methods ask for, over the tokens of one item."""
@@ -112,7 +162,14 @@ class LlavaAcceleration:
         return signal if item.source is None else signal.flatten(0, 1)[item.source][None]
 
 
-def facts_of(model: Any) -> ModelFacts:
+def text_tower_named(model: Any, pipeline: Pipeline) -> str | None:
+    """Where the text tower of the model is to be had, or the one that a method names; None if nowhere."""
+    named = next((m.text_tower for m in pipeline.methods if m.text_tower is not None), None)
+    tower = model.get_vision_tower()
+    return named or text_tower_name(tower.vision_tower_name, tower.checkpoint, tower.hub_config)
+
+
+def facts_of(model: Any, pipeline: Pipeline = _DENSE) -> ModelFacts:
     """What this very model can do: which of the tree's families it is, by its tower and by what its config says of
     images and videos."""
     config, kind = model.config, model.get_vision_tower().hub_config.model_type
@@ -126,7 +183,7 @@ def facts_of(model: Any) -> ModelFacts:
     return ModelFacts(
         name=family.name,
         stages=family.stages,
-        signals=family.signals,
+        signals=family.signals if text_tower_named(model, pipeline) is not None else family.signals - IMAGE_TEXT,
         # LLaVA-NeXT-Video checkpoints: LLaVA-NeXT's tower, and pooling of videos
         modalities=family.modalities | ({"video"} if pools_videos else set()),
         layers=config.num_hidden_layers,
@@ -152,7 +209,7 @@ class LlavaHost(Host):
                 f"{pipeline.name} cannot act on a tensor-parallel model: it reads attention over all heads, and this "
                 f"process holds one of {model._tp_size} parts of them. Load it with device_map='auto' instead."
             )
-        facts = facts_of(model)
+        facts = facts_of(model, pipeline)
         pipeline.check(facts)
         previous = self.attached(model)
         model.acceleration = LlavaAcceleration(model, pipeline, facts.signals) if pipeline.methods else None

@@ -25,10 +25,11 @@ from accelerate_methods.hosts.native.family import Call, Family, read_prompt
 from accelerate_methods.hosts.native.prompt import CutPrompt, PromptItem, cut_prompt
 from accelerate_methods.hosts.native.watching import Forward, VisionWatch
 from accelerate_methods.hosts.native.wrapping import Wrappers
+from accelerate_methods.hosts.questions import asks, mean_embedding, missing, per_prompt, prompt_texts, question_in
 from accelerate_methods.registry.pipeline import Pipeline
 from accelerate_methods.stages.compress import ViewCompressMethod, VisualItem
 from accelerate_methods.stages.errors import MethodError
-from accelerate_methods.stages.signals import resolve_signal
+from accelerate_methods.stages.signals import ANYWHERE, resolve_signal
 
 _REQUEST = "accelerate_request"  # attribute of a cache: the record of its request
 
@@ -69,7 +70,9 @@ class NativeAcceleration:
         wrap = self._wrappers.wrap
         self._outer = wrap(self.model, "forward", self._forward)
         self._inner = wrap(self.family.language, "forward", self._decode)
+        self._generate = wrap(self.model, "generate", self._generated)
         self._prepare_inputs = wrap(self.model, "prepare_inputs_for_generation", self._prepared)
+        self._prepare_cache = wrap(self.model, "_prepare_cache_for_generation", self._caching)
         self._candidate_generator = wrap(self.model, "_get_candidate_generator", self._drafting)
         self._vision.install(self._wrappers)
 
@@ -78,8 +81,15 @@ class NativeAcceleration:
 
     # -- generate ----------------------------------------------------------------------------------------------------
 
+    def _generated(self, *args: Any, questions: Any = None, **kwargs: Any) -> Any:
+        """In the place of ``model.generate``, which knows no ``questions``."""
+        token = self._questions.set(questions)
+        try:
+            return self._generate(*args, **kwargs)
+        finally:
+            self._questions.reset(token)
+
     def _prepared(self, *args: Any, **kwargs: Any) -> Any:
-        self._prepare_cache = wrap(self.model, "_prepare_cache_for_generation", self._caching)
         """In the place of ``model.prepare_inputs_for_generation``.
 
         Assisted decoding gives a whole chat again on top of the cache of its former turns.
@@ -92,6 +102,12 @@ class NativeAcceleration:
         self._generated_mask.set(prepared.get("attention_mask"))
         return prepared
 
+    def _caching(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """In the place of ``model._prepare_cache_for_generation``; the longest cache comes last."""
+        prepared = self._prepare_cache(generation_config, model_kwargs, *args, **kwargs)
+        expect_new_tokens(generation_config, model_kwargs, kwargs.get("max_cache_length", args[-1] if args else 0))
+        return prepared
+
     def _drafting(self, **kwargs: Any) -> Any:
         """In the place of ``model._get_candidate_generator``, with which assisted decoding begins."""
         refuse_drafts(self.pipeline, kwargs.get("generation_config"))
@@ -101,7 +117,8 @@ class NativeAcceleration:
     # -- one forward -------------------------------------------------------------------------------------------------
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        """In the place of ``model.forward``."""
+        """In the place of ``model.forward``; ``questions`` as in ``generate``."""
+        questions = kwargs.pop("questions", None)
         arguments = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         extra = arguments.pop("kwargs", {})
         arguments |= extra
@@ -109,16 +126,11 @@ class NativeAcceleration:
         if needs_loop(self.pipeline):
             check_cache(cache, self.pipeline.name)
         begins = cache is None or not cache.get_seq_length()
-    def _caching(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """In the place of ``model._prepare_cache_for_generation``; the longest cache comes last."""
-        prepared = self._prepare_cache(generation_config, model_kwargs, *args, **kwargs)
-        expect_new_tokens(generation_config, model_kwargs, kwargs.get("max_cache_length", args[-1] if args else 0))
-        return prepared
-
         drafts = drafts_behind(arguments) if begins and needs_loop(self.pipeline) else 0
         if drafts:
             return self._in_two_steps(arguments, drafts)
         now, ahead = Forward(arguments), self._vision.take_request()
+        now.questions = self._questions.get() if questions is None else questions
         mask, generated = arguments.get("attention_mask"), self._generated_mask.get()
         now.generates = mask is not None and mask is generated
         self._generated_mask.set(None)
@@ -218,6 +230,7 @@ class NativeAcceleration:
 
     def _prefill(self, now: Forward, kwargs: dict[str, Any]) -> Any:
         embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        on_text = not now.seen and acts_on_text(self.pipeline, kwargs, embeds, now.arguments.get("position_ids"))
         if not now.seen and not (mask is None or (isinstance(mask, Tensor) and mask.shape == embeds.shape[:2])):
             return self._inner(**kwargs)  # text under a mask of its own kind: the model's affair, and not recorded
         acts = on_text or (bool(now.seen) and needs_loop(self.pipeline))
@@ -228,6 +241,7 @@ class NativeAcceleration:
             seen, host = read_prompt(now.seen, ids, mask, positions, embeds)
             call = Call(host.ids, embeds, seen, now.arguments, self._wanted, self._on_views)
             items = self.family.items(call) if now.seen else []
+            self._tell(items, call, now.questions, mask)
             sequences = [self._sequence(found.item) for found in items]
             cut = now.cut = cut_prompt(
                 embeds, mask, positions, items, sequences, self.pipeline.positions == "original", host
@@ -237,7 +251,6 @@ class NativeAcceleration:
         fits = _fits(cut, self.family.language.config)
         tell(fits, self.model.config)
         if request is not None:
-        on_text = not now.seen and acts_on_text(self.pipeline, kwargs, embeds, now.arguments.get("position_ids"))
             _describe(request, items, sequences, cut, fits)
             request.started(len(self.family.language.layers))
         with recording.stage(request, "prefill", embeds.device):
@@ -260,6 +273,31 @@ class NativeAcceleration:
         if cache is not None:
             setattr(cache, _REQUEST, request)
         return output
+
+    def _tell(self, items: list[PromptItem], call: Call, questions: Any, mask: Tensor | None) -> None:
+        """What the methods are told of the text of each prompt.
+
+        Raises:
+            MethodError: nobody says what the question is.
+        """
+        needed, by_mean = asks(self.pipeline, self._wanted), bool(ANYWHERE & self._wanted)
+        if not items or not (needed or by_mean):
+            return
+        count = call.embeds.shape[0]
+        given = per_prompt(questions, count)
+        visual = torch.zeros(call.embeds.shape[:2], dtype=torch.bool, device=call.embeds.device)
+        for found in items:
+            visual[found.sample, found.all_rows] = True
+        real = torch.ones_like(visual) if mask is None else mask.bool()
+        if needed and given is None and self.tokenizer is not None:
+            rows = zip(call.ids, visual.cpu(), real.cpu(), strict=True)
+            given = [question_in(ids[keep], here[keep], self.tokenizer) for ids, here, keep in rows]
+        if needed and (given is None or not all(given)):
+            raise missing(self.pipeline)
+        means = mean_embedding(call.embeds, real & ~visual) if by_mean else None
+        texts = prompt_texts(given, means, self.family.text_tower, count)
+        for found in items:
+            texts[found.sample].tell(found.item)
 
     def _layout(self, cut: CutPrompt, kwargs: dict[str, Any]) -> PromptLayout:
         added = [cut.taken(part) for part in self.family.added(kwargs)]

@@ -17,6 +17,7 @@ from accelerate_methods.engine.encoder_attention import Encoded
 from accelerate_methods.engine.layers import DecoderLayers
 from accelerate_methods.hosts.native.prompt import HostSide, PromptItem
 from accelerate_methods.hosts.native.wrapping import Wrappers
+from accelerate_methods.hosts.text_tower import TextTower, text_tower_of
 from accelerate_methods.ops.select import on_device
 from accelerate_methods.registry.families import ModelFamily
 from accelerate_methods.registry.pipeline import Pipeline
@@ -61,9 +62,6 @@ class Call:
     on_views: frozenset[str]
 
 
-@contextlib.contextmanager
-def expected(module: nn.Module) -> Iterator[None]:
-    """Block that looks at parts of ``module``; :class:`MethodError` if one is not there."""
 def read_prompt(
     seen: dict[str, Seen], ids: Tensor | None, mask: Tensor | None, positions: Tensor | None, embeds: Tensor
 ) -> tuple[dict[str, Seen], HostSide]:
@@ -84,6 +82,9 @@ def read_prompt(
     return found, host
 
 
+@contextlib.contextmanager
+def expected(module: nn.Module) -> Iterator[None]:
+    """Block that looks at parts of ``module``; :class:`MethodError` if one is not there."""
     try:
         yield
     except (AttributeError, IndexError) as error:
@@ -106,6 +107,8 @@ class Family(ABC):
     views: frozenset[str] = frozenset()
     #: why this model gives no more signals, a sentence for errors
     signal_limits: str = ""
+    #: gives the signals that compare images with text
+    text_tower: TextTower | None = None
 
     def __init__(self, model: nn.Module):
         self.model, self.config = model, model.config
@@ -127,6 +130,22 @@ class Family(ABC):
 
     def prepare(self, wanted: frozenset[str]) -> None:  # noqa: B027 (most need nothing)
         """Load what these signals need beside the model."""
+
+    def text_tower_name(self, pipeline: Pipeline) -> str | None:
+        """Where a text tower for this model's vision tower is to be had, None if there is none."""
+        return None
+
+    def available(self, pipeline: Pipeline) -> frozenset[str]:
+        """All signals that this model can give to these methods."""
+        return self.signals if self.text_tower_name(pipeline) is None else self.signals | IMAGE_TEXT
+
+    def prepare_text(self, wanted: frozenset[str], pipeline: Pipeline) -> None:
+        """Load it, if signals that it gives are wanted."""
+        name = self.text_tower_name(pipeline) if wanted & IMAGE_TEXT else None
+        if name is not None:
+            tower = self.model.model.vision_tower
+            text = text_tower_of(self.model, name, tower.config.hidden_size, pipeline.name)
+            self.text_tower = text.placed(computes_on(tower), tower.dtype)
 
     def added(self, kwargs: dict[str, Any]) -> list[Tensor]:
         """[B, L, D] each, what the model adds to the output of its first decoder layers (deepstack)."""
@@ -171,6 +190,8 @@ def locate_items(
     """Where the items of one kind stand: their ``token`` placeholders in ``ids`` [B, L], item after item.
 
     Args:
+        ids: on the host (:class:`Call`); others are read from their device, and the rows are there if ``device`` says
+            nothing else.
         lengths: rows of every item that the vision side saw, in the order of the prompts.
 
     Raises:
@@ -178,6 +199,8 @@ def locate_items(
     """
     if not lengths:
         return []
+    device = ids.device if device is None else device
+    ids = ids.cpu()
     where = (ids == token).nonzero()
     copies, rest = divmod(len(where), sum(lengths))
     numbers = [list(range(len(lengths)))]
@@ -192,17 +215,14 @@ def locate_items(
     order = [number for own in numbers for _ in range(copies) for number in own]
     sizes = [lengths[number] for number in order]
     ends = list(itertools.accumulate(sizes))
-        ids: on the host (:class:`Call`); others are read from their device, and the rows are there if ``device`` says
-            nothing else.
     edges = where[[edge for end, size in zip(ends, sizes, strict=True) for edge in (end - size, end - 1)]].tolist()
+    rows = on_device(where[:, 1].contiguous(), device).split(sizes)
     return [
         ItemRows(number, first[0], part, first[1], last[1] + 1)
         for number, first, last, part in zip(order, edges[::2], edges[1::2], rows, strict=True)
     ]
 
 
-    device = ids.device if device is None else device
-    ids = ids.cpu()
 def _owners(ids: Tensor, token: int, lengths: Sequence[int]) -> list[int]:
     """Sample of each item."""
     where = (ids == token).nonzero()[:, 0]
@@ -210,7 +230,7 @@ def _owners(ids: Tensor, token: int, lengths: Sequence[int]) -> list[int]:
 
 
 def views_of(
-    encoded: Encoded, signals: dict[str, Tensor], grid: tuple[int, int], tiles: Any, uncompressed: Any
+    encoded: Encoded, signals: dict[str, Tensor], grid: tuple[int, int], tiles: Any, uncompressed: Any, project: Any
 ) -> Views:
     """An image as its encoder saw it."""
     return Views(
@@ -218,7 +238,7 @@ def views_of(
         special=encoded.special,
         grid=grid,
         tiles=tiles,
-    rows = on_device(where[:, 1].contiguous(), device).split(sizes)
         signals=signals,
         uncompressed=uncompressed,
+        project=project,
     )

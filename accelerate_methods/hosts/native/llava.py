@@ -87,6 +87,14 @@ class Llava(Family):
             raise MethodError(f"the vision tower ran {len(seen.encoded)} times for one prompt; one run was expected.")
         return seen.encoded[0]
 
+    def _read(self, encoded: Encoded, wanted: frozenset[str]) -> dict[str, Tensor]:
+        """Signals over the patches of all views."""
+        found = self.tower.read(encoded, wanted)
+        if "image_embeds" in wanted and self.text_tower is not None:
+            norm = self.model.model.vision_tower.post_layernorm
+            found["image_embeds"] = self.text_tower.embed_patches(encoded.patches, norm)
+        return found
+
     def _image_layouts(self, seen: Seen, features: Tensor) -> list[tuple[int, VisualItem, Any]]:
         """(views, layout, tile grid) of each image; tokens and newlines hold no numbers yet."""
         return [(1, flat_item(view[None], view.shape[0]), None) for view in features]

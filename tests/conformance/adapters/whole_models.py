@@ -76,10 +76,7 @@ class Question:
 
     def splice(self) -> Any:
         """What goes to the language model."""
-        media = self.media
-        return self.model.prepare_multimodal(
-            self.ids, None, None, media["images"], media["modalities"], media["image_sizes"]
-        )
+        return self.model.prepare_multimodal(self.ids, None, None, **self.media)
 
     @property
     def steps(self) -> int:

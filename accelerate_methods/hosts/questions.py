@@ -1,0 +1,142 @@
+"""The question of each prompt, for methods that look at it: what the caller says, or what the ids say."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from accelerate_methods.engine.devices import moved
+from accelerate_methods.hosts.text_tower import TextTower
+from accelerate_methods.registry.pipeline import Pipeline
+from accelerate_methods.stages.compress import VisualItem
+from accelerate_methods.stages.errors import MethodError
+
+#: what the official evaluation puts behind questions, and says nothing about the image
+POST_PROMPTS = (
+    "Answer the question using a single word or phrase.",
+    "Answer with the option's letter from the given choices directly.",
+)
+_PLACEHOLDER = re.compile(r"<image>|<video>|<image_\d+>")
+_ROLE = re.compile(r"^\s*(assistant|user|system|human|gpt)\s*:?\s*|\s*(assistant|gpt)\s*:?\s*$", re.IGNORECASE)
+
+
+def plain_question(text: Any) -> str:
+    """What is asked in the user's turn of a prompt: without placeholders and without what evaluations put behind it.
+
+    Of several turns (a list of texts) the last one that the user said.
+    """
+    if not isinstance(text, str):
+        turns = [turn for turn in text if isinstance(turn, str)]
+        text = turns[(len(turns) - 1) // 2 * 2] if turns else ""
+    text = _PLACEHOLDER.sub("", text)
+    for sentence in POST_PROMPTS:
+        text = text.replace(f"\n{sentence}", "").replace(sentence, "")
+    return text.strip()
+
+
+def question_in(ids: Tensor, visual: Tensor, tokenizer: Any) -> str:
+    """The question in the ids [n] of one prompt without padding: the first text behind the last image or video.
+
+    Special tokens end a text, and the names of the speakers are no part of it. If nothing stands behind the image, it
+    is the last text before it.
+
+    Args:
+        visual: [n] True at the rows of images and videos.
+    """
+    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+    before: list[list[int]] = [[]]
+    after: list[list[int]] = [[]]
+    last = max((i for i, here in enumerate(visual.tolist()) if here), default=-1)
+    for at, (token, here) in enumerate(zip(ids.tolist(), visual.tolist(), strict=True)):
+        side = after if at > last else before
+        if here or token in special or token < 0:
+            side.append([])
+        else:
+            side[-1].append(token)
+    for pieces in (after, reversed(before)):
+        for piece in pieces:
+            text = plain_question(_ROLE.sub("", tokenizer.decode(piece))) if piece else ""
+            if text:
+                return text
+    return ""
+
+
+@dataclasses.dataclass
+class PromptText:
+    """What a method is told of the text of one prompt: the question, and the signals that all its items share."""
+
+    question: str | None
+    signals: dict[str, Tensor]
+
+    def tell(self, item: VisualItem) -> None:
+        """Give it to an image or video of the prompt."""
+        for part in (item, item.views):
+            if part is not None:
+                own = moved(self.signals, part.features.device)
+                part.question, part.signals = self.question, {**part.signals, **own}
+
+
+def asks(pipeline: Pipeline, wanted: frozenset[str]) -> bool:
+    """Whether a question has to be known for every prompt; ``wanted``: signals that the methods get."""
+    return "text_embeds" in wanted or any(method.needs_question for method in pipeline.methods)
+
+
+def per_prompt(questions: Any, prompts: int) -> list[str] | None:
+    """The questions that a caller gave, one for each of ``prompts`` (several of each in a beam search).
+
+    Raises:
+        MethodError: not as many as there are prompts.
+    """
+    if questions is None:
+        return None
+    given = [questions] if isinstance(questions, str) else list(questions)
+    if not given or prompts % len(given) or not all(isinstance(question, str) for question in given):
+        raise MethodError(
+            f"questions must be a list of one text per prompt ({prompts}), got "
+            f"{len(given)}: {', '.join(type(q).__name__ for q in given[:3])}."
+        )
+    copies = prompts // len(given)
+    return [plain_question(question) for question in given for _ in range(copies)]
+
+
+def missing(pipeline: Pipeline) -> MethodError:
+    """The error of a request that does not say what is asked."""
+    return MethodError(
+        f"{pipeline.name} looks at the question, and nothing says what it is: give questions=[...], one text per "
+        "prompt, to generate or forward, or attach with accelerate(model, method, tokenizer=...)."
+    )
+
+
+def prompt_texts(
+    questions: Sequence[str] | None, means: Tensor | None, tower: TextTower | None, count: int
+) -> list[PromptText]:
+    """One for each of ``count`` prompts.
+
+    Args:
+        means: [B, D] signal "prompt_mean", or None.
+        tower: gives signal "text_embeds", or None. Prompts with the same question share the work.
+    """
+    embeds: dict[str, Tensor] = {}
+    out = []
+    for number in range(count):
+        question = None if questions is None else questions[number]
+        signals: dict[str, Tensor] = {}
+        if means is not None:
+            signals["prompt_mean"] = means[number]
+        if tower is not None and question is not None:
+            if question not in embeds:
+                embeds[question] = tower.embed(question)
+            signals["text_embeds"] = embeds[question]
+        out.append(PromptText(question, signals))
+    return out
+
+
+def mean_embedding(embeds: Tensor, text: Tensor) -> Tensor:
+    """[B, D] mean over the rows of ``embeds`` [B, L, D] where ``text`` [B, L] says; float32, zeros without any."""
+    weight = text.float()
+    total = weight[:, None] @ embeds.masked_fill(~text[..., None], 0).float()
+    return total[:, 0] / weight.sum(1, keepdim=True).clamp(min=1)
