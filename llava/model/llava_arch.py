@@ -47,7 +47,7 @@ from llava.model.context import fits_of
 from llava.model.generation import MultimodalGeneration, describe
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.splice import Prompts, Spliced, beside_text, samples_of_items, splice
+from llava.model.splice import Prompts, Spliced, beside_text, samples_of_items, splice_prompts
 from llava.model.vision import gather_visuals, has_images, meta_tokens, patch_grid
 
 
@@ -276,16 +276,13 @@ class LlavaMetaForCausalLM(MultimodalGeneration):
 
     def embed(self, prompts: Prompts, sequences: Sequence[VisualSequence]) -> Spliced:
         """Text embeddings with the sequences in the place of their placeholders, padded to one length."""
-        return splice(
-            prompts.input_ids,
-            prompts.attention_mask,
-            prompts.labels,
+        return splice_prompts(
+            prompts,
             [beside_text(sequence, prompts.input_ids.device) for sequence in sequences],
             self.get_model().embed_tokens,
             original_positions=self._gapped(),
             padding_side=prompts.padding_side or self.padding_side,
             max_length=getattr(self.config, "tokenizer_model_max_length", None),
-            dummies=prompts.dummies,
         )
 
     # -- all three ---------------------------------------------------------------------------------------------------
@@ -308,6 +305,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration):
         modalities = [modalities] * len(images) if isinstance(modalities, str) else list(modalities)
         prompts = Prompts(input_ids, attention_mask, labels, **how)
         prompts = moved(prompts, computes_on(self.get_model().embed_tokens))
+        prompts.on_host  # noqa: B018 (read before there is anything to wait for)
         texts = None if self.acceleration is None else self.acceleration.texts(self, prompts)
         items = self.encode(images, modalities, image_sizes, request)
         if texts is not None:

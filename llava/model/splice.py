@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -37,6 +38,19 @@ class Prompts:
     padding_side: str | None = None
     dummies: bool = False
     questions: Any = None
+
+    @cached_property
+    def on_host(self) -> tuple[Tensor, Tensor]:
+        """[B, n] placeholders and [B, n] real ids, on the host: all sizes follow from them.
+
+        One device read, which waits for nothing if it comes before the images are encoded.
+        """
+        holes = self.input_ids == IMAGE_TOKEN_INDEX
+        if self.attention_mask is None:
+            return holes.cpu(), torch.ones(holes.shape, dtype=torch.bool)
+        keep = self.attention_mask.bool()
+        holes, keep = torch.stack([holes & keep, keep]).cpu()
+        return holes, keep
 
 
 @dataclasses.dataclass(repr=False)
@@ -107,7 +121,28 @@ def splice(
     Raises:
         ValueError: placeholders and visual items do not match in number.
     """
-    holes, keep = _read(input_ids, attention_mask)
+    return splice_prompts(
+        Prompts(input_ids, attention_mask, labels, dummies=dummies),
+        sequences,
+        embed,
+        original_positions=original_positions,
+        padding_side=padding_side,
+        max_length=max_length,
+    )
+
+
+def splice_prompts(
+    prompts: Prompts,
+    sequences: Sequence[VisualSequence],
+    embed: Callable[[Tensor], Tensor],
+    *,
+    original_positions: bool,
+    padding_side: str,
+    max_length: int | None = None,
+) -> Spliced:
+    """:func:`splice` of prompts of which the host may know already what it has to."""
+    input_ids, labels, dummies = prompts.input_ids, prompts.labels, prompts.dummies
+    holes, keep = prompts.on_host
     per_sample = holes.sum(1).tolist()
     placeholders, text_only = sum(per_sample), per_sample.count(0)
     dummies = dummies and text_only > 0 and len(sequences) == placeholders + text_only
@@ -134,16 +169,6 @@ def splice(
     return dataclasses.replace(_joined(samples, padding_side, original_positions), max_length=max_length)
 
 
-def _read(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """[B, n] placeholders and [B, n] real ids, on the host. The one device read: all sizes follow from it."""
-    holes = input_ids == IMAGE_TOKEN_INDEX
-    if attention_mask is None:
-        return holes.cpu(), torch.ones(holes.shape, dtype=torch.bool)
-    keep = attention_mask.bool()
-    holes, keep = torch.stack([holes & keep, keep]).cpu()
-    return holes, keep
-
-
 def _text_lengths(holes: Tensor, keep: Tensor) -> list[int]:
     """Real ids before, between and behind the placeholders of one sample; both [n], on the host."""
     holes = holes[keep]
@@ -152,10 +177,10 @@ def _text_lengths(holes: Tensor, keep: Tensor) -> list[int]:
 
 
 def samples_of_items(prompts: Prompts, count: int) -> list[int]:
-    """The sample that each of ``count`` images and videos belongs to. Reads the device if there are several prompts."""
+    """The sample that each of ``count`` images and videos belongs to."""
     if prompts.input_ids.shape[0] == 1:
         return [0] * count
-    per_sample = _read(prompts.input_ids, prompts.attention_mask)[0].sum(1).tolist()
+    per_sample = prompts.on_host[0].sum(1).tolist()
     if sum(per_sample) != count and prompts.dummies:
         per_sample = [max(1, here) for here in per_sample]
     owners = [sample for sample, here in enumerate(per_sample) for _ in range(here)]
