@@ -26,6 +26,7 @@ class Rows:
         added: [B, q, D] each, what is added to the outputs of the first layers.
         kept: [B, q] row of the prompt that each row was, None as long as nothing has been dropped.
         shift: [B, 1] how far positions lie behind those of the prompt, or None.
+        cuts: how often they were cut.
     """
 
     hidden: Tensor
@@ -37,6 +38,7 @@ class Rows:
     added: list[Tensor]
     kept: Tensor | None = None
     shift: Tensor | None = None
+    cuts: int = 0
 
     @property
     def count(self) -> int:
@@ -57,6 +59,7 @@ class Rows:
 
     def cut(self, selection: Selection, layers: DecoderLayers) -> None:
         """Go on with the selected rows only."""
+        self.cuts += 1
         picked = selection.indices
         source = self.hidden if selection.hidden_states is None else selection.hidden_states
         self.hidden = gather_rows(source, picked)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from accelerate_methods.ops.select import right_aligned_indices
+from accelerate_methods.ops.select import on_device, right_aligned_indices
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.method import Method
 from accelerate_methods.stages.printing import ShapesShown
@@ -67,12 +69,35 @@ class Selection(ShapesShown):
     order: str = "layout"
 
     @classmethod
+    def of_rows(cls, rows: Sequence[Tensor], owners: Sequence[Tensor] | None = None, **kwargs: Any) -> Selection:
+        """From the rows of each sample, [K_b] positions that may differ in number.
+
+        Args:
+            owners: for each sample, [L] the number (0..K_b-1) of the row that holds each row of the layer, -1 if none.
+        """
+        longest = max(len(part) for part in rows)
+        missing = [longest - len(part) for part in rows]
+        indices = torch.stack([_left_padded(part, longest) for part in rows])
+        valid = None
+        if any(missing):
+            slots = torch.arange(longest, device=indices.device)
+            valid = slots >= on_device(missing, indices.device)[:, None]
+        if owners is not None:
+            shifted = [torch.where(own >= 0, own + more, own) for own, more in zip(owners, missing, strict=True)]
+            kwargs["owner"] = torch.stack(shifted)
+        return cls(indices=indices, valid=valid, **kwargs)
+
+    @classmethod
     def from_mask(cls, keep: Tensor, **kwargs: Any) -> Selection:
         """From a boolean [B, L]; one device read, since how many rows there are is what the sizes to come depend on."""
         if keep.shape[0] == 1:
             return cls(indices=keep[0].nonzero().squeeze(1)[None], **kwargs)
         indices, valid = right_aligned_indices(keep, keep.sum(1).tolist())
         return cls(indices=indices, valid=valid, **kwargs)
+
+
+def _left_padded(rows: Tensor, length: int) -> Tensor:
+    return torch.cat([rows.new_zeros(length - len(rows)), rows]) if len(rows) < length else rows
 
 
 @dataclasses.dataclass(repr=False)
@@ -107,6 +132,8 @@ class PrefillStep:
         rows: [B, L] row of the prompt that each row was, None as long as nothing has been dropped.
         lengths: real tokens of each sample's prompt; num_heads: query heads of the decoder.
         memory: dict that lives as long as the prompt is read, for what one layer leaves to the next.
+        cuts: how many selections, of any method, have been made in this prompt so far.
+        rotary: (cos, sin) tables of the rows, [B or 1, L, d] each.
 
     Padding stands on the left, so the last row is the last prompt token of every sample.
     """
@@ -126,6 +153,8 @@ class PrefillStep:
         self.lengths = loop.layout.lengths
         self.num_heads = loop.config.num_attention_heads
         self.memory: dict[str, Any] = loop.memories[number]
+        self.cuts: int = rows.cuts
+        self.rotary = rows.rope
 
     @property
     def text(self) -> Tensor:
