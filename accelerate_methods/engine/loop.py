@@ -33,6 +33,7 @@ from accelerate_methods.engine.output_rows import DecoderOutput
 from accelerate_methods.engine.points import Attended, Numbered, acting_in, held_by
 from accelerate_methods.engine.prompt import PromptLayout
 from accelerate_methods.engine.rows import Rows
+from accelerate_methods.engine.undisturbed import undisturbed
 from accelerate_methods.stages.contract import check_selection, check_visible
 from accelerate_methods.stages.decode import DecodeStep
 from accelerate_methods.stages.errors import MethodError
@@ -235,7 +236,8 @@ class _Loop:
     def _run_halves(self, acting: Numbered, index: int, mask: Any) -> bool:
         """Layer ``index`` with a method between its halves; whether that dropped anything."""
         cache = {"past_key_values": self.cache, "use_cache": self.use_cache}
-        self.rows.hidden = self.layers.attend(index, self.rows.hidden, self.rows.rope, mask, **cache)
+        with undisturbed(self, index):
+            self.rows.hidden = self.layers.attend(index, self.rows.hidden, self.rows.rope, mask, **cache)
         self.state.layers.append(self.rows.cached())
         dropped = self._select(acting, index, inside=True)
         self.rows.hidden = self.layers.feed(index, self.rows.hidden)
@@ -360,9 +362,10 @@ class _Loop:
         return True
 
     def _run_layer(self, index: int, mask: Any, cache: Any) -> None:
-        self.rows.hidden = self.layers.run(
-            index, self.rows.hidden, self.rows.rope, mask, past_key_values=cache, use_cache=self.use_cache
-        )
+        with undisturbed(self, index):
+            self.rows.hidden = self.layers.run(
+                index, self.rows.hidden, self.rows.rope, mask, past_key_values=cache, use_cache=self.use_cache
+            )
 
     def attention_rows(
         self, index: int, rows: Tensor, valid: Tensor | None, *, rotary: bool, causal: bool, upcoming: bool = False
