@@ -1,19 +1,80 @@
-"""The frames that a sample method chooses: what it is shown of a video, and what the model is given."""
+"""Which frames of a video to look at: rules of counts and rates, and what methods that choose frames are shown."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from llava.video_utils import FrameSample, uniform_frame_indices
+# -- by count and rate -------------------------------------------------------------------------------------------------
+
+
+def uniform_frame_indices(total_frames: int, num_frames: int) -> list[int]:
+    """`num_frames` indices from the first to the last frame, evenly spaced and rounded down.
+
+    A video with fewer frames repeats some, so that the count is always the one asked for (lmms-eval's llava_onevision).
+
+    Raises:
+        ValueError: a count is not positive.
+    """
+    if total_frames < 1 or num_frames < 1:
+        raise ValueError(f"cannot sample {num_frames} frames of {total_frames}: both must be at least 1")
+    return np.linspace(0, total_frames - 1, num_frames, dtype=int).tolist()
+
+
+@dataclass(frozen=True)
+class FrameSample:
+    """Sampled frames of one video: indices, their times in seconds, and the length of the video in seconds."""
+
+    indices: list[int]
+    seconds: list[float]
+    video_time: float
+
+    @property
+    def frame_time(self) -> str:
+        """Times as the time instruction of LLaVA-Video writes them: "0.00s,1.00s"."""
+        return ",".join(f"{second:.2f}s" for second in self.seconds)
+
+
+def sample_frames(
+    total_frames: int, avg_fps: float, video_fps: float = 1, frames_upbound: int = 0, force_sample: bool = False
+) -> FrameSample:
+    """Frames at a fixed rate, unless they are too many (LLaVA-NeXT `process_video_with_decord`).
+
+    Args:
+        total_frames: frames in the file.
+        avg_fps: frames per second of the file.
+        video_fps: frames per second wanted: every round(avg_fps / video_fps)-th frame is taken.
+        frames_upbound: if more frames than this come out, that many are spread evenly instead; 0 means no limit.
+        force_sample: spread `frames_upbound` frames evenly in any case.
+    Returns:
+        the sample. Times count steps of the fixed rate (index / step) when the rate is kept, true seconds otherwise:
+        what the checkpoints were trained with.
+    Raises:
+        ValueError: no frames, or a rate that is not positive.
+    """
+    if total_frames < 1 or avg_fps <= 0 or video_fps <= 0:
+        raise ValueError(
+            f"cannot sample {total_frames} frames of {avg_fps} fps at {video_fps} fps: all must be positive"
+        )
+    step = max(1, round(avg_fps / video_fps))  # at least 1: more frames per second than there are means all of them
+    indices = list(range(0, total_frames, step))
+    seconds = [i / step for i in indices]
+    if frames_upbound > 0 and (force_sample or len(indices) > frames_upbound):
+        indices = uniform_frame_indices(total_frames, frames_upbound)
+        seconds = [i / avg_fps for i in indices]
+    return FrameSample(indices, seconds, total_frames / avg_fps)
+
+
+# -- by a method -------------------------------------------------------------------------------------------------------
 
 _BATCH = 32  # frames that are decoded before they are scored; no more are held at a time
 
 
 class FrameSampler(Protocol):
-    """What chooses frames; ``accelerate_methods.frame_sampler(...)`` makes one of a method."""
+    """What chooses frames; ``accelerate(model, ...).frame_sampler`` is one."""
 
     def pick(self, video: Candidates, question: str | None, count: int) -> list[int]:
         """Frame numbers, ascending, at most ``count`` of them."""

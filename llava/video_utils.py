@@ -1,13 +1,13 @@
-"""Which frames of a video to look at, and reading them.
+"""Reading the frames of a video that are looked at; which these are is said in :mod:`.frame_choice`.
 
-The index rules are plain functions of counts. Reading needs decord or PyAV; neither is imported before a video is read.
+Reading needs decord or PyAV; neither is imported before a video is read.
 Moving GIF, WebP, PNG and AVIF files are read by Pillow. Frames come upright with every reader (`video_rotation`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -15,69 +15,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.printing import ShapesShown
+from llava.frame_choice import (
+    Candidates,
+    FrameSample,
+    FrameSampler,
+    Read,
+    chosen_frames,
+    sample_frames,
+    uniform_frame_indices,
+)
 from llava.media_kind import kind_of
 from llava.video_rotation import rotation_of, upright
-
-# -- which frames ------------------------------------------------------------------------------------------------------
-
-
-def uniform_frame_indices(total_frames: int, num_frames: int) -> list[int]:
-    """`num_frames` indices from the first to the last frame, evenly spaced and rounded down.
-
-    A video with fewer frames repeats some, so that the count is always the one asked for (lmms-eval's llava_onevision).
-
-    Raises:
-        ValueError: a count is not positive.
-    """
-    if total_frames < 1 or num_frames < 1:
-        raise ValueError(f"cannot sample {num_frames} frames of {total_frames}: both must be at least 1")
-    return np.linspace(0, total_frames - 1, num_frames, dtype=int).tolist()
-
-
-@dataclass(frozen=True)
-class FrameSample:
-    """Sampled frames of one video: indices, their times in seconds, and the length of the video in seconds."""
-
-    indices: list[int]
-    seconds: list[float]
-    video_time: float
-
-    @property
-    def frame_time(self) -> str:
-        """Times as the time instruction of LLaVA-Video writes them: "0.00s,1.00s"."""
-        return ",".join(f"{second:.2f}s" for second in self.seconds)
-
-
-def sample_frames(
-    total_frames: int, avg_fps: float, video_fps: float = 1, frames_upbound: int = 0, force_sample: bool = False
-) -> FrameSample:
-    """Frames at a fixed rate, unless they are too many (LLaVA-NeXT `process_video_with_decord`).
-
-    Args:
-        total_frames: frames in the file.
-        avg_fps: frames per second of the file.
-        video_fps: frames per second wanted: every round(avg_fps / video_fps)-th frame is taken.
-        frames_upbound: if more frames than this come out, that many are spread evenly instead; 0 means no limit.
-        force_sample: spread `frames_upbound` frames evenly in any case.
-    Returns:
-        the sample. Times count steps of the fixed rate (index / step) when the rate is kept, true seconds otherwise:
-        what the checkpoints were trained with.
-    Raises:
-        ValueError: no frames, or a rate that is not positive.
-    """
-    if total_frames < 1 or avg_fps <= 0 or video_fps <= 0:
-        raise ValueError(
-            f"cannot sample {total_frames} frames of {avg_fps} fps at {video_fps} fps: all must be positive"
-        )
-    step = max(1, round(avg_fps / video_fps))  # at least 1: more frames per second than there are means all of them
-    indices = list(range(0, total_frames, step))
-    seconds = [i / step for i in indices]
-    if frames_upbound > 0 and (force_sample or len(indices) > frames_upbound):
-        indices = uniform_frame_indices(total_frames, frames_upbound)
-        seconds = [i / avg_fps for i in indices]
-    return FrameSample(indices, seconds, total_frames / avg_fps)
-
 
 # -- reading -----------------------------------------------------------------------------------------------------------
 
@@ -93,6 +43,8 @@ class Video(ShapesShown):
 
 
 Choose = Callable[[int, float], FrameSample]  # (total frames, frames per second) -> frames to read
+#: the same, with what reads the video; called while it is open
+_Pick = Callable[[int, float, Read], FrameSample]
 
 
 def load_video(
@@ -102,6 +54,8 @@ def load_video(
     force_sample: bool = False,
     backend: str = "auto",
     choose: Choose | None = None,
+    sampler: FrameSampler | None = None,
+    question: str | None = None,
 ) -> Video:
     """Read sampled frames of a video file.
 
@@ -113,6 +67,9 @@ def load_video(
         backend: "decord", "pyav", or "auto": decord if installed, PyAV if not or if decord cannot read the file (it
             has no AV1). A moving picture (GIF, WebP, PNG, AVIF) is read by Pillow with each of them.
         choose: in place of the three: (total frames, frames per second of the file) -> which to read.
+        sampler: chooses that many frames by looking at some (``accelerate(model, ...).frame_sampler``). It is shown
+            candidates a few at a time, and only those that it takes are read for good.
+        question: what will be asked, for the sampler.
     Raises:
         ValueError: nothing says which frames to read, or an unknown backend.
         ImportError: the backend (for "auto": every backend) is not installed.
@@ -147,29 +104,45 @@ def load_video(
             return FrameSample(indices, [i / avg_fps for i in indices], total_frames / avg_fps)
         return sample_frames(total_frames, avg_fps, fps, num_frames or 0, force_sample)
 
+    def pick(total_frames: int, avg_fps: float, read: Read) -> FrameSample:
+        sample = (choose or by_count_or_rate)(total_frames, avg_fps)
+        if sampler is None:
+            return sample
+        span = (0, total_frames - 1) if choose is None else (min(sample.indices), max(sample.indices))
+        state = os.stat(path)
+        key = (os.path.abspath(path), state.st_mtime_ns, state.st_size)
+        count = num_frames or len(sample.indices)
+        selected = sampler.pick(Candidates(key, total_frames, avg_fps, span, read), question, count)
+        return chosen_frames(selected, count, total_frames, avg_fps, fps or 1, None if choose is None else sample)
+
     failures = []
     for name, read in readers.items():
         try:
-            return read(path, choose or by_count_or_rate)
+            return read(path, pick)
+        except MethodError:  # of the sampler: no other reader would help
+            raise
         except Exception as error:  # each reader raises its own types; the caller gets one, with all the reasons
             failures.append((name, error))
     reasons = "; ".join(f"{name}: {type(error).__name__}: {str(error).strip()[:300]}" for name, error in failures)
     raise OSError(f"cannot read video {path} ({reasons})") from failures[-1][1]
 
 
-def _read_decord(path: str, choose: Choose) -> Video:
+def _read_decord(path: str, pick: _Pick) -> Video:
     import decord
 
     reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
     total, avg_fps = len(reader), float(reader.get_avg_fps())
-    sample = choose(total, avg_fps)
-    batch = reader.get_batch(sample.indices)
-    # Inside someone's decord.bridge setting the batch is that framework's tensor.
-    frames = batch.asnumpy() if hasattr(batch, "asnumpy") else np.asarray(batch)
-    return Video(frames, sample, total, avg_fps)
+
+    def frames_of(indices: list[int]) -> np.ndarray:
+        batch = reader.get_batch(indices)
+        # Inside someone's decord.bridge setting the batch is that framework's tensor.
+        return batch.asnumpy() if hasattr(batch, "asnumpy") else np.asarray(batch)
+
+    sample = pick(total, avg_fps, frames_of)
+    return Video(frames_of(sample.indices), sample, total, avg_fps)
 
 
-def _read_pyav(path: str, choose: Choose) -> Video:
+def _read_pyav(path: str, pick: _Pick) -> Video:
     import av
 
     with av.open(path) as container:
@@ -182,11 +155,11 @@ def _read_pyav(path: str, choose: Choose) -> Video:
         total = len(packets)
     if not rate:
         raise ValueError("the file does not tell its frame rate")
-    sample = choose(total, float(rate))
+    sample = pick(total, float(rate), _in_one_pass(path, index, degrees))
     frames, seen = _decode_pyav(path, index, sample.indices)
     if seen <= max(sample.indices) and seen < total - hidden:  # damaged: fewer frames come out than packets went in
         total = seen
-        sample = choose(total, float(rate))
+        sample = pick(total, float(rate), _in_one_pass(path, index, degrees))
         frames, seen = _decode_pyav(path, index, sample.indices)
     # decord counts hidden packets too. So that both readers choose the same indices we do as well; the last frame
     # stands in.
@@ -222,7 +195,31 @@ def _decode_pyav(path: str, index: int, indices: list[int]) -> tuple[dict[int, n
     return frames, seen
 
 
-def _read_pillow(path: str, choose: Choose) -> Video:
+def _in_one_pass(path: str, index: int, degrees: int) -> Read:
+    """Reads ascending frame numbers, batch after batch; a damaged file gives fewer."""
+    import av
+
+    def decoded() -> Iterator[tuple[int, Any]]:
+        with av.open(path) as container:
+            stream = container.streams[index]
+            stream.thread_type = "AUTO"
+            yield from enumerate(container.decode(stream))
+
+    numbered = decoded()
+
+    def read(indices: list[int]) -> np.ndarray:
+        wanted, found = set(indices), []
+        for number, frame in numbered:
+            if number in wanted:
+                found.append(frame.to_ndarray(format="rgb24"))
+            if number >= indices[-1]:
+                break
+        return upright(np.stack(found), degrees) if found else np.empty((0, 1, 1, 3), np.uint8)
+
+    return read
+
+
+def _read_pillow(path: str, pick: _Pick) -> Video:
     """A moving picture; transparent parts become white."""
     with Image.open(path) as image:
         # The picture that a PNG shows where nothing can move it is no frame.
@@ -234,20 +231,24 @@ def _read_pillow(path: str, choose: Choose) -> Video:
             image.load()  # WebP tells a frame's duration only now
             shown.append(image.info.get("duration") or _UNTOLD_DURATION)
         rate = 1000 * len(places) / sum(shown)
-        sample = choose(len(places), rate)
-        frames: dict[int, np.ndarray] = {}
-        for i in sorted(set(sample.indices)):
-            image.seek(places[i])
-            picture = image.convert("RGBA")
-            white = Image.new("RGBA", picture.size, "white")
-            frames[i] = np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
-    return Video(np.stack([frames[i] for i in sample.indices]), sample, len(places), rate)
+
+        def frames_of(indices: list[int]) -> np.ndarray:
+            found: dict[int, np.ndarray] = {}
+            for i in sorted(set(indices)):
+                image.seek(places[i])
+                picture = image.convert("RGBA")
+                white = Image.new("RGBA", picture.size, "white")
+                found[i] = np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
+            return np.stack([found[i] for i in indices])
+
+        sample = pick(len(places), rate, frames_of)
+        return Video(frames_of(sample.indices), sample, len(places), rate)
 
 
 _UNTOLD_DURATION = 100  # milliseconds, as FFmpeg and browsers show a frame that says 0
 
 # name -> (package, reader), in the order in which "auto" tries them
-_READERS: dict[str, tuple[str, Callable[[str, Choose], Video]]] = {
+_READERS: dict[str, tuple[str, Callable[[str, _Pick], Video]]] = {
     "decord": ("decord", _read_decord),
     "pyav": ("av", _read_pyav),
 }

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from accelerate_methods.hosts import host_for
+from accelerate_methods.hosts.frame_sampler import FrameSampler, frame_sampler
 from accelerate_methods.registry.pipeline import Pipeline, resolve
 from accelerate_methods.stages.errors import MethodError
 
@@ -74,6 +75,13 @@ class Acceleration:
                 self._state.place = self._place
                 if tokenizer is not None:
                     self._state.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+        #: chooses the frames of videos where they are read (``load_video(..., sampler=)``); None if no method does
+        self.frame_sampler: FrameSampler | None = frame_sampler(pipeline, getattr(model, "device", "cpu"))
+        if self.frame_sampler is not None:
+            _logger.warning(
+                "%s acts where videos are read: load_video(..., sampler=acceleration.frame_sampler, question=...).",
+                self.frame_sampler.method.name,
+            )
         #: signal that a method asks for -> what this model gives instead; empty where the method runs as published
         self.adaptations: dict[str, str] = dict(getattr(self._state, "adaptations", {}))
         for asked, given in self.adaptations.items():

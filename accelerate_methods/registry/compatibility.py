@@ -7,12 +7,14 @@ from accelerate_methods.registry.names import method_class
 from accelerate_methods.registry.pipeline import Pipeline
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.method import Method
+from accelerate_methods.stages.sample import outside_of_models
 from accelerate_methods.stages.signals import missing_signals, resolve_signal
 
 
 def why_not(method: type[Method], family: ModelFamily) -> str | None:
     """Reason why ``method`` cannot act on ``family``, or None if it can."""
-    stages = [stage for stage in method.class_stages() if stage not in family.stages]
+    offered = family.stages | outside_of_models(method)
+    stages = [stage for stage in method.class_stages() if stage not in offered]
     if stages:
         return f"acts at the {stages[0]} stage, which transformers' models do not offer"
     missing = missing_signals(method, family.signals)

@@ -11,6 +11,7 @@ from accelerate_methods.registry.configs import ConfigModel, config_model, writt
 from accelerate_methods.registry.names import available, get, method_class
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from accelerate_methods.stages.method import STAGES, Method
+from accelerate_methods.stages.sample import outside_of_models
 from accelerate_methods.stages.signals import missing_signals
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class Pipeline:
             model.check(facts.name)
         for method in self.methods:
             for stage in method.stages:
-                if stage not in facts.stages:
+                if stage not in facts.stages | outside_of_models(method):
                     raise MethodError(
                         f"{method.name} acts at the {stage} stage, which {facts.name} models do not offer "
                         f"(offered: {', '.join(sorted(facts.stages))})."

@@ -54,6 +54,12 @@ class SampleMethod(Method):
         raise NotImplementedError
 
 
+def outside_of_models(method: Method | type[Method]) -> frozenset[str]:
+    """The stages of a method that a model need not offer: frames are chosen before it is asked."""
+    cls = method if isinstance(method, type) else type(method)
+    return frozenset({"sample"} if issubclass(cls, SampleMethod) and cls.chooses_frames() else ())
+
+
 def check_frames(method: str, chosen: Tensor, candidates: int) -> list[int]:
     """Indices that a method returned from ``frames``, as plain integers.
 
