@@ -177,5 +177,8 @@ def _params(text: str) -> dict[str, Any]:
             raise MethodError(f"{name!r} is no parameter; write e.g. {_EXAMPLE}.")
         if name.strip() in found:
             raise MethodError(f"parameter {name.strip()!r} is there twice in ({text}).")
-        found[name.strip()] = yaml.safe_load(value)
+        try:
+            found[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise MethodError(f"parameter {name.strip()!r}: cannot read {value!r}; write e.g. {_EXAMPLE}.") from None
     return found

@@ -30,14 +30,21 @@ def pairs(text: str) -> dict[str, Any]:
     """``k=v,k=v`` as a mapping; values stay text but for numbers and true/false, as in lmms-eval.
 
     Raises:
-        MethodError: a piece without ``=``.
+        MethodError: a piece without a name or ``=``, an empty one, a name that is there twice, quotes that stay open.
     """
     found: dict[str, Any] = {}
-    for pair in filter(None, split_arguments(text)):
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise MethodError(f"--model-args: {pair!r} is not of the form name=value.")
-        found[key.strip()] = _number(absolute(value) if "/" in value or key.strip() == "model_base" else value)
+    if not text.strip():
+        return found
+    if split_arguments(f"{text},next")[-1] != "next":
+        raise MethodError(f"--model-args: a quote or bracket in {text!r} is not closed.")
+    for pair in split_arguments(text):
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals or not key:
+            what = repr(pair) if pair.strip() else f"an empty piece in {text!r}"
+            raise MethodError(f"--model-args: {what} is not of the form name=value.")
+        if key in found:
+            raise MethodError(f"--model-args: {key} is there twice.")
+        found[key] = _number(absolute(value) if "/" in value or key == "model_base" else value)
     return found
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from accelerate_methods.registry.configs import read_config
 from accelerate_methods.registry.settings import Setting, has_budget, settings_of
-from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.errors import MethodError, one_line
 from lmms_eval_accelerate import embedded
-from lmms_eval_accelerate.compare import pictures, table
+from lmms_eval_accelerate.compare import checks, pictures, table
 from lmms_eval_accelerate.compare.comparison import Comparison, Wanted, comparison_of
 from lmms_eval_accelerate.compare.options import parser
 from lmms_eval_accelerate.model_args import pairs
@@ -30,50 +32,66 @@ EMBEDDED_METHODS_FIXED = "dense {method} random@0.25 random@0.1"  # a method who
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; a failure ends the process with its reason and exit code 2 (nothing was started) or 1."""
+    """The command; a failure ends it with the reason and exit code 2 (nothing was started) or 1, Ctrl-C with 130."""
     args = parser().parse_args(argv)
+    code, go_on = 2, "nothing was started"
     try:
-        comparison, settings, runner, runs = _planned(args, Console())
+        comparison, settings, runner, runs, plan = _planned(args, Console())
+        if args.dry_run:
+            return
+        comparison.take_output(plan, runner.machines.machine_rank)
+        code = 1
+        go_on = f"to go on where it stopped: the same command with --output {shlex.quote(str(comparison.output))}"
+        _compare(args, comparison, settings, runner, runs)
+    except LaunchError as error:
+        stop = _stopped(error, 1)
+        print(*error.tail, sep="\n", end="\n" if error.tail else "", file=sys.stderr)
+        raise stop from error
     except MethodError as error:
-        raise _stopped(error, 2) from error
-    if not args.dry_run:
-        try:
-            _compare(args, comparison, settings, runner, runs)
-        except MethodError as error:
-            raise _stopped(error, 1) from error
+        raise _stopped(error, code) from error
+    except OSError as error:
+        raise _stopped(MethodError(f"cannot write {args.output or 'the results'}: {one_line(error)}"), code) from error
+    except KeyboardInterrupt:
+        print(f"interrupted; {go_on}", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
-def _stopped(error: MethodError, code: int) -> SystemExit:
-    """The end of the process; the message is said, and stays readable in the exception."""
-    print(f"error: {error}", file=sys.stderr)
-    stop = SystemExit(f"error: {error}")
+def _stopped(error: Exception, code: int) -> SystemExit:
+    """The end of the process; the message is said, in one line, and stays readable in the exception."""
+    message = f"error: {one_line(error)}"
+    print(message, file=sys.stderr)
+    stop = SystemExit(message)
     stop.code = code
     return stop
 
 
-def _planned(args: argparse.Namespace, console: Console) -> tuple[Comparison, list[Setting], Runner, list[Run]]:
-    """Everything that can be wrong is found here, before anything is started."""
+def _planned(
+    args: argparse.Namespace, console: Console
+) -> tuple[Comparison, list[Setting], Runner, list[Run], dict[str, Any]]:
+    """Everything that can be wrong is found here, before anything is started or printed."""
     comparison = comparison_of(wanted_of(args))
     machines = machines_of(args, tiny=args.pretrained is None)
+    if machines.machines > 1 and args.output is None:
+        raise MethodError("several machines need --output (OUTPUT=...), the same folder on all of them.")
     if args.picture is not None and comparison.family == "hf":
         raise MethodError("--picture draws models of the llava package only; save_provenance=N shows kept tokens.")
     if args.picture is not None and comparison.family == "llava":
         raise MethodError("--picture draws a video, and the family llava reads images only.")
-    if args.picture is not None and not args.picture.is_file():
-        raise MethodError(f"--picture {args.picture}: no such file.")
+    if args.picture is not None:
+        checks.check_picture(args.picture)
     settings = _settings(args, comparison)
     runs = [comparison.run(setting) for setting in settings]
+    checks.check_output(comparison.output)
+    checks.check_checkpoint(comparison.pretrained, ask_the_hub=not args.dry_run)
+    checks.check_data(comparison.tasks, args.data)
+    _check_start(runs)
+    plan = comparison.plan(runs, machines, args.data)
     runner = Runner(machines, comparison.output, args.data, console)
     if args.dry_run:
         for run in runs:
             print(runner.command(run))
         print(f"# all of them, with one loading of the weights: {runner.command_of_all()}")
-    else:
-        if machines.machines > 1 and args.output is None:
-            raise MethodError("several machines need --output (OUTPUT=...), the same folder on all of them.")
-        _check_start(runs)
-        comparison.take_output(runs, machines, args.data)
-    return comparison, settings, runner, runs
+    return comparison, settings, runner, runs, plan
 
 
 def _check_start(runs: list[Run]) -> None:
@@ -89,23 +107,18 @@ def _compare(
     args: argparse.Namespace, comparison: Comparison, settings: list[Setting], runner: Runner, runs: list[Run]
 ) -> None:
     console = runner.console
-    about = f"of {comparison.tasks} on {comparison.pretrained}; results in {comparison.output}"
-    console.print(f"[bold]{len(settings)} runs[/] {about}")
+    about = f" of {comparison.tasks} on {comparison.pretrained}; results in {comparison.output}"
+    console.print(Text.assemble((f"{len(settings)} runs", "bold"), about), soft_wrap=True)
     started = time.time()
-    try:
-        runner.run(runs)
-    except LaunchError as error:
-        console.print(f"[bold red]{escape(str(error))}[/]")
-        console.print(escape("\n".join(error.tail)))
-        raise SystemExit(1) from error
+    runner.run(runs)
     if not runner.evaluates:
         return
     found = table.read({run.name: run.output for run in runs})
     table.write(found, comparison.output)
     console.print(table.tables(found))
     for picture in _pictures(comparison, args, settings, found):
-        console.print(f"picture: {picture}", soft_wrap=True)
-    console.print(f"{time.time() - started:.0f} s; everything is in {comparison.output}", soft_wrap=True)
+        console.print(Text(f"picture: {picture}"), soft_wrap=True)
+    console.print(Text(f"{time.time() - started:.0f} s; everything is in {comparison.output}"), soft_wrap=True)
 
 
 def _settings(args: argparse.Namespace, comparison: Comparison) -> list[Setting]:

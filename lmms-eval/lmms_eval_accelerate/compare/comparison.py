@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate_methods.registry.configs import CONFIG_DIR, config_model, read_config, written_config
+from accelerate_methods.registry.configs import CONFIG_DIR, config_model, config_path, read_config, written_config
 from accelerate_methods.registry.families import families, keys
 from accelerate_methods.registry.names import method_class
 from accelerate_methods.registry.settings import Setting
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from lmms_eval_accelerate import WORK, embedded
 from lmms_eval_accelerate.benchmarks.contents import task_facts
+from lmms_eval_accelerate.benchmarks.task_names import checked_tasks
 from lmms_eval_accelerate.models.arguments import COMMON, HF, Arguments, names_of, parse
 from lmms_eval_accelerate.runs.files import COMPARISON_PLAN, read_json, write_json
 from lmms_eval_accelerate.runs.fingerprint import checkpoint_facts, code_hash, versions
@@ -106,17 +107,20 @@ class Comparison:
 
     def config_of(self, method: str) -> str | None:
         """The config that holds a method's parameters for this model, or None: then its defaults."""
+        own = config_path(self.config)
+        if not own.is_relative_to(CONFIG_DIR) and read_config(own)["method"] == method:
+            return str(own.resolve())  # a file of the user's own
         model = Path(self.config).name
         names = [EMBEDDED_CONFIG, model, EMBEDDED_FAMILY] if self.pretrained == str(embedded.MODEL) else [model]
         paths = {name: CONFIG_DIR / method / f"{name}.yaml" for name in names}
         fit = [n for n, path in paths.items() if path.is_file() and read_config(path)["model"]["family"] == self.family]
         return f"{method}/{fit[0]}" if fit else None
 
-    def take_output(self, runs: Sequence[Run], machines: Machines, data: Path | None) -> None:
-        """Make the output folder, or make sure that it is of the same runs.
+    def plan(self, runs: Sequence[Run], machines: Machines, data: Path | None) -> dict[str, Any]:
+        """Everything that can change the results, as it is kept in the output folder.
 
         Raises:
-            MethodError: it is of others, or holds something else.
+            MethodError: the folder is of other runs, or holds something else.
         """
         file = self.output / _plan_name(machines.machine_rank)
         wanted = {
@@ -135,8 +139,16 @@ class Comparison:
                 )
         elif self.output.is_dir() and any(self.output.iterdir()) and machines.machines == 1:
             raise MethodError(f"{self.output} is not empty and holds no comparison; choose another --output.")
+        return wanted
+
+    def take_output(self, plan: Mapping[str, Any], machine_rank: int) -> None:
+        """Make the output folder, with what :meth:`plan` says.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         self.output.mkdir(parents=True, exist_ok=True)
-        write_json(file, wanted)
+        write_json(self.output / _plan_name(machine_rank), plan)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +206,7 @@ def comparison_of(wanted: Wanted) -> Comparison:
         model_args = {k: v for k, v in model.items() if k not in ("family", "pretrained")} | model_args
     _check_arguments(wanted.model_args, model["family"])
     tasks = keys()[model["family"]][0].tasks if tasks is None else tasks
+    tasks = checked_tasks(tasks)
     embedded.require_tasks(tasks)
     stamp = time.strftime("%Y%m%d_%H%M%S")
     output = wanted.output
@@ -204,7 +217,7 @@ def comparison_of(wanted: Wanted) -> Comparison:
         config=wanted.config,
         pretrained=str(embedded.MODEL) if wanted.pretrained is None else _absolute(wanted.pretrained),
         tasks=tasks,
-        output=Path(output).resolve(),
+        output=Path(output).expanduser().resolve(),
         model_args=model_args,
         limit=wanted.limit,
         batch_size=wanted.batch_size,

@@ -10,6 +10,7 @@ from typing import Any
 from rich import box
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from lmms_eval_accelerate.report.loyalty import kl_text, loyalty
 from lmms_eval_accelerate.report.results import DENSE, Run
@@ -185,7 +186,7 @@ def tables(found: list[TaskResult]) -> Group:
     """The comparison for the terminal, a table per task."""
     views: list[Table | str] = []
     for task, here in _by_task(found).items():
-        view = Table(title=_title(task, here), title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+        view = Table(title=Text(_title(task, here)), title_justify="left", box=box.SIMPLE_HEAD, padding=0)
         grid = _grid(here)
         for index, header in enumerate(grid):
             # two short lines per header keep the table within 80 columns; long method names are folded
@@ -193,9 +194,9 @@ def tables(found: list[TaskResult]) -> Group:
             header = _NARROW.get(header, header).replace(" ", "\n")
             view.add_column(header, justify="right" if index else "left", **wrap)
         for row in zip(*grid.values(), strict=True):
-            view.add_row(*row)
+            view.add_row(*map(Text, row))  # names are no markup
         views.append(view)
-    return Group(*views, *(f"warning: {line}" for line in _warnings(found)), _note(found))
+    return Group(*views, *(Text(f"warning: {line}") for line in _warnings(found)), Text(_note(found)))
 
 
 def markdown(found: list[TaskResult]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from accelerate_methods.engine.long_prompts import ON_LONG_PROMPT
+from accelerate_methods.hosts.layouts import NEWLINE_POSITIONS, POOL_MODES
 from accelerate_methods.registry import compatibility
 from accelerate_methods.registry.configs import read_config
 from accelerate_methods.registry.pipeline import Pipeline, resolve
@@ -77,10 +78,14 @@ FURTHER: dict[str, dict[str, Any]] = {"llava": {}, "llava_onevision": ONEVISION,
 WITHOUT: dict[str, frozenset[str]] = {"hf": frozenset({"model_base", "model_name", "conv_template"})}
 #: name of an argument in other families -> its name in this one
 _OTHER_NAMES = {"hf": {"max_frames_num": "max_num_frames"}}
+_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 _SWITCHES = ("use_cache", "force_sample", "add_time_instruction", "overwrite")
 _COUNTS = ("max_frames_num", "max_num_frames", "min_pixels", "max_pixels", "total_pixels", "mm_spatial_pool_stride")
 _RATES = ("fps", "video_fps")
 _CHOICES = {
+    "dtype": ("auto", "float16", "bfloat16", "float32"),
+    "mm_spatial_pool_mode": POOL_MODES,
+    "mm_newline_position": (None, *NEWLINE_POSITIONS),
     "on_error": ("stop", "skip"),
     "on_long_prompt": ON_LONG_PROMPT,
     "until": ("apply", "ignore"),
@@ -251,14 +256,22 @@ def _number(key: str, value: Any, kind: type, wanted: str) -> Any:
 def _finish(values: dict[str, Any]) -> None:
     if not values["pretrained"]:
         raise MethodError("model argument pretrained= is needed: a checkpoint folder or hub name.")
-    for key, allowed in _CHOICES.items():
-        if key in values and values[key] not in allowed:
-            raise UnknownNameError(f"value of model argument {key}:", values[key], allowed)
     other = values.pop("torch_dtype")
     if other is not None:
         if values["dtype"] not in ("auto", other):
             raise MethodError(f"dtype={values['dtype']} and torch_dtype={other} contradict each other; give one.")
         values["dtype"] = other
+    for key, allowed in _CHOICES.items():
+        if key in values and values[key] not in allowed:
+            raise UnknownNameError(f"value of model argument {key}:", values[key], map(str, allowed))
+    if values.get("conv_template") is not None:
+        from llava.conversation import conv_templates  # needed by few, and slow
+
+        if values["conv_template"] not in conv_templates:
+            raise UnknownNameError("value of model argument conv_template:", values["conv_template"], conv_templates)
+    attention = values["attn_implementation"]
+    if attention not in (None, *_ATTENTION) and "/" not in str(attention):  # a name with a slash is a kernel of the hub
+        raise UnknownNameError("value of model argument attn_implementation:", attention, _ATTENTION)
     values.pop("max_batch_size")
     try:
         values["batch_size"] = int(values["batch_size"])

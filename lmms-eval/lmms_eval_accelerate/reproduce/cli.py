@@ -52,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
     except LaunchError as error:
-        console.print(escape("\n".join(error.tail)), highlight=False, soft_wrap=True)
-        console.print(f"[bold red]{escape(str(error).rstrip(':'))}[/]; its end is above.", soft_wrap=True)
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        if error.tail:
+            console.print(escape("\n".join(error.tail)), highlight=False, soft_wrap=True)
         console.print("What is done is kept: start the same command again to go on.")
         return 1
     except KeyboardInterrupt:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from lmms_eval_accelerate import embedded
 from lmms_eval_accelerate.benchmarks.catalog import require_judges
+from lmms_eval_accelerate.benchmarks.task_names import checked_tasks
 from lmms_eval_accelerate.manifest import model_ids
 from lmms_eval_accelerate.model_args import meant, split_arguments
 from lmms_eval_accelerate.models.generation import check_given
@@ -53,6 +54,9 @@ def own_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise RunError("--use_cache gives answers without costs; add --allow_cache if that is meant.")
     if not own.listing:
         _check_values(own)
+        if own.tasks and not os.path.isdir(own.tasks):  # a folder of task files
+            more = own.include_path or ()
+            checked_tasks(own.tasks, [more] if isinstance(more, str) else more)
         embedded.require_tasks(own.tasks or "")
         if not own.predict_only:
             require_judges(own.tasks or "", os.environ)

@@ -9,11 +9,15 @@ import traceback
 from typing import Any
 
 from accelerate_methods.registry import plugins
-from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.errors import MethodError, one_line
 from lmms_eval_accelerate import TASKS
 from lmms_eval_accelerate.runs.command_line import own_options
 from lmms_eval_accelerate.runs.folder import RunError, RunFolder, run_name
+from lmms_eval_accelerate.runs.launch import FAILED_MARK
 from lmms_eval_accelerate.session import Session
+
+#: errors that say all that there is to say: no traceback
+_EXPECTED = (RunError, MethodError)
 
 
 class _Failed(SystemExit):
@@ -50,7 +54,7 @@ def run_evaluation(argv: list[str], shared: Session) -> None:
             _fail(folder, RunError("lmms-eval ended without running anything"))
         folder.release()
     except Exception as error:
-        if not isinstance(error, (RunError, MethodError)):
+        if not isinstance(error, _EXPECTED):
             traceback.print_exception(error)
         _fail(folder, error)
 
@@ -80,8 +84,10 @@ def _harness(own: argparse.Namespace, passed: list[str]) -> dict[str, Any]:
         try:
             results, outcome["samples"] = original(args)
         except Exception as error:
-            traceback.print_exception(error)
-            raise _Failed(_cause(error)) from error
+            cause = _cause(error)
+            if not isinstance(cause, _EXPECTED):
+                traceback.print_exception(error)
+            raise _Failed(cause) from error
         outcome["results"] = without_placeholders(results)  # lmms-eval prints a table of what it gets back
         return outcome["results"], outcome["samples"]
 
@@ -135,8 +141,8 @@ def _cause(error: BaseException) -> BaseException:
 
 def complain(error: BaseException) -> None:
     """Say why a run failed."""
-    kind = "" if isinstance(error, (RunError, MethodError)) else f"{type(error).__name__}: "
-    print(f"lmms-eval-accelerate: the run failed: {kind}{error}", file=sys.stderr, flush=True)
+    kind = "" if isinstance(error, _EXPECTED) else f"{type(error).__name__}: "
+    print(f"{FAILED_MARK}{kind}{one_line(error)}", file=sys.stderr, flush=True)
 
 
 def _fail(folder: RunFolder | None, error: BaseException) -> None:

@@ -26,7 +26,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     add("--num-machines", type=positive, default=1)
     add("--machine-rank", type=int, default=0)
     add("--main-process-ip", type=text)
-    add("--main-process-port", type=positive)
+    add("--main-process-port", type=port)
     per_model = os.environ.get("GPUS_PER_MODEL") or "1"
     add("--gpus-per-model", type=positive, default=per_model, help="GPUs over which a large model is spread")
     add("--data", type=path, help="local data folder; runs offline on it (docs/benchmarks.md)")
@@ -72,6 +72,13 @@ def positive(given: str) -> int:
         if int(given) > 0:
             return int(given)
     raise argparse.ArgumentTypeError(f"{given!r} is not a whole number above 0")
+
+
+def port(given: str) -> int:
+    """Argument type: the number of a network port."""
+    if positive(given) > 65535:
+        raise argparse.ArgumentTypeError(f"{given!r} is not a port from 1 to 65535")
+    return int(given)
 
 
 def share(given: str) -> float:

@@ -440,7 +440,7 @@ def command(table, tmp_path, monkeypatch):
         units = {unit.folder: unit for unit in command.units}
         for run in runs:
             if command.fail == run.name:
-                raise LaunchError(f"{run.name} failed (exit code 1); end of log.txt:", ["the reason why"])
+                raise LaunchError(f"{run.name} failed (exit code 1)", "log.txt", ["the reason why"])
             finish(units[run.output])
 
     planned = plan.plan
