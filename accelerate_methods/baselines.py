@@ -16,6 +16,7 @@ from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.fields import integer, share
 from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection
 from accelerate_methods.stages.sample import SampleMethod
+from accelerate_methods.stages.shapes import ItemShape
 
 
 @register("random")
@@ -36,6 +37,9 @@ class RandomTokens(BudgetedMethod, CompressMethod):
 
     seed: int = integer(0)
 
+    def count(self, shape: ItemShape) -> int:
+        return self.budget(shape)
+
     def compress(self, item: VisualItem) -> Compressed:
         kept = random_indices(item.num_tokens, self.budget(item), self.seed)
         return selection(item, on_device(kept, item.features.device), order="given")  # ascending
@@ -53,6 +57,9 @@ class UniformTokens(BudgetedMethod, CompressMethod):
     paper: ClassVar[str] = "baseline"
     baseline: ClassVar[bool] = True
     positions: ClassVar[str] = "original"
+
+    def count(self, shape: ItemShape) -> int:
+        return self.budget(shape)
 
     def compress(self, item: VisualItem) -> Compressed:
         total, count = item.num_tokens, self.budget(item)
@@ -74,6 +81,12 @@ class PooledTokens(BudgetedMethod, CompressMethod):
     paper: ClassVar[str] = "baseline"
     baseline: ClassVar[bool] = True
     positions: ClassVar[str] = "original"
+
+    def count(self, shape: ItemShape) -> int:
+        budget, frames = self.budget(shape), shape.num_frames
+        if budget >= shape.num_tokens or shape.grid is None or budget < frames:
+            return budget
+        return frames * math.prod(pooled_grid(*shape.grid, budget // frames))
 
     def compress(self, item: VisualItem) -> Compressed:
         budget = self.budget(item)

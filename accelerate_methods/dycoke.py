@@ -30,6 +30,7 @@ from accelerate_methods.stages.compress import Compressed, CompressMethod, Visua
 from accelerate_methods.stages.decode import DecodeMethod, DecodeStep
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.fields import flag, integer, real
+from accelerate_methods.stages.shapes import ItemShape
 
 WINDOW = 4  # frames compared with each other, a constant of the paper's code
 REFERENCES = ((1, 0), (2, 0), (3, 2))  # which frame of a window is compared with which
@@ -79,6 +80,11 @@ class DyCoke(CompressMethod, DecodeMethod):
 
     def stages_off(self) -> tuple[str, ...]:
         return tuple(stage for stage, on in (("compress", self.ttm), ("decode", self.dp)) if not on)
+
+    def count(self, shape: ItemShape) -> int:
+        short = compressed_frames(shape.num_frames) if shape.num_frames > 1 else [False]
+        keep = floor_share(shape.tokens_per_frame, 1 - self.k)
+        return sum(keep if is_short else shape.tokens_per_frame for is_short in short)
 
     def compress(self, item: VisualItem) -> Compressed:
         kept, counts = temporal_tokens(item.features, self.k)
@@ -140,14 +146,19 @@ def temporal_tokens(features: Tensor, k: float) -> tuple[Tensor, list[int]]:
     rows = torch.arange(frames * per_frame, device=features.device)
     if frames == 1:
         return rows, [per_frame]
-    used = frames - frames % 2
     keep = floor_share(per_frame, 1 - k)
-    rows = rows.view(frames, per_frame)[:used]
-    order = torch.sort(reference_similarity(features[:used]), dim=1, stable=True).indices[:, :keep]
+    short = compressed_frames(frames)
+    rows = rows.view(frames, per_frame)[: len(short)]
+    order = torch.sort(reference_similarity(features[: len(short)]), dim=1, stable=True).indices[:, :keep]
     chosen = rows.gather(1, order)
-    compressed = [f % 2 == 1 or (f % WINDOW == 2 and f - 2 < frames - WINDOW) for f in range(used)]
-    kept = torch.cat([chosen[f] if short else rows[f] for f, short in enumerate(compressed)])
-    return kept, [keep if short else per_frame for short in compressed] + [0] * (frames - used)
+    kept = torch.cat([chosen[f] if is_short else rows[f] for f, is_short in enumerate(short)])
+    return kept, [keep if is_short else per_frame for is_short in short] + [0] * (frames - len(short))
+
+
+def compressed_frames(frames: int) -> list[bool]:
+    """Whether each of the first U of at least two frames is compressed; U is even, later frames are dropped."""
+    used = frames - frames % 2
+    return [f % 2 == 1 or (f % WINDOW == 2 and f - 2 < frames - WINDOW) for f in range(used)]
 
 
 def reference_similarity(features: Tensor) -> Tensor:

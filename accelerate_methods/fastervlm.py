@@ -21,6 +21,7 @@ from accelerate_methods.ops.select import row_numbers, top_indices
 from accelerate_methods.registry import register
 from accelerate_methods.stages.compress import Compressed, ViewCompressMethod, VisualItem, selection
 from accelerate_methods.stages.fields import choice, integer, share
+from accelerate_methods.stages.shapes import ItemShape
 from accelerate_methods.stages.views import CompressedViews, Views, view_selection
 
 
@@ -55,6 +56,14 @@ class FasterVLM(ViewCompressMethod):
         if self.tokens_per_view is not None:
             return min(self.tokens_per_view, per_view)
         return max(1, int(per_view * self.retention_ratio + 0.5))
+
+    def count(self, shape: ItemShape) -> int | None:
+        budget = self.view_budget(shape.tokens_per_frame)
+        if budget >= shape.tokens_per_frame:
+            return shape.dense
+        # in the checkpoint's layout, what stands in padding is lost
+        lossless = self.merge == "spatial" or not shape.on_views
+        return shape.num_frames * budget if lossless else None
 
     def compress_views(self, views: Views) -> CompressedViews | None:
         count = self.view_budget(views.tokens_per_view)

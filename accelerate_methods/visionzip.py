@@ -27,6 +27,7 @@ from accelerate_methods.ops.select import by_score, mask_to_indices, on_device, 
 from accelerate_methods.registry import register
 from accelerate_methods.stages.compress import Compressed, ViewCompressMethod, VisualItem, selection
 from accelerate_methods.stages.fields import choice, integer, share
+from accelerate_methods.stages.shapes import ItemShape
 from accelerate_methods.stages.views import CompressedViews, Views
 
 RELEASED = (191, 30, 576)  # defaults of the released entry point: dominant and contextual tokens out of so many patches
@@ -70,6 +71,10 @@ class VisionZip(ViewCompressMethod):
         total = max(1, int(per_view * self.retention_ratio + 0.5))
         dominant = max(1, total * 54 // 64)
         return dominant, total - dominant
+
+    def count(self, shape: ItemShape) -> int:
+        each = sum(self.view_budget(shape.tokens_per_frame))
+        return shape.dense if each >= shape.tokens_per_frame else shape.num_frames * each
 
     def compress_views(self, views: Views) -> CompressedViews | None:
         dominant, contextual = self.view_budget(views.tokens_per_view)

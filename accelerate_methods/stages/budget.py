@@ -10,6 +10,7 @@ from accelerate_methods.stages.method import Method
 
 if TYPE_CHECKING:
     from accelerate_methods.stages.compress import VisualItem
+    from accelerate_methods.stages.shapes import ItemShape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class BudgetedMethod(Method):
     tokens_per_image: int | None = integer(None, low=1, budget=True)
     tokens_per_frame: int | None = integer(None, low=1, budget=True)
 
-    def budget(self, item: VisualItem) -> int:
+    def budget(self, item: VisualItem | ItemShape) -> int:
         """Tokens of ``item`` that may stay, 1 <= budget <= F*N."""
         total = item.num_tokens
         if self.retention_ratio is not None:

@@ -12,6 +12,7 @@ from accelerate_methods.stages.contract import check_kept
 from accelerate_methods.stages.encode import PatchMap
 from accelerate_methods.stages.method import Method
 from accelerate_methods.stages.printing import ShapesShown
+from accelerate_methods.stages.shapes import ItemShape
 from accelerate_methods.stages.signals import pick_signal
 from accelerate_methods.stages.views import CompressedViews, Views
 
@@ -81,6 +82,10 @@ class VisualItem(ShapesShown):
         if self.modality != "video":
             return None
         return (self.length - (self.layout == "one_token")) // self.num_frames
+
+    @property
+    def shape(self) -> ItemShape:
+        return ItemShape(self.num_frames, self.tokens_per_frame, self.grid, self.length)
 
     def signal(self, *names: str) -> Tensor:
         """A declared signal, or the first of several that is there; having none is the host's fault."""
@@ -185,6 +190,13 @@ class CompressMethod(Method):
 
     def compress(self, item: VisualItem) -> Compressed:
         raise NotImplementedError
+
+    def count(self, shape: ItemShape) -> int | None:
+        """Content tokens that go on of an image or video of this form, before anything of it is encoded.
+
+        Newlines are not among them. None where what the item shows decides how many stay.
+        """
+        return None
 
 
 class ViewCompressMethod(CompressMethod):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from accelerate_methods.ops.select import pick_rows
 from accelerate_methods.stages.printing import ShapesShown
+from accelerate_methods.stages.shapes import ItemShape
 from accelerate_methods.stages.signals import pick_signal
 
 
@@ -51,6 +52,11 @@ class Views(ShapesShown):
     @property
     def tokens_per_view(self) -> int:
         return self.features.shape[1]
+
+    @property
+    def shape(self) -> ItemShape:
+        """Without what only the layout knows: ``length`` and ``dense``."""
+        return ItemShape(self.num_views, self.tokens_per_view, self.grid, on_views=True)
 
     def signal(self, *names: str) -> Tensor:
         """A declared signal, or the first of several that is there."""
