@@ -14,9 +14,15 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from accelerate_methods.hosts.layouts import shortened_item
+from accelerate_methods.hosts.native.family import ItemRows
+from accelerate_methods.hosts.native.prompt import PromptItem
 from accelerate_methods.hosts.native.wrapping import Wrappers
+from accelerate_methods.ops.select import pick_rows
+from accelerate_methods.stages.encode import PatchMap, TokenMap
 
 #: what each layer of the encoder gives, by its number
 Outputs = Callable[[int], Tensor]
@@ -50,3 +56,24 @@ class TakenOver:
         if number == self._last:
             self._outputs.set(None)
         return outputs(number)
+
+
+def tokens_in_place(
+    features: Tensor, tokens: TokenMap, at: ItemRows, modality: str, grid: tuple[int, int]
+) -> PromptItem:
+    """What an encode method has left of an image or video whose tokens stay where they stand, in raster order.
+
+    Args:
+        features: [F, P, D] one for every place, each a copy of the token that holds it.
+        tokens: over these places.
+    """
+    frames, places, _ = features.shape
+    stands, order = tokens.places().sort(dim=1)
+    numbers = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, numbers)
+    owner = torch.where(tokens.owner >= 0, rank.gather(1, tokens.owner.clamp(min=0)), -1)
+    item = shortened_item(pick_rows(features, stands), modality, None)
+    item.patches = PatchMap.of(TokenMap(owner, tokens.stands.gather(1, order)), grid)
+    item.full_tokens = item.full_length = frames * places
+    rows = at.rows.view(frames, places).gather(1, stands).flatten()
+    return PromptItem(at.sample, rows, at.start, at.end, item, dense_rows=at.rows)

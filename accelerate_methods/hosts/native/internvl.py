@@ -17,11 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from accelerate_methods.engine.devices import moved
 from accelerate_methods.engine.encoder_attention import ENCODER_SIGNALS, asked_layers, signals_of_layers
+from accelerate_methods.engine.encoder_block import EncoderBlock
+from accelerate_methods.engine.encoder_blocks import BlockRun, EncodedTokens, acting_blocks
+from accelerate_methods.hosts.native.encoding import TakenOver, tokens_in_place
 from accelerate_methods.hosts.native.family import Call, Family, locate_items
 from accelerate_methods.hosts.native.prompt import PromptItem
+from accelerate_methods.hosts.native.wrapping import Wrappers
+from accelerate_methods.ops.select import on_device, pick_rows
 from accelerate_methods.registry import families
 from accelerate_methods.stages.compress import VisualItem
+from accelerate_methods.stages.encode import EncodeMethod, TokenMap
 from accelerate_methods.stages.errors import MethodError
 
 
@@ -82,10 +89,33 @@ class InternVL(Family):
 
         return [self._modules[i].register_forward_pre_hook(hook_of(i), with_kwargs=True) for i in wanted]
 
+    def take_over(self, method: EncodeMethod, wrappers: Wrappers, seen: Any) -> None:
+        """``seen`` gets the :class:`EncodedTokens`, over the blocks of a tile by raster."""
+        blocks = self.feature + 1
+        acting_blocks(method, blocks)
+        unit, order = self.factor**2, _block_order(self.side, self.factor)
+        back = torch.argsort(order)
+
+        def run(hidden: Tensor) -> Any:
+            if hidden.shape[1] != 1 + len(order):
+                raise MethodError(f"tiles of {hidden.shape[1] - 1} patches; this checkpoint's have {len(order)}.")
+            by_block = on_device(order, hidden.device) + 1
+            parts = [InternBlock(module, taken.forwards[i]) for i, module in enumerate(self._modules[:blocks])]
+            encoded = BlockRun(parts, method, depth=len(self._modules), special=1, unit=unit)(
+                torch.cat([hidden[:, :1], hidden[:, by_block]], dim=1), inputs=set(self._asked.values())
+            )
+            seen(encoded)
+            full = encoded.full()
+            full = torch.cat([full[:, :1], full[:, on_device(back, hidden.device) + 1]], dim=1)
+            return lambda number: full
+
+        taken = TakenOver(wrappers, self._modules, run)
+
     def items(self, call: Call) -> list[PromptItem]:
         seen, token, per_tile = call.seen["image"], self.config.image_token_id, self.side**2
         (inputs,) = seen.encoded
-        before = inputs[self.feature]
+        merged = inputs if isinstance(inputs, EncodedTokens) else None
+        before = inputs[self.feature] if merged is None else merged.full()
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
             if seen.arguments.get(name) not in (None, getattr(self.config, name)):
                 raise MethodError(f"{name}={seen.arguments[name]!r} is not the model's own; set it in its config.")
@@ -97,12 +127,20 @@ class InternVL(Family):
         lengths = _runs(call.ids, token, tiles * per_tile)
         if any(length % per_tile for length in lengths):
             raise MethodError(f"runs of {lengths} image placeholders are not made of tiles of {per_tile} tokens.")
-        signals = self._signals(inputs, call.wanted)
+        signals = self._signals(inputs, call.wanted) if merged is None else self._merged_signals(merged, call.wanted)
         firsts = [sum(lengths[:number]) // per_tile for number in range(len(lengths))]
         out = []
         for at in locate_items(call.ids, token, lengths, "image", call.embeds.device):
             count, first = lengths[at.number] // per_tile, firsts[at.number]
             features = call.embeds[at.sample, at.rows].view(count, per_tile, -1)
+            own = {name: value[first : first + count] for name, value in signals.items()}
+            if merged is not None and not merged.keeps_grid:
+                tokens = moved(merged[first : first + count].tokens, features.device)
+                found = tokens_in_place(features, tokens, at, "image", (self.side, self.side))
+                order = tokens.places().argsort(dim=1)
+                found.item.signals = {name: pick(moved(value, order.device), order) for name, value in own.items()}
+                out.append(found)
+                continue
             item = VisualItem(
                 modality="image",
                 features=features,
@@ -110,16 +148,66 @@ class InternVL(Family):
                 length=lengths[at.number],
                 layout="grid",  # a tile's tokens stay in raster order, as those of a frame do
                 grid=(self.side, self.side),
-                signals={name: value[first : first + count] for name, value in signals.items()},
+                signals=own,
             )
             out.append(PromptItem(at.sample, at.rows, at.start, at.end, item))
         return out
+
+    def _merged_signals(self, merged: EncodedTokens, wanted: frozenset[str]) -> dict[str, Tensor]:
+        """[V, N, ...] over the tokens that an encode method has left, or all places if the grid has returned."""
+        return merged.signals(self.layers, asked_layers(wanted, len(self.layers), self.feature))
 
     def _signals(self, inputs: dict[int, Tensor], wanted: frozenset[str]) -> dict[str, Tensor]:
         """[V, N, ...] over tokens: averages of their blocks of patches. Keys are those that the queries meet."""
         asked = asked_layers(wanted, len(self.layers), self.feature)
         found = signals_of_layers(self.layers, inputs, asked, special=1)
         return {name: _blocks(value, self.factor) for name, value in found.items()}
+
+
+class InternBlock(EncoderBlock):
+    """A layer of InternVL's vision encoder, with its own norms of queries and keys and scales of its residuals.
+
+    Args:
+        forward: its own, where something else has been put in its place.
+    """
+
+    def __init__(self, layer: nn.Module, forward: Callable[..., Tensor]):
+        self._layer, self._forward = layer, forward
+        self.scale = layer.attention.scale
+
+    def project(self, hidden: Tensor, tokens: TokenMap) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        attention, states = self._layer.attention, self._layer.layernorm_before(hidden)
+        parts = (
+            attention.q_norm(attention.q_proj(states)),
+            attention.k_norm(attention.k_proj(states)),
+            attention.v_proj(states),
+        )
+        query, key, value = (
+            part.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2) for part in parts
+        )
+        return query, key, value, key
+
+    def attended(self, hidden: Tensor, output: Tensor) -> Tensor:
+        attention = self._layer.attention
+        return hidden + self._layer.lambda_1 * attention.projection_dropout(attention.projection_layer(output))
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
+        layer = self._layer
+        return hidden + layer.lambda_2 * layer.dropout(layer.mlp(layer.layernorm_after(hidden)))
+
+    def whole(self, hidden: Tensor) -> Tensor:
+        return self._forward(hidden)
+
+
+def pick(signal: Tensor, order: Tensor) -> Tensor:
+    """[V, N, ...] in the order [V, N]."""
+    return pick_rows(signal, order) if signal.ndim == 3 else signal.gather(1, order)
+
+
+def _block_order(side: int, factor: int) -> Tensor:
+    """[P] raster index of each patch of a tile, block after block."""
+    index = torch.arange((side * factor) ** 2).view(side, factor, side, factor)
+    return index.transpose(1, 2).flatten()
 
 
 def _as_clip(layer: nn.Module) -> SimpleNamespace:

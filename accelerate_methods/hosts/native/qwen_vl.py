@@ -15,11 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from accelerate_methods.engine.devices import moved
 from accelerate_methods.engine.encoder_attention import asked_layers, received_per_map
+from accelerate_methods.hosts.native.encoding import TakenOver, tokens_in_place
 from accelerate_methods.hosts.native.family import Call, Family, Seen, locate_items
 from accelerate_methods.hosts.native.prompt import PromptItem
+from accelerate_methods.hosts.native.qwen_encoding import FrameShape, QwenRun, rotated
+from accelerate_methods.hosts.native.wrapping import Wrappers
 from accelerate_methods.registry import families
 from accelerate_methods.stages.compress import VisualItem
+from accelerate_methods.stages.encode import EncodeMethod
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.signals import Signal
 
@@ -52,7 +57,7 @@ class QwenVL(Family):
             ) from error
         full = getattr(config, "fullatt_block_indexes", None)
         self.windowed, self.whole = full is not None, full
-        self._blocks = [len(self.attentions) - 1]
+        self._blocks, self._names, self._merging = [len(self.attentions) - 1], [], False
         self._inputs: ContextVar[dict[int, Any]] = ContextVar("accelerate_block_inputs", default={})  # noqa: B039
         self.sees_frames = not self.windowed or config.depth - 1 in full
         if not self.sees_frames:
@@ -63,6 +68,7 @@ class QwenVL(Family):
         return (_FROM_BLOCK if self.sees_frames else _FROM_BLOCK - _ATTENTION) | {"frame_features"}
 
     def prepare(self, wanted: frozenset[str]) -> None:
+        self._names = sorted(self._asked(wanted))
         self._blocks = sorted({*self._asked(wanted).values(), len(self.attentions) - 1})
 
     def _asked(self, wanted: frozenset[str]) -> dict[str, int]:
@@ -88,6 +94,40 @@ class QwenVL(Family):
 
         return [self.attentions[i].register_forward_pre_hook(hook_of(i), with_kwargs=True) for i in self._blocks]
 
+    def take_over(self, method: EncodeMethod, wrappers: Wrappers, seen: Any) -> None:
+        """``seen`` gets where the tokens of each image and video are, or None where every patch has returned."""
+        if self._names:
+            raise MethodError(
+                f"{', '.join(self._names)}: signals of vision blocks are not read on {self.about.name} models while "
+                f"{method.name} merges tokens there."
+            )
+        self._merging, visual = True, self.model.model.visual
+        run = QwenRun(
+            visual.blocks, method, whole=self.whole, unit=self.unit, shape_of=self._shape,
+            keep=getattr(visual, "deepstack_visual_indexes", ()),
+        )  # fmt: skip
+        side = self.config.vision_config.spatial_merge_size
+        grids: ContextVar[Any] = ContextVar("accelerate_vision_grids")
+
+        def visual_forward(hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
+            grids.set([(frames, rows // side, columns // side) for frames, rows, columns in grid_thw.tolist()])
+            return before(hidden_states, grid_thw, **kwargs)
+
+        def first_block(hidden_states: Tensor, *args: Any, position_embeddings: Any, **kwargs: Any) -> Any:
+            outputs, maps = run(hidden_states, position_embeddings, grids.get())
+            seen(None if method.keeps_grid else maps)
+            return outputs
+
+        before = wrappers.wrap(visual, "forward", visual_forward)
+        TakenOver(wrappers, visual.blocks, first_block)
+
+    def _shape(self, rows: int, columns: int) -> FrameShape:
+        if not self.windowed:
+            return FrameShape(torch.arange(rows * columns))
+        order, windows = self._window_order(rows, columns), self._windows(rows, columns)
+        _, numbers, sizes = torch.unique_consecutive(windows[order], return_inverse=True, return_counts=True)
+        return FrameShape(order, numbers, sizes.tolist())
+
     def added(self, kwargs: dict[str, Any]) -> list[Tensor]:
         where, features = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
         if features is None:
@@ -110,11 +150,18 @@ class QwenVL(Family):
         side = self.config.vision_config.spatial_merge_size
         shapes = [(frames, rows // side, columns // side) for frames, rows, columns in grids]
         lengths = [frames * rows * columns for frames, rows, columns in shapes]
+        maps = seen.encoded[0] if self._merging else None
         signals = self._signals(seen, shapes, lengths, call.wanted)
         out = []
         for at in locate_items(call.ids, token, lengths, kind, call.embeds.device):
             frames, rows, columns = shapes[at.number]
             features = call.embeds[at.sample, at.rows].view(frames, rows * columns, -1)
+            if maps is not None:
+                found = tokens_in_place(features, moved(maps[at.number], features.device), at, kind, (rows, columns))
+                if "frame_features" in call.wanted:
+                    found.item.signals["frame_features"] = found.item.features.mean(1)
+                out.append(found)
+                continue
             item = VisualItem(
                 modality=kind,
                 features=features,
@@ -158,7 +205,7 @@ class QwenVL(Family):
         """Signals of one block, per item."""
         query, key, _ = self.attentions[block].qkv(got.states).unflatten(-1, (3, self.heads, -1)).unbind(1)
         plain = key
-        query, key = (_rotate(part, *got.rotary) for part in (query, key))
+        query, key = (rotated(part, *(table[:, None] for table in got.rotary)) for part in (query, key))
         out, first = [], 0
         for (frames, rows, columns), length in zip(shapes, lengths, strict=True):
             here = slice(first, first + length * self.unit)
@@ -182,11 +229,14 @@ class QwenVL(Family):
 
     def _window_order(self, rows: int, columns: int) -> Tensor:
         """[N] merged tokens of a frame, window by window, as Qwen2.5-VL's tower sorts them."""
+        return torch.argsort(self._windows(rows, columns), stable=True)
+
+    def _windows(self, rows: int, columns: int) -> Tensor:
+        """[N] window of each merged token of a frame, by raster."""
         config = self.config.vision_config
         size = config.window_size // config.spatial_merge_size // config.patch_size
-        index = torch.arange(rows * columns).view(rows, columns)
-        window = (torch.arange(rows)[:, None] // size) * (columns // size + 1) + torch.arange(columns) // size
-        return index.flatten()[torch.argsort(window.flatten(), stable=True)]
+        windows = (torch.arange(rows)[:, None] // size) * (columns // size + 1) + torch.arange(columns) // size
+        return windows.flatten()
 
 
 def frame_attention(query: Tensor, key: Tensor, unit: int) -> Tensor:
@@ -218,11 +268,3 @@ def received_attention(query: Tensor, key: Tensor, unit: int) -> Tensor:
     queries = query.transpose(1, 2).flatten(0, 1) * dim**-0.5
     received = received_per_map(queries, key.permute(0, 2, 3, 1).flatten(0, 1))
     return received.view(frames, heads, -1, unit).mean((1, 3))
-
-
-def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """[S, H, d] with tables [S, d], in float32 as the tower does it."""
-    full = states.float()
-    first, second = full.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (full * cos[:, None].float() + turned * sin[:, None].float()).to(states.dtype)
