@@ -52,8 +52,8 @@ class Input:
         return self.frames is not None
 
 
-def read_input(paths: list[str], num_frames: int) -> Input:
-    """Read one video, one folder of frames, or images."""
+def read_input(paths: list[str], num_frames: int, **choosing: Any) -> Input:
+    """Read one video, one folder of frames, or images; ``choosing``: ``sampler`` and ``question`` of ``load_video``."""
     missing = [p for p in paths if not Path(p).exists()]
     if missing:
         raise InputError(f"no such file: {missing[0]}")
@@ -69,7 +69,7 @@ def read_input(paths: list[str], num_frames: int) -> Input:
     from llava.video_utils import load_video
 
     try:
-        video = load_video(paths[0], num_frames=num_frames)
+        video = load_video(paths[0], num_frames=num_frames, **choosing)
     except (OSError, ImportError) as error:
         raise InputError(str(error)) from error
     return Input(names, frames=video.frames, seconds=video.sample.seconds)
@@ -220,6 +220,7 @@ class Looker:
                     top_p=None,
                     top_k=None,
                     pad_token_id=_pad(self.tokenizer),
+                    questions=[question],
                     **more,
                 )
             sample = requests[0].samples[0]
@@ -283,19 +284,31 @@ def _template(model: Any) -> str:
     return "qwen_1_5" if "Qwen" in name else "mistral_instruct" if "Mistral" in name else "vicuna_v1"
 
 
+def _choosing(asked: list[Choice], args: argparse.Namespace) -> dict[str, Any]:
+    """What chooses the frames of the video. All rows show the same frames, so no two methods may choose them."""
+    import accelerate_methods
+    from accelerate_methods.hosts.frame_sampler import frame_sampler
+
+    pipelines = [accelerate_methods.resolve(choice.method, **dict(choice.params)) for choice in asked]
+    samplers = [sampler for sampler in map(frame_sampler, pipelines) if sampler is not None]
+    if len({sampler.method for sampler in samplers}) > 1:
+        raise InputError("several methods choose the frames, each others: draw them one by one.")
+    return {"sampler": samplers[0], "question": args.question} if samplers else {}
+
+
 def visualize(args: argparse.Namespace) -> Path:
     from rich.console import Console
     from rich.text import Text
 
     from accelerate_methods.visualize import draw_sheet, write_clip, write_page
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, emoji=False)
     embedded = args.pretrained is None
-    given = read_input(args.input, args.frames or (16 if embedded else 32))
+    # before the model is loaded: a misspelt method should cost no time (the family matters to "all" only)
+    asked = choices(args.method, "llava_onevision", embedded)
+    given = read_input(args.input, args.frames or (16 if embedded else 32), **_choosing(asked, args))
     if args.output.suffix.lower() == ".mp4" and not given.is_video:
         raise InputError(f"{args.output} is a video, but the input is not; write a .png or .html.")
-    # before the model is loaded: a misspelt method should cost no time (the family matters to "all" only)
-    choices(args.method, "llava_onevision", embedded)
     if embedded and not (EMBEDDED / "config.json").is_file():
         raise InputError(f"the embedded model is missing ({EMBEDDED}); give --pretrained.")
     with console.status("loading the model"):

@@ -39,7 +39,7 @@ def plain_question(text: Any) -> str:
 
 
 def question_in(ids: Tensor, visual: Tensor, tokenizer: Any) -> str:
-    """The question in the ids [n] of one prompt without padding: the first text behind the last image or video.
+    """The question in the ids [n] of one prompt without padding: its last text behind the last image or video.
 
     Special tokens end a text, and the names of the speakers are no part of it. If nothing stands behind the image, it
     is the last text before it.
@@ -57,8 +57,8 @@ def question_in(ids: Tensor, visual: Tensor, tokenizer: Any) -> str:
             side.append([])
         else:
             side[-1].append(token)
-    for pieces in (after, reversed(before)):
-        for piece in pieces:
+    for pieces in (after, before):
+        for piece in reversed(pieces):
             text = plain_question(_ROLE.sub("", tokenizer.decode(piece))) if piece else ""
             if text:
                 return text

@@ -30,8 +30,8 @@ class Method:
         signals: names out of :data:`.signals.SIGNALS` that the host must provide.
         substitutes: signal -> signal that serves where an encoder lacks the first; its use is reported as adaptation.
         needs_question: whether it reads ``question`` of an item; asking for a text signal implies it.
-        text_tower: checkpoint (name on the hub or folder) of the text tower for "text_embeds"; None: that of the model's
-            own vision tower. A method may have a field of this name.
+        text_tower: checkpoint (name on the hub or folder) of the text tower for "text_embeds"; None: that of the
+            model's own vision tower. A method may have a field of this name.
         misleading: names that other code bases use for something else than ours, with what to write here.
         budget_required: whether one of the fields declared as budget has to be given (see ``fields.py``).
         needs_grid: whether it compares tokens by their place in a frame, so that no method inside the vision encoder

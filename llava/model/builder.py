@@ -113,7 +113,7 @@ def load_pretrained_model(
     if method is not None:
         from accelerate_methods import accelerate
 
-        accelerate(model, method, **(method_params or {}))
+        accelerate(model, method, tokenizer=tokenizer, **(method_params or {}))
     return tokenizer, model.eval(), image_processor, _context_length(model.config)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from lmms_eval.api.instance import Instance
 from torch import Tensor
-from tqdm import tqdm
 
 from accelerate_methods import accelerate, record
+from accelerate_methods.hosts.questions import plain_question
 from accelerate_methods.stages.errors import UnknownNameError
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle, conv_templates
@@ -100,10 +100,11 @@ class LlavaAccelerated(Accelerated):
     ) -> Question:
         where = f"task {task}, split {split}, doc {doc_id}"
         visuals = document_visuals(doc_to_visual, self.task_dict[task][split], doc_id, where)
-        files = names_of(visuals)
+        files, plain = names_of(visuals), plain_question(context)
+        more = {"task": task, **self.choosing(self.task_dict[task][split], doc_id, plain)}
         with reading(where, files, "use") if visuals else contextlib.nullcontext():
-            question = self.question(context, visuals, gen_kwargs, {**(metadata or {}), "task": task}, where)
-        question.document, question.source = (task, doc_id), f"{where} ({files})"
+            question = self.question(context, visuals, gen_kwargs, {**(metadata or {}), **more}, where)
+        question.document, question.source, question.plain = (task, doc_id), f"{where} ({files})", plain
         return question
 
     def _inputs(self, questions: list[Question]) -> tuple[Tensor, dict[str, Any]]:
@@ -115,7 +116,7 @@ class LlavaAccelerated(Accelerated):
         if "image" in form or form == "plain":
             kwargs["image_sizes"] = [size for q in questions for size in q.sizes]
         if form != "text":
-            kwargs.update(self._images(questions))
+            kwargs.update(self._images(questions), questions=[q.plain for q in questions])
         return ids, kwargs
 
     def _images(self, questions: list[Question]) -> dict[str, Any]:
@@ -163,9 +164,9 @@ class LlavaAccelerated(Accelerated):
             self._begin(requests)
             answers: list[Likelihood] = [Likelihood(0.0, False) for _ in requests]
             todo = [i for i, r in enumerate(requests) if not is_padding(r)]
-            bar = tqdm(total=len(todo), disable=self._rank != 0, desc=self.model_id or "loglikelihood")
+            count = len(todo)
             journal, keys, todo = self._take_up(requests, todo, answers)
-            bar.update(bar.total - len(todo))
+            bar = self._progress(count, count - len(todo))
             for index in todo:
                 answers[index] = self._likelihood(requests[index])
                 journal.add([(keys[index], answers[index])])
@@ -190,7 +191,7 @@ class LlavaAccelerated(Accelerated):
             raise ValueError(f"the continuation {continuation!r} has no tokens.")
         kwargs: dict[str, Any] = {}
         if question.form != "text":
-            kwargs = {**self._images([question]), "image_sizes": question.sizes or None}
+            kwargs = {**self._images([question]), "image_sizes": question.sizes or None, "questions": [question.plain]}
         begin = self._clock()
         with torch.inference_mode(), record() as calls, naming([question]):
             # Counted from the end: visual tokens before it expand, and methods drop them; the continuation stays.
@@ -214,7 +215,13 @@ class LlavaAccelerated(Accelerated):
         """Answers of all rounds per document; the task's ``doc_to_text`` asks the next round or ends it."""
         with failing_loudly():
             self._begin(requests)
-            return [[] if is_padding(request) else self._rounds(request) for request in requests]
+            bar = self._progress(len(requests))
+            answers: list[list[str]] = []
+            for request in requests:
+                answers.append([] if is_padding(request) else self._rounds(request))
+                bar.update()
+            bar.close()
+            return answers
 
     def _rounds(self, request: Instance) -> list[str]:
         context, gen_kwargs, doc_to_visual, doc_to_text, doc_id, task, split = request.args

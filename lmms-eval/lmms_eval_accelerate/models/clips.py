@@ -67,8 +67,10 @@ class Sampling:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
-def read_clip(video: Any, how: Sampling, where: str) -> Clip:
+def read_clip(video: Any, how: Sampling, where: str, choosing: Mapping[str, Any] | None = None) -> Clip:
     """A video of a message: a path, a folder of frames, a list of frame files, or a mapping with a time range.
+
+    ``choosing``: a method's ``sampler`` of frames and the ``question``, for ``load_video``.
 
     Raises:
         VisualError: it cannot be read.
@@ -88,7 +90,7 @@ def read_clip(video: Any, how: Sampling, where: str) -> Clip:
     if files is None and len(paths) > 1:
         raise UnsupportedVisual(f"{where}: a video is a list of files that are not all pictures: {', '.join(paths)}.")
     if files is None:
-        clip = _from_file(paths[0], how, span, where)
+        clip = _from_file(paths[0], how, span, where, choosing or {})
     else:
         count = how.frames or len(files)
         frames, indices = read_frames(files, count if how.patch is None else _even(count, len(files)), where)
@@ -100,7 +102,9 @@ def read_clip(video: Any, how: Sampling, where: str) -> Clip:
         return dataclasses.replace(clip, frames=fitted(clip.frames, how))
 
 
-def _from_file(path: str, how: Sampling, span: dict[str, float], where: str) -> Clip:
+def _from_file(
+    path: str, how: Sampling, span: dict[str, float], where: str, choosing: Mapping[str, Any]
+) -> Clip:
     """A number of frames: as qwen-vl-utils, llava_hf or InternVL's processor count and round. A rate: as the first."""
     counts: list[int] = []
 
@@ -121,7 +125,7 @@ def _from_file(path: str, how: Sampling, span: dict[str, float], where: str) -> 
             indices = _spread(first, last, qwen.smart_nframes(element, total_frames=count, video_fps=rate))
         return FrameSample(indices, [index / rate for index in indices], total / rate)
 
-    read = read_video(path, where, backend=how.backend, choose=choose)
+    read = read_video(path, where, backend=how.backend, choose=choose, **choosing)
     return Clip(_planes(read.frames), _metadata(read.avg_fps, read.sample.indices, counts[0]))
 
 

@@ -15,7 +15,6 @@ from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from loguru import logger
 from torch import Tensor
-from tqdm import tqdm
 
 from accelerate_methods import record
 from accelerate_methods.engine.recording import RequestRecord
@@ -29,8 +28,9 @@ from lmms_eval_accelerate.models.first_token import FirstToken
 from lmms_eval_accelerate.models.journal import Journal
 from lmms_eval_accelerate.models.placement import Placement, placement_of
 from lmms_eval_accelerate.models.provenance import Provenance
-from lmms_eval_accelerate.models.question import Question, naming
+from lmms_eval_accelerate.models.question import Question, asked_of, naming
 from lmms_eval_accelerate.models.visuals import OF_THE_RUN, VisualError, reason
+from lmms_eval_accelerate.progress import Progress
 
 _SHAPE = ("hidden_size", "num_hidden_layers", "vocab_size")
 
@@ -151,6 +151,15 @@ class Accelerated(lmms):
     def _prepare(self, loaded: loading.Loaded) -> Any:
         """Take over what was loaded and attach the methods; returns the acceleration, None if there is none."""
 
+    def choosing(self, documents: Any, doc_id: Any, text: str) -> dict[str, Any]:
+        """How the frames of a document's videos are chosen, for ``load_video``; empty where no method does.
+
+        Args:
+            text: what the prompt asks.
+        """
+        sampler = getattr(self._acceleration, "frame_sampler", None)
+        return {} if sampler is None else {"sampler": sampler, "question": asked_of(documents, doc_id, text)}
+
     @abstractmethod
     def normalisation(self) -> tuple[Any, Any]:
         """Mean and standard deviation per colour of a question's pictures."""
@@ -195,9 +204,9 @@ class Accelerated(lmms):
             self._begin(requests)
             answers: list[GenerationResult] = [GenerationResult("") for _ in requests]
             todo = [i for i, r in enumerate(requests) if not is_padding(r)]
-            bar = tqdm(total=len(todo), disable=self._rank != 0, desc=self.model_id or "generating")
+            count = len(todo)
             journal, keys, todo = self._take_up(requests, todo, answers)
-            bar.update(bar.total - len(todo))
+            bar = self._progress(count, count - len(todo))
             for group in grouped(requests, todo):
                 for batch in self._answer_group([(i, requests[i]) for i in group]):
                     journal.add((keys[index], answer) for index, answer in batch)
@@ -206,6 +215,9 @@ class Accelerated(lmms):
                     bar.update(len(batch))
             bar.close()
             return answers
+
+    def _progress(self, total: int, done: int = 0) -> Progress:
+        return Progress(total, self.model_id or self.family, done, shown=self._rank == 0)
 
     def _begin(self, requests: list[Instance]) -> None:
         prompts.align(requests, self.prompt_model)

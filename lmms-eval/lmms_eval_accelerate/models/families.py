@@ -114,7 +114,8 @@ class LlavaOneVision(Llava):
         if metadata.get("task_type") == "video" and "sample_frames" in metadata:
             question = self._still_frames(context, visuals, metadata["sample_frames"])
         elif all(isinstance(v, str) for v in visuals):
-            question = self._video_question(context, [self._video(paths, where) for paths in _videos(visuals)])
+            videos = [self._video(paths, where, metadata) for paths in _videos(visuals)]
+            question = self._video_question(context, videos)
         elif any(isinstance(v, str) for v in visuals):
             raise UnsupportedVisual(f"{where}: images and videos in one document are not supported.")
         else:
@@ -131,12 +132,13 @@ class LlavaOneVision(Llava):
         handed = {k: v for k, v in gen_kwargs.items() if k in READS[self.family] and k not in dropped}
         return {"max_new_tokens": 1024, **handed}
 
-    def _video(self, paths: list[str], where: str) -> torch.Tensor:
+    def _video(self, paths: list[str], where: str, metadata: dict) -> torch.Tensor:
         count = int(self.args.max_frames_num)
         files = frame_files(paths)
         if files is not None:
             return self._frames(read_frames(files, count, where)[0])
-        video = read_video(paths[0], where, num_frames=count, backend=self.args.video_decode_backend)
+        how = {"num_frames": count, "backend": self.args.video_decode_backend, **_choosing(metadata)}
+        video = read_video(paths[0], where, **how)
         return self._frames(video.frames)
 
     def _video_question(self, context: str, videos: list[torch.Tensor]) -> Question:
@@ -174,10 +176,11 @@ class LlavaVideo(LlavaOneVision):
             frames = torch.cat([self._frames(np.asarray(v.convert("RGB"))[None]) for v in visuals])
             return self._timed_question(context, [(frames, "1.00s", 1.0)])
         if visuals and all(isinstance(v, str) for v in visuals):
-            return self._timed_question(context, [self._timed_video(paths, where) for paths in _videos(visuals)])
+            videos = [self._timed_video(paths, where, metadata) for paths in _videos(visuals)]
+            return self._timed_question(context, videos)
         return super().question(context, visuals, gen_kwargs, {}, where)
 
-    def _timed_video(self, paths: list[str], where: str) -> tuple[torch.Tensor, str, float]:
+    def _timed_video(self, paths: list[str], where: str, metadata: dict) -> tuple[torch.Tensor, str, float]:
         """Frames, their times as text, and the length in seconds."""
         args = self.args
         files = frame_files(paths)
@@ -192,6 +195,7 @@ class LlavaVideo(LlavaOneVision):
             fps=args.video_fps,
             force_sample=args.force_sample,
             backend=args.video_decode_backend,
+            **_choosing(metadata),
         )
         return self._frames(video.frames), video.sample.frame_time, video.sample.video_time
 
@@ -214,6 +218,11 @@ class LlavaVideo(LlavaOneVision):
 
 
 FAMILY_CLASSES: dict[str, type[LlavaAccelerated]] = {c.family: c for c in (Llava, LlavaOneVision, LlavaVideo)}
+
+
+def _choosing(metadata: dict) -> dict[str, Any]:
+    """What chooses the frames of a video, if a method does (``Accelerated.choosing``)."""
+    return {key: metadata[key] for key in ("sampler", "question") if "sampler" in metadata}
 
 
 def _videos(paths: list[str]) -> list[list[str]]:

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from accelerate_methods import accelerate
 from accelerate_methods.hosts.checkpoint_files import CheckpointError, check_files, check_loaded, read_config, reading
 from accelerate_methods.hosts.native.host import class_names, family_of
+from accelerate_methods.hosts.questions import plain_question
 from accelerate_methods.registry import compatibility, plugins
 from accelerate_methods.stages.errors import MethodError, one_line
 from llava.media_kind import kind_of
@@ -149,22 +150,26 @@ class HfAccelerated(Accelerated):
     ) -> ChatQuestion:
         where = f"task {task}, split {split}, doc {doc_id}"
         messages, files = from_document(doc_to_messages, self.task_dict[task][split], doc_id, where)
-        return self._question(messages, (task, doc_id), where, files)
+        return self._question(messages, (task, doc_id, split), where, files)
 
     def _question(
-        self, messages: list[dict[str, Any]], document: tuple[str, Any], where: str, files: str = ""
+        self, messages: list[dict[str, Any]], document: tuple[str, Any, str], where: str, files: str = ""
     ) -> ChatQuestion:
         """
         Args:
+            document: (task, document number, split).
             files: media files that the document mentions, for messages about pictures that do not know theirs.
         """
         chat = _pictures_as_images(ChatMessages(messages=messages))
         visuals: list[Any] = []
+        plain = _asked(chat)
+        task, doc_id, split = document
+        choosing = self.choosing(self.task_dict[task][split], doc_id, plain)
         for content in [part for message in chat.messages for part in message.content]:
             if content.type == "image":
                 visuals.append(self._image(content.url, files, where))
             elif content.type == "video":
-                visuals.append(self._clip(content, where))
+                visuals.append(self._clip(content, where, choosing))
             elif content.type != "text":
                 raise UnsupportedVisual(f"{where}: the family hf reads images and videos, not {content.type}.")
         turns = chat.to_hf_messages()
@@ -174,19 +179,20 @@ class HfAccelerated(Accelerated):
         text = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **more)
         kinds = {"video" if isinstance(visual, Clip) else "image" for visual in visuals}
         source = f"{where} ({names_of(visuals)})"
-        return ChatQuestion(text, visuals, "+".join(sorted(kinds)) or "text", document=document, source=source)
+        form = "+".join(sorted(kinds)) or "text"
+        return ChatQuestion(text, visuals, form, document=(task, doc_id), plain=plain, source=source)
 
     def _image(self, image: Any, files: str, where: str) -> Any:
         image = read_image(from_file(image, files) if isinstance(image, Image.Image) else image, where)
         return fitted_image(image, self._image_sampling, where) if self._stock.qwen else image
 
-    def _clip(self, content: Any, where: str) -> Clip:
+    def _clip(self, content: Any, where: str, choosing: dict[str, Any]) -> Clip:
         if not self._stock.videos:
             raise UnsupportedVisual(f"{where}: {type(self.model).__name__} reads images, not videos.")
         video, span = content.url, {"video_start": content.start_time, "video_end": content.end_time}
         if any(value is not None for value in span.values()):
             video = {"path": video, **span}
-        return read_clip(video, self._clip_sampling, where)
+        return read_clip(video, self._clip_sampling, where, choosing)
 
     def _inputs(self, questions: list[Question]) -> tuple[Tensor, dict[str, Any]]:
         kwargs: dict[str, Any] = {"text": [q.text for q in questions]}
@@ -205,6 +211,8 @@ class HfAccelerated(Accelerated):
         made = dict(self.processor(**kwargs, text_kwargs=text, return_tensors="pt"))
         ids = made.pop("input_ids").to(self._device)
         inputs = {name: value.to(self._device) if isinstance(value, Tensor) else value for name, value in made.items()}
+        if questions[0].visuals:
+            inputs["questions"] = [q.plain for q in questions]
         for name in [name for name in inputs if name.startswith("pixel_values")]:
             inputs[name] = inputs[name].to(self.model.dtype)
         return ids, inputs
@@ -240,7 +248,7 @@ class HfAccelerated(Accelerated):
             try:
                 if messages is None:
                     messages, files = from_document(doc_to_messages, documents, doc_id, where)
-                question = self._question(messages, (task, doc_id), where, files)
+                question = self._question(messages, (task, doc_id, split), where, files)
                 answers.append(self._generate([question], gen_kwargs)[0].text)
             except VisualError as error:
                 self._skip(error)
@@ -253,6 +261,12 @@ class HfAccelerated(Accelerated):
             answers = list(outputs)
             if ends:
                 return answers
+
+
+def _asked(chat: ChatMessages) -> str:
+    """What the user asks in the last of its messages."""
+    users = [message for message in chat.messages if message.role == "user"] or chat.messages
+    return plain_question("\n".join(part.text for part in users[-1].content if part.type == "text"))
 
 
 def _pictures_as_images(chat: ChatMessages) -> ChatMessages:

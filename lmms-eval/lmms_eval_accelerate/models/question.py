@@ -11,6 +11,7 @@ from lmms_eval.api.instance import GenerationResult
 
 from accelerate_methods.engine.long_prompts import LongPromptError
 from lmms_eval_accelerate.models.costs import Costs
+from lmms_eval_accelerate.models.visuals import without_media
 
 
 @dataclasses.dataclass
@@ -25,6 +26,7 @@ class Question:
             form of ``images`` decides how the tokens of an image are laid out.
         sizes: (width, height) of the images.
         document: (task, document number) that it came from.
+        plain: what is asked, for methods that look at the question.
         source: the same with split and files, in words, for messages.
     """
 
@@ -33,12 +35,22 @@ class Question:
     form: str = "text"
     sizes: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     document: tuple[str, Any] | None = None
+    plain: str = ""
     source: str = "a prompt of no document"
 
     @property
     def pictures(self) -> list[Any]:
         """[F, 3, H, W] per image or video, in the order of the prompt, normalised as the model's input."""
         return [image[None] for image in self.visuals] if self.form == "plain" else list(self.visuals)
+
+
+def asked_of(documents: Any, doc_id: Any, text: str) -> str:
+    """The question of a document alone, without the options that its prompt may hold; the prompt's if it has none."""
+    try:
+        question = without_media(documents, doc_id)["question"]
+    except Exception:  # a column of another name, or documents of a task's own kind
+        question = None
+    return question.strip() if isinstance(question, str) and question.strip() else text
 
 
 @contextlib.contextmanager
