@@ -83,6 +83,9 @@ def show_models() -> None:
 
 
 def _prepare_environment() -> None:
+    # read when torch is loaded: threads that wait for each other otherwise spin, and beside other work on the same
+    # cores a small model then takes many times its share
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     # several tasks read it while they are imported, and fail or look into a folder called "~" without it

@@ -161,6 +161,34 @@ def test_answers_that_nobody_scored_have_no_score(capsys, tmp_path) -> None:
     assert "no score" in shown and "999" not in shown
 
 
+@pytest.mark.parametrize(("given", "found"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_that_wait_do_not_spin(given, found, tmp_path) -> None:
+    """OpenMP reads that once, when torch is loaded, so nothing may load it before; what a user set stays."""
+    (tmp_path / "torch.py").write_text(
+        "import os\nprint(os.environ.get('OMP_WAIT_POLICY'))\nclass cuda:\n    is_available = staticmethod(bool)\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | given
+    code = "from lmms_eval_accelerate import cli; cli._prepare_environment()"
+    environment["PYTHONPATH"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{found}\n", done.stderr
+
+
+def test_a_small_model_gets_few_threads(monkeypatch) -> None:
+    import torch
+    from lmms_eval_accelerate.models import loading
+
+    found = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    with torch.device("meta"):
+        loading._use_few_threads(torch.nn.Linear(1000, 1000))
+        loading._use_few_threads(torch.nn.Linear(10_000, 10_000))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    loading._use_few_threads(torch.nn.Linear(10, 10))
+    assert found == [4, 1]
+
+
 def test_config_file_of_several_runs_is_refused(tmp_path, capsys) -> None:
     file = tmp_path / "runs.yaml"
     file.write_text("- model: a\n- model: b\n")

@@ -17,6 +17,9 @@ from lmms_eval_accelerate.models.placement import Placement, remeasured
 
 #: arguments that decide what is loaded and where it lies
 _LOADING = ("pretrained", "device_map", "dtype", "attn_implementation")
+#: parameters below which an operation is so short that handing it to many threads takes longer than doing it
+_SMALL = 50_000_000
+_THREADS_OF_SMALL = 4
 
 
 @dataclasses.dataclass
@@ -66,4 +69,12 @@ def _load(args: Arguments, placement: Placement, loader: Loader) -> Loaded:
     loaded.model.eval()
     if device_map is None and not getattr(loaded.model, "hf_quantizer", None):  # such a model stays where it was put
         loaded.model.to(placement.device)
+    if placement.device == "cpu":
+        _use_few_threads(loaded.model)
     return loaded
+
+
+def _use_few_threads(model: Any) -> None:
+    """For a small model on a CPU; how many threads a user or a launcher set is never raised."""
+    if sum(parameter.numel() for parameter in model.parameters()) < _SMALL:
+        torch.set_num_threads(min(torch.get_num_threads(), _THREADS_OF_SMALL))

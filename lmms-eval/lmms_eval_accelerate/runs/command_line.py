@@ -17,7 +17,6 @@ from lmms_eval_accelerate.benchmarks.catalog import require_judges
 from lmms_eval_accelerate.benchmarks.task_names import checked_tasks
 from lmms_eval_accelerate.manifest import model_ids
 from lmms_eval_accelerate.model_args import meant, split_arguments
-from lmms_eval_accelerate.models.generation import check_given
 from lmms_eval_accelerate.runs.folder import RunError
 from lmms_eval_accelerate.runs.options import documents
 
@@ -156,6 +155,8 @@ def _check_values(own: argparse.Namespace) -> None:
             raise RunError(f"--{name} is not possible with {own.model}: {why}.")
     if own.system_instruction is not None and family == "hf":
         raise RunError("--system_instruction would be ignored by a chat model; use the model argument system_prompt=.")
+    from lmms_eval_accelerate.models.generation import check_given  # loads torch, which help and listings do without
+
     check_given(own.gen_kwargs, family, _model_arguments(own.model_args))
 
 

@@ -18,33 +18,37 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from accelerate_methods.registry import plugins
 from accelerate_methods.stages.errors import MethodError
+from lmms_eval_accelerate import progress
 from lmms_eval_accelerate.runs.files import LOG, PLAN, of_machine, write_json
+from lmms_eval_accelerate.runs.following import Follower
 from lmms_eval_accelerate.runs.request import MODULE, Run
 
+_TOLD = {"PYTHONUNBUFFERED": "1", "COLUMNS": "160", progress.SECONDS: "1"}
 TAIL = 40  # lines of the log that an error shows
-
-#: what the started command prints for us to follow it: begin, end and reuse of run i of n
-MARKS = {"begin": "== run {}/{} begins: {}", "end": "== run {}/{} done: {}", "reused": "== run {}/{} is there: {}"}
-_MARK = re.compile(r"^== run (\d+)/(\d+) (begins|done|is there): (.*)$")
-_BAR = re.compile(r"_accelerated: .*?(\d+)/(\d+) \[")  # the model's own bar, named after it
+#: what a run says in front of the reason that it failed for; and a reason that is the error of some library
+FAILED_MARK = "lmms-eval-accelerate: the run failed: "
+_UNEXPECTED = re.compile(r"[A-Z]\w*[a-z]\w*: ")
 
 
 class LaunchError(RuntimeError):
-    """The started command failed. ``tail``: the last lines that it printed."""
+    """The started command failed.
 
-    def __init__(self, message: str, tail: Sequence[str] = ()):
-        super().__init__(message)
-        self.tail = list(tail)
+    Attributes:
+        tail: the last lines that it printed; none where the reason that it gave says everything.
+    """
+
+    def __init__(self, what: str, log: Path | str, tail: Sequence[str] = ()):
+        said = [line.partition(FAILED_MARK)[2] for line in tail if FAILED_MARK in line]
+        reason = said[-1] if said else ""
+        super().__init__(f"{what}: {reason} (log: {log})" if reason else f"{what}; end of {log}:")
+        self.tail = [] if reason and not _UNEXPECTED.match(reason) else list(tail)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,20 +149,20 @@ def execute(
         raise MethodError("the lmms-eval plugin is not installed: pip install -c constraints.txt -e lmms-eval")
     command = machines.command(["--runs", str(write_plan(runs, folder, machines.machine_rank).resolve())])
     cwd, more = _surroundings(machines, data)
-    environment = {**os.environ, **plugins.environment(), "PYTHONUNBUFFERED": "1", "COLUMNS": "160", **more}
+    environment = {**os.environ, **plugins.environment(), **_TOLD, **more}
     log_path = folder / of_machine(LOG, machines.machine_rank)
     tail: collections.deque[str] = collections.deque(maxlen=TAIL)
-    with log_path.open("a", encoding="utf-8", buffering=1) as log, _Follower(len(runs), console) as follower:
+    pace = progress.Pace()  # every second is told how far a run is: too much for a log
+    with log_path.open("a", encoding="utf-8", buffering=1) as log, Follower(len(runs), console) as follower:
         log.write(shlex.join(command) + "\n")
         with _started(command, cwd, environment) as process:
             for line in process.stdout:  # universal newlines: a bar that rewrites its line is lines, too
-                if line.strip():
+                if line.strip() and (not follower.see(line.rstrip()) or pace.is_due()):
                     log.write(line.rstrip() + "\n")
                     tail.append(line.rstrip())
-                    follower.see(line.rstrip())
     if process.returncode != 0:
         where = follower.running or "the start"
-        raise LaunchError(f"{where} failed (exit code {process.returncode}); end of {log_path}:", tail)
+        raise LaunchError(f"{where} failed (exit code {process.returncode})", log_path, tail)
 
 
 def _surroundings(machines: Machines, data: Path | None) -> tuple[Path | None, dict[str, str]]:
@@ -204,48 +208,3 @@ def _started(command: list[str], cwd: Path | None, environment: dict[str, str]) 
 
 def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: also if we are killed
-
-
-class _Follower:
-    """Shows how far the command is, from what it prints: bars on a terminal, otherwise a line per run."""
-
-    def __init__(self, total: int, console: Console):
-        self.console = console
-        self.running: str | None = None
-        self._began = 0.0
-        self._progress = Progress(
-            TextColumn("{task.description:32}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._all = self._progress.add_task("all runs", total=total)
-        self._bar: Any = None
-
-    def __enter__(self) -> _Follower:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._progress.stop()
-
-    def see(self, line: str) -> None:
-        if match := _MARK.match(line):
-            number, total, what, name = int(match[1]), int(match[2]), match[3], match[4]
-            if what == "begins":
-                self.running, self._began = name, time.time()
-                self._bar = self._progress.add_task(name, total=None)
-                return
-            if self._bar is not None:
-                self._progress.remove_task(self._bar)
-            self._bar, self.running = None, None
-            self._progress.update(self._all, completed=number)
-            if not self.console.is_terminal:
-                how = "there already" if what == "is there" else f"{time.time() - self._began:.0f} s"
-                print(f"{number}/{total} {name}: {how}", flush=True)
-        elif self._bar is not None and (match := _BAR.search(line)):
-            self._progress.update(self._bar, completed=int(match[1]), total=int(match[2]))

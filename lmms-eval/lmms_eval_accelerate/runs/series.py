@@ -21,7 +21,7 @@ from accelerate_methods.stages.errors import MethodError
 from lmms_eval_accelerate.runs.command_line import own_options
 from lmms_eval_accelerate.runs.evaluation import alone, complain, rank, run_evaluation
 from lmms_eval_accelerate.runs.folder import RunError, finished
-from lmms_eval_accelerate.runs.launch import MARKS
+from lmms_eval_accelerate.runs.following import MARKS
 from lmms_eval_accelerate.session import session
 
 _DISTRIBUTED_TIMEOUT = datetime.timedelta(days=7)  # a rank may wait for another that answers long documents

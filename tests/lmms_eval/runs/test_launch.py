@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
-from lmms_eval_accelerate.runs import launch
+from lmms_eval_accelerate import progress
+from lmms_eval_accelerate.runs import following, launch
 from lmms_eval_accelerate.runs.launch import LaunchError, Machines, execute
 from lmms_eval_accelerate.runs.request import Run
 from rich.console import Console
@@ -83,7 +85,8 @@ def test_the_plan_says_what_to_run_and_progress_follows_the_output(script, tmp_p
         "runs = json.load(open(sys.argv[2]))['runs']\n"
         "print('== run 1/2 is there:', runs[0]['name'])\n"
         "print('== run 2/2 begins:', runs[1]['name'])\n"
-        "print('llava_accelerated:  50%|x| 3/6 [00:01<00:01]', end='\\r')\n"
+        "print('llava_onevision_fastvid: 3/6 answered, 1 s, 1 s left')\n"
+        "print('something else')\n"
         "print('== run 2/2 done:', runs[1]['name'])\n"
     )
     execute(runs_in(tmp_path), Machines(), tmp_path / "out", Console(file=io.StringIO()))
@@ -91,14 +94,35 @@ def test_the_plan_says_what_to_run_and_progress_follows_the_output(script, tmp_p
     assert printed[0] == "1/2 dense: there already" and printed[1].startswith("2/2 fastvid: ")
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())["runs"]
     assert plan[1] == {"name": "fastvid", "output_path": str(tmp_path / "fastvid"), "argv": ["--tasks", "t"]}
-    assert "3/6" in (tmp_path / "out" / "log.txt").read_text()
+    printed = (tmp_path / "out" / "log.txt").read_text().splitlines()
+    assert "something else" in printed
+    assert not [line for line in printed if line.startswith("llava_onevision_fastvid:")], "one a second is too many"
 
 
 def test_a_terminal_gets_bars_with_the_time_left(script, tmp_path):
-    script("print('== run 1/2 begins: dense'); print('m_accelerated: 3/6 ['); print('== run 1/2 done: dense')")
+    lines = ("== run 1/2 begins: dense", "m_fastvid: 3/6 answered, 1 s, 1 s left", "== run 1/2 done: dense")
+    script(f"for line in {lines!r}: print(line)")
     shown = io.StringIO()
     execute(runs_in(tmp_path), Machines(), tmp_path, Console(file=shown, force_terminal=True, width=120))
     assert "all runs" in shown.getvalue() and "1/2" in shown.getvalue() and "left" in shown.getvalue()
+
+
+def test_a_log_is_told_while_a_run_goes_on(script, tmp_path, capsys, monkeypatch):
+    """Also where nothing comes from it: weights are loaded for minutes."""
+    monkeypatch.setattr(following, "Pace", lambda: progress.Pace(0.05, 0.0))
+    monkeypatch.setattr(following, "_TICK", 0.01)
+    script(
+        "import os, time\n"
+        "assert os.environ['LMMS_EVAL_ACCELERATE_PROGRESS_SECONDS'] == '1'\n"
+        "time.sleep(0.3); print('== run 1/2 begins: dense', flush=True); time.sleep(0.3)\n"
+        "print('m: 3/6 answered, 9 s, 9 s left', flush=True); time.sleep(0.3)\n"
+        "print('== run 1/2 done: dense', flush=True)\n"
+    )
+    execute(runs_in(tmp_path), Machines(), tmp_path / "out", Console(file=io.StringIO()))
+    lines = capsys.readouterr().out.splitlines()
+    for said in ("2 runs: starting; ", "1/2 dense: loading; ", "1/2 dense: 3/6 answered, 9 s left; "):
+        assert any(line.startswith(said) and line.endswith("so far") for line in lines), (said, lines)
+    assert re.fullmatch(r"1/2 dense: \d+ s; all runs: about \d+ s left", next(x for x in lines if "all runs" in x))
 
 
 def test_a_failure_names_the_run_and_shows_the_end_of_the_log(script, tmp_path):
