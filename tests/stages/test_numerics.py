@@ -3,22 +3,26 @@
 Methods come from the registry and models from the compatibility table; a method added later is tested by itself.
 """
 
+import textwrap
+from pathlib import Path
+
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import accelerate_methods
 from accelerate_methods import accelerate, detach
 from accelerate_methods.engine.sequences import assemble
+from accelerate_methods.ops.select import on_device
 from accelerate_methods.registry import method_class
 from accelerate_methods.stages import compress as compress_stage
 from accelerate_methods.stages import contract
 from accelerate_methods.stages.compress import CompressMethod, ViewCompressMethod
 from accelerate_methods.stages.errors import MethodError
 from tests.methods.test_every_method import OV, PAIRS, V15, inputs, small
-from tests.support import native_questions
+from tests.support import host_reads, native_questions
 from tests.support.configured import configured
+from tests.support.host_reads import HostReads
 from tests.support.items import LAYOUTS, acts_on, make_item, make_views
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -159,33 +163,6 @@ def test_pixels_that_are_not_finite(method, name, bad, model):
 # -- host reads and launches -------------------------------------------------------------------------------------------
 
 
-class HostReads(TorchFunctionMode):
-    """Notes what makes the host wait for a GPU: values read, sizes that depend on values, uploads that block."""
-
-    READS = ("item", "tolist", "cpu", "numpy", "nonzero", "unique", "masked_select", "__bool__", "__int__", "__float__",
-             "__index__", "__len__", "repeat_interleave", "bincount")  # fmt: skip
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        name, kwargs = getattr(function, "__name__", ""), kwargs or {}
-        reads = name in self.READS and not (name == "repeat_interleave" and self._known(args, kwargs))
-        if name == "__getitem__":
-            index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            reads = any(isinstance(part, torch.Tensor) and part.dtype == torch.bool for part in index)
-        if name == "tensor" and kwargs.get("device") is not None:
-            reads = True
-        if reads and name != "__len__":
-            self.seen.append(name)
-        return function(*args, **kwargs)
-
-    @staticmethod
-    def _known(args, kwargs):
-        return "output_size" in kwargs or isinstance(args[1] if len(args) > 1 else kwargs.get("repeats"), int)
-
-
 VIEWS = {
     "view", "expand", "as_strided", "slice", "select", "permute", "transpose", "unsqueeze", "squeeze", "empty",
     "detach", "alias", "t", "_unsafe_view", "split", "split_with_sizes", "unbind", "diagonal", "new_empty",
@@ -219,19 +196,82 @@ def work(method, layout, frames=32, side=6):
     return lambda: assemble(item, method.compress(item))
 
 
-#: reads that no formulation avoids, since how many tokens there are depends on them (and on "grid", which newlines do)
-INHERENT = {"fastvid": ["cpu", "tolist"], "prunevid": ["tolist", "tolist"]}
+UNREAD = ("dycoke", "visionzip", "fastervlm", "fastv", "random", "uniform", "pool", "downsample")
+#: reads of a prompt, of methods held to them: how many tokens there are depends on these (with several newlines also on
+#: which survive: one more). A method that is not named here may read what it needs.
+READS = {"fastvid": ["cpu"], "prunevid": ["tolist", "tolist"], **{name: [] for name in UNREAD}}
+#: of every decode step: how many keys it sees, all or a share of them, depends on its attention
+STEPS = {"dycoke": ["nonzero"]}
 
 
 @pytest.mark.parametrize("layout", ["one_token", "grid"])
-@pytest.mark.parametrize("method", [n for n in COMPRESSING if "video" in method_class(n).modalities])
+@pytest.mark.parametrize("method", [n for n in COMPRESSING if n in READS])
 def test_host_reads_of_a_video(method, layout, as_on_a_gpu):
     run = work(configured(method), layout)
     with torch.no_grad(), HostReads() as reads:
         run()
-    closing = ["nonzero"] if layout == "grid" and "nonzero" in reads.seen[-1:] else []
-    # the segments are read once and cut on the host, so "tolist" is no second wait
-    assert reads.seen == INHERENT.get(method, []) + closing
+    closing = ["nonzero"] if layout == "grid" and "nonzero" in reads.names[-1:] else []
+    assert reads.names == READS[method] + closing
+
+
+def test_what_makes_the_host_wait_is_noticed():
+    """The means of the tests here: each of these waits for a GPU, and nothing else in the function."""
+    code = """
+    def work(values, mask):
+        values.tolist()
+        bool(mask.any())
+        values[mask]
+        values[mask] = 0.0
+        values[mask] = values[mask] + 1
+        mask.nonzero()
+        known = values.cpu()
+        known.tolist(), known[0].item(), bool((known > 0).all()), known[known > 0]
+        values[torch.tensor([0, 1])], values[[1, 0]]
+        torch.tensor([1.0], device=values.device)
+        on_device([1.0], values.device).tolist()
+        on_device(torch.arange(3), values.device)
+        torch.arange(3).to(values.device)
+    """
+    path = Path(host_reads.OURS[0]) / "made_up.py"
+    names = {"torch": torch, "on_device": on_device}
+    exec(compile(textwrap.dedent(code), str(path), "exec"), names)
+    values, mask = torch.randn(3), torch.tensor([True, False, True])
+    with HostReads() as reads:
+        names["work"](values, mask)
+    waits = ["tolist", "__bool__", "mask", "mask", "mask", "nonzero", "cpu", "upload", "upload", "upload", "tolist"]
+    assert reads.names == [*waits, "upload"]
+
+
+def check_reads(model, asked, method):
+    """Two answers, one of a single token: the second reads for its steps what it reads for each."""
+    with accelerate(model, configured(method)), torch.no_grad():
+        model(**asked)  # checks of shapes that are done once
+        with HostReads() as forward:
+            model(**asked)
+        with HostReads() as first:
+            model.generate(**asked, max_new_tokens=1, do_sample=False, eos_token_id=None)
+        with HostReads() as longer:
+            model.generate(**asked, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    left = list(forward.names)
+    for known in ["cpu", *READS[method]]:  # "cpu": where the images stand, once for the batch
+        left.remove(known)
+    assert left in ([], ["nonzero"]), forward.seen  # newlines that survive
+    assert [read for read in first.seen if read[1] != "prompt.py:goes_on"] == forward.seen
+    assert longer.seen[: len(first.seen)] == first.seen
+    assert longer.names[len(first.seen) :] == 3 * STEPS.get(method, [])
+
+
+@pytest.mark.parametrize(("method", "name"), [pair for pair in PAIRS if pair[0] in READS])
+def test_host_reads_of_a_request(method, name, model):
+    check_reads(model, inputs(model, small(method, name)), method)
+
+
+@pytest.mark.parametrize(("method", "name"), [pair for pair in NATIVE if pair[0] in READS])
+def test_host_reads_of_a_native_request(method, name):
+    """Before the images are encoded ``generate`` also looks at the positions that it has made."""
+    model, question = native_questions.native(name), native_questions.MAIN[name]
+    asked = native_questions.inputs(name, native_questions.QUESTIONS[name][question])
+    check_reads(model, asked, method)
 
 
 #: operations of a compression and of laying out what it leaves
