@@ -48,7 +48,7 @@ class FasterVLM(ViewCompressMethod):
     positions: ClassVar[str] = "compact"
 
     retention_ratio: float | None = share(0.25, budget=True)
-    tokens_per_view: int | None = integer(None, low=1, budget=True)
+    tokens_per_view: int | None = integer(None, low=1, budget=True, aliases=("visual_token_num",))
     merge: str = choice("spatial", "spatial", "spatial_unpad")
 
     def view_budget(self, per_view: int) -> int:

@@ -197,19 +197,22 @@ def _stitch(tiles: Tensor, rows: int, columns: int) -> Tensor:
     return tiles.view(rows, columns, side, side, width).permute(4, 0, 2, 1, 3).flatten(3).flatten(1, 2)
 
 
+_VIDEO = "Frames of a video need modalities=['video']."
+
+
 def _grid_shape(size: tuple[int, int] | None, tower_size: int, config: Any, tiles: int) -> tuple[int, int]:
     """(columns, rows) of the tile grid; 2 x 2 unless the aspect mode is an anyres one."""
     aspect = getattr(config, "image_aspect_ratio", "square")
     if aspect == "anyres" or "anyres_max" in str(aspect):
         if size is None:
-            raise ValueError(f"image_aspect_ratio {aspect!r} needs image_sizes=[(width, height), ...].")
+            raise ValueError(f"image_aspect_ratio {aspect!r} needs image_sizes=[(width, height), ...]. {_VIDEO}")
         shape = get_anyres_image_grid_shape(tuple(size), config.image_grid_pinpoints, tower_size)
     else:
         shape = (2, 2)
     if shape[0] * shape[1] != tiles:
         raise ValueError(
             f"an image of {size} (width, height) has {tiles} tiles, but its grid is {shape[0]} x {shape[1]}; were "
-            "image_sizes and images given in the same order, and processed with this model's config?"
+            f"image_sizes and images given in the same order, and processed with this model's config? {_VIDEO}"
         )
     return shape
 

@@ -108,7 +108,8 @@ class Method:
         for key, value in params.items():
             name = aliases.get(key, key)
             if name in found:
-                raise MethodError(f"{cls.name}: {key} is another name of {name}; give one of them.")
+                both = " and ".join(other for other in params if aliases.get(other, other) == name)
+                raise MethodError(f"{cls.name}: {both} are names of one parameter; give one of them.")
             if name in cls.misleading:
                 raise MethodError(f"{cls.name} has no parameter {name!r}: {cls.misleading[name]}.")
             if name == "retention_ratio" and name not in allowed:

@@ -166,7 +166,7 @@ class Renamed(Method):
 def test_names_of_other_code_bases():
     assert Renamed.create(keep_ratio=0.1) == Renamed(keep=0.1)
     assert Renamed.create(rank=4) == Renamed(keep=None, tokens=4), "an alias replaces the other budget, too"
-    with pytest.raises(MethodError, match="renamed: rank is another name of tokens; give one of them"):
+    with pytest.raises(MethodError, match="renamed: num_tokens and rank are names of one parameter; give one of them"):
         Renamed.create(num_tokens=4, rank=4)
     with pytest.raises(MethodError, match="renamed has no parameter 'r': some drop it, others keep it; give keep"):
         Renamed.create(r=0.5)
@@ -182,6 +182,7 @@ def test_names_of_other_code_bases():
         ("fastvid", {"dtm_p": 2, "dtm_alpha": 0.9}, {"p": 2, "beta": 0.9}),
         ("prunevid", {"temporal_segment_ratio": 0.5, "cluster_ratio": 0.3}, {"gamma": 0.5, "beta": 0.3}),
         ("visionzip", {"dominant_num": 54, "contextual_num": 10}, {"dominant": 54, "contextual": 10}),
+        ("fastervlm", {"visual_token_num": 128}, {"tokens_per_view": 128}),
         ("fastv", {"fastv_k": 3, "fast_v_attention_rank": 72}, {"k": 3, "tokens_per_image": 72}),
     ],
 )
