@@ -1,4 +1,4 @@
-"""Choosing tokens that differ from each other: farthest-first picks by cosine distance."""
+"""Choosing tokens that differ from each other: directions, and farthest-first picks by cosine distance."""
 
 from __future__ import annotations
 
@@ -10,6 +10,17 @@ FEW_TOKENS = 1024  # up to so many tokens a CPU does, too
 POOL = 64  # tokens among which the next picks are looked for on a CPU
 SKETCH = 1024  # channels that are enough to find a near neighbour
 PICKED, LAST, FARTHEST = -3.0, -1.0, 3.0  # distances are within [0, 2] but for rounding
+
+
+def directions(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of ``features`` [..., N, D] at length one, float32 and without gradient, and [..., N] which have a direction.
+
+    Those that are zero or hold what is not a number have none, and become zero.
+    """
+    states = features.detach().float()
+    length = states.norm(dim=-1)
+    has = torch.isfinite(length) & (length > 0)
+    return torch.where(has[..., None], states / length[..., None], 0.0), has
 
 
 def farthest_first(features: Tensor, count: int) -> Tensor:
@@ -31,11 +42,11 @@ def farthest_first(features: Tensor, count: int) -> Tensor:
     if count <= 0 or len(features) < 2:
         return torch.arange(min(count, len(features)), device=features.device)
     with torch.no_grad():
+        if features.device.type != "cpu" or len(features) <= FEW_TOKENS:
+            return _from_all(*directions(features), count)
         states = features.detach().float()
         length = states.norm(dim=1)
         has = torch.isfinite(length) & (length > 0)
-        if features.device.type != "cpu" or len(features) <= FEW_TOKENS:
-            return _from_all(torch.where(has[:, None], states / length[:, None], 0.0), has, count)
         if not bool(has.all()):
             states = states.masked_fill(~has[:, None], 0.0)
         return _from_some(_Directions(states, torch.where(has, 1 / length, 0.0), has), count)

@@ -20,7 +20,7 @@ from accelerate_methods.visionzip import VisionZip, Zipped, zip_tokens, zipped_v
 from tests.conformance.adapters import whole_models
 
 
-def _layer(inputs: dict[str, Tensor], heads: int) -> SimpleNamespace:
+def encoder_layer(inputs: dict[str, Tensor], heads: int) -> SimpleNamespace:
     """An encoder layer of the case's weights, whose input is normed already."""
 
     def linear(name: str) -> nn.Linear:
@@ -36,13 +36,13 @@ def _layer(inputs: dict[str, Tensor], heads: int) -> SimpleNamespace:
 
 
 def scores(inputs, params, context):
-    layer, x = _layer(inputs, params["heads"]), inputs["x"].float()
+    layer, x = encoder_layer(inputs, params["heads"]), inputs["x"].float()
     signal = encoder_signals(layer, x, {"cls_attention"}, special=1)["cls_attention"]
     return {"cls_attn": cls_attention(layer, x), "keys": mean_keys(layer, x), "score": signal * params["heads"]}
 
 
 def siglip_scores(inputs, params, context):
-    layer, x = _layer(inputs, params["heads"]), inputs["x"].float()
+    layer, x = encoder_layer(inputs, params["heads"]), inputs["x"].float()
     return {"received_attn": received_attention(layer, x), "keys": mean_keys(layer, x)}
 
 
