@@ -210,7 +210,7 @@ def _rich_table(title: str, head: Sequence[str], rows: list[list[str]]) -> None:
         view.add_column(Text(head[index]) if head else "", no_wrap=index == 0)
     for row in rows:
         view.add_row(*map(Text, row))
-    Console().print(view)
+    Console(markup=False, emoji=False).print(view)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))  # works without installing the package
 EMBEDDED = ROOT / "assets" / "tiny-llava-onevision"
 OUTPUTS = (".png", ".html", ".mp4")
 ALL_AT = 0.25  # retention ratio of a bare "all"
+_ALL = re.compile(r"(?<![^\s,])all(@[^\s,]+)?(?![^\s,])")
 _BARE = re.compile(r"[^\s,@()]+")
 
 
@@ -92,38 +93,47 @@ def _read_folder(folder: Path, num_frames: int) -> Input:
 
 
 def _open(path: str | Path) -> Image.Image:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")  # as the camera was held
     except Exception as error:  # Pillow raises many kinds for files that are damaged or too large
         raise InputError(f"cannot read image {path}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One thing to run: anything ``resolve`` takes (None: dense), with parameters."""
+    """One thing to run: anything ``resolve`` takes (None: dense), with parameters.
+
+    Attributes:
+        named: whether the user named it; what "all" brings is left out where it cannot act.
+    """
 
     label: str
     method: Any = None
     params: tuple[tuple[str, Any], ...] = ()
+    named: bool = True
 
 
 def choices(words: list[str], family: str, embedded: bool) -> list[Choice]:
     """Dense, then what ``--method`` says: the syntax of comparisons, or the name of a config."""
     from accelerate_methods.registry.settings import settings_of
 
-    out = [Choice("dense")]
+    out = {"dense": Choice("dense")}
     for word in words:
         word = word.strip()
         if _BARE.fullmatch(word) and word not in ("dense", "all"):  # with its defaults, or as its config says
-            out.append(Choice(word, _with_config(word, embedded)))
+            out[word] = Choice(word, _with_config(word, embedded))
             continue
+        rest = _ALL.sub("", word).strip(" ,")
+        named = settings_of(rest, ALL_AT, {}, family) if rest else []
         for setting in settings_of(word, ALL_AT, {}, family):
             if setting.method is not None:
-                out.append(Choice(setting.label, _with_config(setting.method, embedded), setting.params))
-    return list(dict.fromkeys(out))
+                asked = setting in named or (setting.label in out and out[setting.label].named)
+                config = _with_config(setting.method, embedded)
+                out[setting.label] = Choice(setting.label, config, setting.params, asked)
+    return list(out.values())
 
 
 def _with_config(method: str, embedded: bool) -> str:
@@ -289,21 +299,39 @@ def _choosing(asked: list[Choice], args: argparse.Namespace) -> dict[str, Any]:
     import accelerate_methods
     from accelerate_methods.hosts.frame_sampler import frame_sampler
 
-    pipelines = [accelerate_methods.resolve(choice.method, **dict(choice.params)) for choice in asked]
+    named = [choice for choice in asked if choice.named]
+    pipelines = [accelerate_methods.resolve(choice.method, **dict(choice.params)) for choice in named]
     samplers = [sampler for sampler in map(frame_sampler, pipelines) if sampler is not None]
     if len({sampler.method for sampler in samplers}) > 1:
         raise InputError("several methods choose the frames, each others: draw them one by one.")
     return {"sampler": samplers[0], "question": args.question} if samplers else {}
 
 
+def _refuse_choosing(choice: Choice) -> None:
+    """What "all" brings must not decide which frames the other rows show."""
+    import accelerate_methods
+    from accelerate_methods.hosts.frame_sampler import frame_sampler
+    from accelerate_methods.stages.errors import MethodError
+
+    if frame_sampler(accelerate_methods.resolve(choice.method, **dict(choice.params))) is not None:
+        raise MethodError("it chooses the frames that are shown; draw it by its name.")
+
+
 def visualize(args: argparse.Namespace) -> Path:
     from rich.console import Console
     from rich.text import Text
 
+    from accelerate_methods.engine.devices import named_device
+    from accelerate_methods.stages.errors import MethodError, check_writable
     from accelerate_methods.visualize import draw_sheet, write_clip, write_page
 
     console = Console(stderr=True, markup=False, emoji=False)
     embedded = args.pretrained is None
+    if args.output.is_dir():
+        raise InputError(f"--output {args.output} is a folder.")
+    check_writable(args.output.parent, f"--output {args.output}")
+    if args.device != "auto":
+        named_device(args.device)
     # before the model is loaded: a misspelt method should cost no time (the family matters to "all" only)
     asked = choices(args.method, "llava_onevision", embedded)
     given = read_input(args.input, args.frames or (16 if embedded else 32), **_choosing(asked, args))
@@ -317,12 +345,22 @@ def visualize(args: argparse.Namespace) -> Path:
     panels = [panel for item in prepared.panels for panel in item]
     overlays = []
     for choice in choices(args.method, looker.family, embedded):
-        with console.status(Text(choice.label)):
-            overlay = looker.look(prepared, args.question, choice, args.max_new_tokens)
+        try:
+            if not choice.named:
+                _refuse_choosing(choice)
+            with console.status(Text(choice.label)):
+                overlay = looker.look(prepared, args.question, choice, args.max_new_tokens)
+        except MethodError as error:
+            if choice.named:
+                raise
+            console.print(f"{choice.label} is left out: {error}", highlight=False, soft_wrap=True)
+            continue
         said = Text(f"{overlay.label}: {overlay.counts()}; answer: {overlay.answer}")  # an answer may look like markup
         said.stylize("bold", 0, len(overlay.label))
         console.print(said)
         overlays.append(overlay)
+    if len(overlays) == 1:
+        raise InputError("none of the methods can act on this input.")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     shown = overlays[1:] if args.no_dense and len(overlays) > 1 else overlays
     title = f"{given.name}: {args.question}"
@@ -357,10 +395,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+    if not re.fullmatch(r"0*[1-9]\d*", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def _output(text: str) -> Path:
@@ -377,15 +414,16 @@ def main(argv: list[str] | None = None) -> None:
         arguments.error("give at least one --method, e.g. --method fastvid@0.1")
     from transformers.utils import logging
 
-    from accelerate_methods.stages.errors import MethodError
-    from llava.model.checkpoint import CheckpointError
+    from accelerate_methods.stages.errors import MethodError, one_line
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
         path = visualize(args)
-    except (InputError, MethodError, CheckpointError) as error:
-        raise SystemExit(f"error: {error}") from error
+    except (InputError, MethodError, OSError, ImportError) as error:
+        arguments.exit(2, f"error: {one_line(error)}\n")
+    except KeyboardInterrupt:
+        arguments.exit(130, "interrupted; nothing was drawn\n")
     print(path)
 
 

@@ -50,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     measure = parser.add_argument_group("measurement")
     measure.add_argument("--methods", metavar="WORDS", help=f"default for videos: {VIDEO_METHODS}")
     measure.add_argument("--retention", type=_share, help="ratio of methods named without one (default: 0.1)")
-    measure.add_argument("--repeats", type=_count, default=7)
+    measure.add_argument(
+        "--repeats", type=_count, default=7, help="rounds (default: 7); up to three times as many if times spread a lot"
+    )
     measure.add_argument("--warmup", type=_whole, default=2)
     measure.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop repeating after this long")
     measure.add_argument("--compare-transformers", action="store_true", help="dense against transformers' own class")
@@ -92,14 +94,14 @@ def _size(text: str) -> tuple[int, int]:
 def _console() -> Console:
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal else Console(width=150)
+    console = Console(markup=False, emoji=False)
+    return console if console.is_terminal else Console(width=150, markup=False, emoji=False)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
-    from accelerate_methods.stages.errors import MethodError
+    from accelerate_methods.stages.errors import MethodError, one_line
 
     console = _console()
     try:
@@ -118,7 +120,9 @@ def main(argv: list[str] | None = None) -> int:
     except (MethodError, OSError, ImportError, ValueError) as error:
         if os.environ.get("ACCELERATE_METHODS_TRACEBACK"):
             raise
-        parser.exit(2, f"error: {error}\n")
+        parser.exit(2, f"error: {one_line(error)}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted; nothing was written, start the same command again.\n")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import textwrap
 from collections.abc import Mapping
@@ -9,17 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from accelerate_methods.bench.results import dense_row, flops_share, kept_share, middle, speed_up, work_ms
+from accelerate_methods.bench.steadiness import busy
 from accelerate_methods.bench.table import title
 from accelerate_methods.registry.settings import DENSE
 from accelerate_methods.stages.errors import MethodError
 
 
+def require() -> None:
+    """
+    Raises:
+        MethodError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MethodError("plots need matplotlib: pip install 'mllm-accelerate[plots]'")
+
+
 def draw(content: Mapping[str, Any], path: Path) -> list[Path]:
     """``<path>_retention.png``, ``_stages.png`` and ``_speedup.png`` of the rows that could be measured."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise MethodError("plots need matplotlib: pip install 'mllm-accelerate[plots]'") from None
+    require()
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -30,15 +40,18 @@ def draw(content: Mapping[str, Any], path: Path) -> list[Path]:
         ("stages", 1, _stages),
         ("speedup", 1, _speed_up),
     ):
-        if name == "speedup" and dense_row(content) is None:
-            continue
-        figure, axes = plt.subplots(1, panels, figsize=(6.0 * panels + 1.6, 4.4), squeeze=False)
-        draw_panels(axes[0], rows, dense_row(content))
-        figure.suptitle("\n".join(textwrap.wrap(title(content), 75 * panels)), fontsize=8)
-        figure.tight_layout()
-        target = path.with_name(f"{path.stem}_{name}.png")
-        figure.savefig(target, dpi=150)
-        plt.close(figure)
+        if name == "speedup":
+            if dense_row(content) is None:
+                continue
+            rows = [row for row in rows if busy(row, dense_row(content)) is None]  # a wrong point is worse than none
+        with matplotlib.rc_context({"text.parse_math": False}):  # a dollar sign in a name is one
+            figure, axes = plt.subplots(1, panels, figsize=(6.0 * panels + 1.6, 4.4), squeeze=False)
+            draw_panels(axes[0], rows, dense_row(content))
+            figure.suptitle("\n".join(textwrap.wrap(title(content), 75 * panels)), fontsize=8)
+            figure.tight_layout()
+            target = path.with_name(f"{path.stem}_{name}.png")
+            figure.savefig(target, dpi=150)
+            plt.close(figure)
         drawn.append(target)
     return drawn
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate_methods.registry.settings import DENSE
-from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.errors import MethodError, one_line
 
 ROOT = Path(__file__).resolve().parents[2]
 CONVENTION = "multiply-accumulates (a fused multiply-add counts once), decoder layers only, attention as full square"
@@ -112,11 +112,33 @@ def read(path: str | Path) -> dict[str, Any]:
     """A result file; an error says what is wrong with another one."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MethodError(f"cannot read {path}: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise MethodError(f"cannot read {path}: {one_line(error)}") from None
     if not isinstance(content, dict) or content.get("kind") != "efficiency" or content.get("schema") != 1:
         raise MethodError(f"{path} is not a result of `python -m accelerate_methods.bench` (schema 1).")
+    fault = _fault(content)
+    if fault:
+        raise MethodError(f"cannot read {path}: {fault}.")
     return content
+
+
+def _fault(content: Mapping[str, Any]) -> str:
+    """What is missing in a result, or of another kind than a run writes; empty if nothing."""
+    for key in ("machine", "versions", "model", "input"):
+        if not isinstance(content.get(key), dict):
+            return f"{key!r} is not a mapping"
+    rows = content.get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        return "'rows' is not a list of mappings"
+    for row in rows:
+        for key, kind in (("label", str), ("status", str), ("samples", dict)):
+            if not isinstance(row.get(key), kind):
+                return f"a row without {key!r}"
+        if row["status"] == "ok":
+            for key in ("tflops", "visual_tokens"):
+                if not isinstance(row.get(key), dict):
+                    return f"the row {row['label']} has no {key!r}"
+    return ""
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------

@@ -13,23 +13,35 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from accelerate_methods.bench import IMAGE_METHODS, VIDEO_METHODS, against_transformers, plots, results, sync, table
+from accelerate_methods.bench import (
+    IMAGE_METHODS,
+    VIDEO_METHODS,
+    against_transformers,
+    plots,
+    results,
+    steadiness,
+    sync,
+    table,
+)
 from accelerate_methods.bench.inputs import Inputs, make_inputs, read_clip
 from accelerate_methods.bench.measure import Bench, Row
 from accelerate_methods.bench.shapes import build, shape_of
+from accelerate_methods.engine.devices import named_device
 from accelerate_methods.registry.families import FAMILIES
 from accelerate_methods.registry.pipeline import resolve
 from accelerate_methods.registry.settings import DENSE, Setting, settings_of
-from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.errors import MethodError, check_writable
 
+_MORE = 3  # times --repeats, until the spread is small
 RETENTION = 0.1  # of methods that are named without a ratio
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Measure and write; 1 if a setting failed for another reason than memory, 0 otherwise."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise MethodError("--device cuda: torch sees no CUDA device on this machine.")
+    device = named_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check_writable(args.output, f"--output {args.output}")
+    if args.plots:
+        plots.require()
     if args.check_sync and device.type != "cuda":
         raise MethodError("--check-sync needs CUDA: only there can the host run ahead of the device.")
     if args.video and not args.pretrained:
@@ -145,10 +157,11 @@ def measure(bench: Bench, rows: list[Row], args: argparse.Namespace, console: Co
     """All settings in turn, round after round, so that a slow minute of the machine hits them alike."""
     extra: dict[str, Any] = {}
     columns = (
-        TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description:32}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TimeRemainingColumn(),
     )  # fmt: skip
     rounds = args.warmup + args.repeats
+    most = args.warmup + _MORE * args.repeats
     began = time.monotonic()
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(rows) * (1 + rounds))
@@ -158,17 +171,21 @@ def measure(bench: Bench, rows: list[Row], args: argparse.Namespace, console: Co
             if row.ok:
                 bench.find_facts(row)
             progress.advance(task)
-        for index in range(rounds):
+        index = 0
+        while index < rounds or (index < most and steadiness.unsteady(row.to_dict() for row in rows)):
             spent = time.monotonic() - began
             # one kept round at least
             if args.time_limit and index > args.warmup and spent * (index + 1) / max(index, 1) > args.time_limit:
                 break
+            if index >= rounds:
+                progress.update(task, total=len(rows) * (2 + index))
             name = "warm-up" if index < args.warmup else f"repeat {index - args.warmup + 1}"
             for row in rows:
                 progress.update(task, description=f"{row.setting.label}: {name}")
                 if row.ok:
                     bench.sample(row, keep=index >= args.warmup)
                 progress.advance(task)
+            index += 1
         if args.check_sync:
             extra["synchronisations"] = {r.setting.label: sync.synchronisations(bench, r) for r in rows if r.ok}
         if args.compare_transformers:
@@ -176,4 +193,8 @@ def measure(bench: Bench, rows: list[Row], args: argparse.Namespace, console: Co
             extra["transformers"] = against_transformers.compare(
                 bench.model, bench.inputs, args.repeats, args.warmup, lambda: progress.advance(other)
             )
+    left = steadiness.unsteady(row.to_dict() for row in rows)
+    if left:
+        repeats = max(len(row.samples["prefill_ms"]) for row in rows)
+        console.print(f"after {repeats} repeats the times still spread too much: {', '.join(left)}", style="yellow")
     return extra

@@ -15,6 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from accelerate_methods.stages.errors import MethodError
+
+
+def named_device(text: str) -> torch.device:
+    """The device that a user names.
+
+    Raises:
+        MethodError: there is none of this name on this machine.
+    """
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise MethodError(f"unknown device {text!r}; write cpu, cuda or cuda:1.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise MethodError(f"device {text}: torch sees {torch.cuda.device_count()} CUDA devices on this machine.")
+    return device
+
 
 def hooked_device(module: nn.Module) -> torch.device | None:
     """The device that accelerate's hook gives this module; None without a hook (it computes where its weights lie)."""

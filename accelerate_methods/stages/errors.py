@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class MethodError(ValueError):
@@ -26,3 +28,22 @@ def one_line(error: BaseException) -> str:
     """What an error says, in one line; its kind where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(" ".join(lines).split()) or type(error).__name__
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Refuse an output folder before the work whose results would go there; it need not exist, and nothing is made.
+
+    Args:
+        what: what the user gave, in front of the reason.
+
+    Raises:
+        MethodError: a part of its path is no folder, or may not be written.
+    """
+    for place in (folder.absolute(), *folder.absolute().parents):
+        if not os.path.lexists(place):
+            continue
+        if not place.is_dir():
+            raise MethodError(f"{what}: {place} is no folder.")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise MethodError(f"{what}: no permission to write into {place}.")
+        return

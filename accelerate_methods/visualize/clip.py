@@ -10,9 +10,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.errors import MethodError, one_line
 from accelerate_methods.visualize.cells import Overlay, Panel
-from accelerate_methods.visualize.painting import GREY, INK, PAPER, draw_legend, fitted, font, overlay_paint, wrapped
+from accelerate_methods.visualize.painting import (
+    GREY,
+    INK,
+    PAPER,
+    draw_legend,
+    fitted,
+    font,
+    overlay_paint,
+    wrapped,
+    writing,
+)
 from accelerate_methods.visualize.sheet import share
 
 RATE = 10  # pictures per second of the file; a frame stays for as many as it needs
@@ -32,7 +42,8 @@ def write_clip(panels: Sequence[Panel], overlays: Sequence[Overlay], path: str |
     writer = _writer(path)
     pictures = (_picture(panels, overlays, index, title) for index in range(len(panels)))
     holds = _holds(panels)
-    writer(Path(path), pictures, holds)
+    with writing(path):
+        writer(Path(path), pictures, holds)
     return Path(path)
 
 
@@ -120,4 +131,4 @@ def _with_imageio(path: Path, pictures: Sequence[Image.Image], holds: list[int])
                 for _ in range(hold):
                     file.append_data(np.asarray(picture))
     except (ValueError, ImportError, OSError) as error:
-        raise MethodError(f"cannot write {path} with imageio: {error}") from error
+        raise MethodError(f"cannot write {path} with imageio: {one_line(error)}") from error

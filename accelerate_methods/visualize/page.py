@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from accelerate_methods.visualize.cells import DROPPED, KEPT, LEFT, MERGED, NOWHERE, Overlay, Panel
-from accelerate_methods.visualize.painting import EMPTY, FRAME, SHADE, TINT, UNDER_TINT, layer_colour, legend
+from accelerate_methods.visualize.painting import EMPTY, FRAME, SHADE, TINT, UNDER_TINT, layer_colour, legend, writing
 
 LONG_EDGE = 960  # pixels of a stored picture; many frames are stored smaller
 BUDGET = 12e6  # pixels of all stored pictures
@@ -42,15 +43,17 @@ def write_page(
         f"{html.escape(text)}</span>"
         for colour, framed, text in legend(overlays)
     )
-    page = _PAGE
-    for name, text in (
-        ("TITLE", html.escape(title)),
-        ("MODEL", html.escape(model)),
-        ("LEGEND", swatches),
-        ("CONTENT", json.dumps(content, separators=(",", ":")).replace("</", "<\\/")),  # last: may hold any text
-    ):
-        page = page.replace(f"@@{name}@@", text)
-    Path(path).write_text(page, encoding="utf-8")
+    filled = {
+        "TITLE": html.escape(title),
+        "MODEL": html.escape(model),
+        "LEGEND": swatches,
+        # no "<": neither the end of the script element nor "<!--" may stand in it
+        "CONTENT": json.dumps(content, separators=(",", ":")).replace("<", "\\u003c"),
+    }
+    # in one go: a title may hold a placeholder
+    page = re.sub("@@([A-Z]+)@@", lambda match: filled[match[1]], _PAGE)
+    with writing(path):
+        Path(path).write_text(page, encoding="utf-8")
     return Path(path)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import bisect
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from accelerate_methods.stages.errors import MethodError, one_line
 from accelerate_methods.visualize.cells import DROPPED, KEPT, LEFT, MERGED, NOWHERE, Cells, Overlay
 
 if TYPE_CHECKING:
@@ -110,11 +114,11 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 def fitted(text: str, face: ImageFont.FreeTypeFont, width: float) -> str:
     """``text`` in one line of at most ``width`` pixels, cut with dots."""
-    if face.getlength(text) <= width:
+    if len(text) <= width and face.getlength(text) <= width:  # no letter is narrower than a pixel
         return text
-    while text and face.getlength(text + "...") > width:
-        text = text[:-1]
-    return text.rstrip() + "..."
+    counts = range(1, min(len(text), int(width)) + 1)
+    count = bisect.bisect_right(counts, width, key=lambda n: face.getlength(text[:n] + "..."))
+    return text[:count].rstrip() + "..."
 
 
 def wrapped(text: str, face: ImageFont.FreeTypeFont, width: float, lines: int = 3) -> list[str]:
@@ -122,12 +126,25 @@ def wrapped(text: str, face: ImageFont.FreeTypeFont, width: float, lines: int = 
     out: list[str] = []
     words = text.split()
     while words and len(out) < lines - 1:
-        count = len(words)
-        while count > 1 and face.getlength(" ".join(words[:count])) > width:
-            count -= 1
+        count = 1
+        while count < len(words) and face.getlength(" ".join(words[: count + 1])) <= width:
+            count += 1
         out.append(fitted(" ".join(words[:count]), face, width))
         words = words[count:]
     return [*out, fitted(" ".join(words), face, width)] if words else out
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Errors of writing a picture name it.
+
+    Raises:
+        MethodError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise MethodError(f"cannot write {path}: {error.strerror or one_line(error)}") from error
 
 
 def legend(overlays: Sequence[Overlay]) -> list[tuple[tuple[int, int, int], bool, str]]:

@@ -11,7 +11,17 @@ from PIL import Image, ImageDraw, ImageFont
 
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.visualize.cells import KEPT, NOWHERE, Overlay, Panel, even_cells
-from accelerate_methods.visualize.painting import GREY, INK, PAPER, draw_legend, fitted, font, overlay_paint, wrapped
+from accelerate_methods.visualize.painting import (
+    GREY,
+    INK,
+    PAPER,
+    draw_legend,
+    fitted,
+    font,
+    overlay_paint,
+    wrapped,
+    writing,
+)
 
 if TYPE_CHECKING:
     from accelerate_methods.engine.recording import ItemRecord
@@ -71,8 +81,9 @@ def draw_sheet(
             right = max(right, x + max(int(height * _aspects(r)) + GAP * (len(r) - 1) for r in rows))
         y += max(b.height for b in stripe) + BETWEEN
     page = page.crop((0, 0, max(right, WIDTH * 3 // 5) + MARGIN, y - BETWEEN + MARGIN))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    page.save(path)
+    with writing(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        page.save(path)
     return Path(path)
 
 

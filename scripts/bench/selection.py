@@ -57,9 +57,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.json is not None and args.json.exists():
         parser.error(f"{args.json} exists; results are never overwritten.")
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:
-        console = Console(width=110)
+        console = Console(width=110, markup=False, emoji=False)
     chosen = [i for i, case in enumerate(CASES) if args.only is None or case.method in args.only]
     results = {i: _child(i, args) for i in track(chosen, "measuring", console=console, transient=True)}
     console.print(_table(results, args))

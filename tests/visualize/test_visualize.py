@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import html
 import importlib.util
 import json
 import re
@@ -31,7 +33,7 @@ from accelerate_methods.visualize import (
     write_clip,
     write_page,
 )
-from accelerate_methods.visualize.painting import EMPTY, FRAME
+from accelerate_methods.visualize.painting import EMPTY, FRAME, fitted, font, wrapped
 from tests.conftest import CHECKPOINTS
 from tests.support.paths import ROOT
 
@@ -313,14 +315,16 @@ def test_what_is_a_picture_is_told_by_content(tmp_path):
         (("--input", "{good}.png", "--method", "fastv", "--pretrained", str(CHECKPOINTS / "tiny-qwen3-vl")), "not a"),
     ],
 )
-def test_errors_are_one_clear_line(words, message, tmp_path):
+def test_errors_are_one_clear_line(words, message, tmp_path, capsys):
     (tmp_path / "bad.png").write_bytes(b"no image")
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     Image.new("RGB", (20, 20)).save(tmp_path / "good.png")
     words = [w.format(bad=tmp_path / "bad", good=tmp_path / "good") for w in words]
     words = words if "--question" in words else [*words, "--question", "?"]
-    with pytest.raises(SystemExit, match="^error: .*" + re.escape(message)):
+    with pytest.raises(SystemExit) as stop:
         run(*words, "--output", tmp_path / "out.png")
+    *_, said = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and said.startswith("error: ") and message in said
     assert not (tmp_path / "out.png").exists()
 
 
@@ -330,5 +334,98 @@ def test_output_must_be_known_and_fit_the_input(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(*common, tmp_path / "out.gif")
     assert "must end in .png, .html, .mp4" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="the input is not"):
-        run(*common, tmp_path / "out.mp4")
+    for output, message in (
+        ("out.mp4", "the input is not"),
+        ("good.png/out.png", "good.png is no folder"),
+        ("folder.png", "is a folder"),
+    ):
+        (tmp_path / "folder.png").mkdir(exist_ok=True)
+        with pytest.raises(SystemExit, match="2"):
+            run(*common, tmp_path / output)
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--device", "gpu"), "unknown device 'gpu'"),
+        (("--device", "cuda:99"), "device cuda:99: torch sees"),
+        (("--frames", "few"), "'few' is not a whole number of at least 1"),
+        (("--frames", "0"), "'0' is not a whole number of at least 1"),
+    ],
+)
+def test_wrong_words_load_nothing(words, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(visualize, "Looker", lambda *args: pytest.fail("the model was loaded"))
+    with pytest.raises(SystemExit, match="2"):
+        run("--input", CLIP, "--question", "?", "--method", "fastvid", "--output", tmp_path / "out.png", *words)
+    assert message in capsys.readouterr().err
+
+
+def test_an_interrupted_drawing(tmp_path, capsys, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(visualize, "read_input", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        run("--input", CLIP, "--question", "?", "--method", "fastv", "--output", tmp_path / "out.png")
+    assert capsys.readouterr().err == "interrupted; nothing was drawn\n"
+
+
+def test_all_leaves_out_what_cannot_act_and_says_so(tmp_path, capsys, monkeypatch):
+    """A method that was named is an error instead, whatever "all" would have said of it."""
+    named = {c.label: c.named for c in visualize.choices(["all@0.25 fastv@0.25"], "llava_onevision", True)}
+    assert named["fastv@0.25"] and not named["fastvid@0.25"] and named["dense"]
+    wanted, choices = ("dense", "fastvid@0.25", "fastv@0.25"), visualize.choices  # every one of them takes its time
+    monkeypatch.setattr(visualize, "choices", lambda *args: [c for c in choices(*args) if c.label in wanted])
+    Image.new("RGB", (40, 20), (200, 0, 0)).save(tmp_path / "good.png")
+    common = ("--input", tmp_path / "good.png", "--question", "?", "--max-new-tokens", 1)
+    run(*common, "--method", "all@0.25", "--output", tmp_path / "out.html")
+    said = capsys.readouterr().err
+    assert "fastvid@0.25 is left out: fastvid@0.25 acts on video only" in said
+    assert "fastv@0.25: " in said and (tmp_path / "out.html").is_file()
+
+
+def test_pictures_are_shown_as_the_camera_was_held(tmp_path):
+    picture = Image.new("RGB", (40, 20))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    assert visualize.read_input([str(tmp_path / "turned.jpg")], 1).images[0].size == (20, 40)
+
+
+# -- data are no markup ------------------------------------------------------------------------------------------------
+
+ODD = "[/b] [INST] <script>alert(1)</script> @@CONTENT@@ <!-- {{x}} $x$ </script> & :warning:"
+
+
+def test_page_shows_names_and_answers_as_they_are(tmp_path):
+    odd = [dataclasses.replace(each, label=ODD, answer=ODD, note=ODD) for each in overlays()]
+    panels = [dataclasses.replace(grey(), caption=ODD) for _ in odd[0].cells]
+    text = write_page(panels, odd, tmp_path / "p.html", title=ODD, model=ODD).read_text(encoding="utf-8")
+    assert text.count("<script") == 2 and text.count("</script>") == 2 and "<!--" not in text
+    content = json.loads(re.search(r'id="content">(.*?)</script>', text, re.S)[1])
+    assert {m["label"] for m in content["methods"]} == {m["answer"] for m in content["methods"]} == {ODD}
+    assert html.unescape(re.search("<h1>(.*?)</h1>", text)[1]) == ODD == html.unescape(
+        re.search("<title>(.*?)</title>", text)[1]
+    )
+
+
+def test_long_questions_are_cut(tmp_path):
+    """In no more time than it takes to draw them."""
+    title = "why " * 20_000 + "x" * 50_000
+    panels = [grey() for _ in overlays()[0].cells]
+    short, long = (draw_sheet(panels, overlays(), tmp_path / f"{t[:1]}.png", title=t) for t in ("a b", title))
+    heights = [Image.open(path).height for path in (short, long)]
+    assert heights[0] < heights[1] < heights[0] + 150
+    face = font(20)
+    lines = wrapped(title, face, 300, lines=3)
+    assert len(lines) == 3 and lines[-1].endswith("...") and all(face.getlength(line) <= 300 for line in lines)
+    assert fitted("", face, 10) == "" and fitted("short", face, 300) == "short" and fitted("mmm", face, 1) == "..."
+
+
+def test_a_picture_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    panels = [grey() for _ in overlays()[0].cells]
+    for write, name in ((draw_sheet, "p.png"), (write_page, "p.html")):
+        with pytest.raises(MethodError, match=r"cannot write .*file/p"):
+            write(panels, overlays(), tmp_path / "file" / name)

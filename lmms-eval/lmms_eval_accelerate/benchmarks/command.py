@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     shell = commands.add_parser("env", help='what a shell needs for offline runs: eval "$(... env --data DIR)"')
     shell.add_argument("--data", type=Path, required=True)
     options = parser.parse_args(argv)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if options.command == "list":
         return _list(options.file)
     try:

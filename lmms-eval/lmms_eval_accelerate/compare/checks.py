@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from accelerate_methods.hosts.checkpoint_files import check_files, find_file, read_config
-from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.errors import MethodError, check_writable
 from llava.media_kind import kind_of
 from lmms_eval_accelerate.benchmarks.catalog import BENCHMARKS, offline_environment
 from lmms_eval_accelerate.benchmarks.check import require
@@ -49,14 +48,7 @@ def check_output(folder: Path) -> None:
     """
     if "," in str(folder) or "=" in str(folder):
         raise MethodError(f"--output {folder}: lmms-eval cannot read a ',' or '=' in it; choose another name.")
-    for place in (folder, *folder.parents):
-        if not place.exists():
-            continue
-        if not place.is_dir():
-            raise MethodError(f"--output {folder}: {place} is no folder.")
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise MethodError(f"--output {folder}: no permission to write into {place}.")
-        return
+    check_writable(folder, f"--output {folder}")
 
 
 def check_picture(video: Path) -> None:

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     code, go_on = 2, "nothing was started"
     try:
-        comparison, settings, runner, runs, plan = _planned(args, Console())
+        comparison, settings, runner, runs, plan = _planned(args, Console(markup=False, emoji=False))
         if args.dry_run:
             return
         comparison.take_output(plan, runner.machines.machine_rank)

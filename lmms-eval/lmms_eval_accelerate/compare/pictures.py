@@ -11,6 +11,7 @@ from accelerate_methods.registry.settings import Setting
 from lmms_eval_accelerate.compare.comparison import Comparison
 from lmms_eval_accelerate.compare.table import TaskResult, cut_tasks
 from lmms_eval_accelerate.report.results import DENSE
+from lmms_eval_accelerate.runs.long_prompts import MARK
 
 
 def draw_curve(found: list[TaskResult], path: Path) -> Path:
@@ -21,6 +22,14 @@ def draw_curve(found: list[TaskResult], path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     panels = cut_tasks(found)
+    with matplotlib.rc_context({"text.parse_math": False}):  # a dollar sign in a name is one
+        figure = _curves(plt, panels)
+        figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _curves(plt: Any, panels: Mapping[str, list[TaskResult]]) -> Any:
     figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.8), squeeze=False)
     for axis, (task, here) in zip(axes[0], panels.items(), strict=True):
         for row in here:
@@ -29,16 +38,19 @@ def draw_curve(found: list[TaskResult], path: Path) -> Path:
                 axis.axhline(100 * row.score, color="0.5", linestyle="--", linewidth=1, label=DENSE + harmed)
         methods = dict.fromkeys(_method(row) for row in here if row.setting != DENSE)
         for method in methods:
-            points = sorted((100 * r.kept, 100 * r.score) for r in here if _method(r) == method)
+            rows = sorted((r for r in here if _method(r) == method), key=lambda r: (r.kept, r.score))
+            points = [(100 * r.kept, 100 * r.score) for r in rows]
             # a line between points of one run each: no more is claimed
-            axis.plot(*zip(*points, strict=True), marker="o", label=method)
+            (line,) = axis.plot(*zip(*points, strict=True), marker="o", label=method)
+            harmed = [point for row, point in zip(rows, points, strict=True) if row.not_comparable]
+            if harmed:
+                look = {"linestyle": "", "marker": "o", "markerfacecolor": "white", "color": line.get_color()}
+                axis.plot(*zip(*harmed, strict=True), **look, label=f"{MARK} not comparable")
         axis.set(title=task, xlabel="visual tokens kept (%)", ylabel="accuracy (%)")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
+    return figure
 
 
 def _method(row: TaskResult) -> str:

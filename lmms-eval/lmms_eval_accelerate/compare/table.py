@@ -206,7 +206,8 @@ def markdown(found: list[TaskResult]) -> str:
         grid = _grid(here)
         lines += [f"**{_title(task, here)}**", "", "| " + " | ".join(grid) + " |"]
         lines += ["|---|" + "---:|" * (len(grid) - 1)]
-        lines += ["| " + " | ".join(row) + " |" for row in zip(*grid.values(), strict=True)]
+        for row in zip(*grid.values(), strict=True):
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
         lines.append("")
     warnings = [f"**Warning.** {line}\n" for line in _warnings(found)]
     return "\n".join([*lines, *warnings, f"({_note(found)})", ""])

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from error
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False, emoji=False)
     for path in written:
         console.print(f"{path}  ({path.stat().st_size / 1e6:.1f} MB)", soft_wrap=True, highlight=False)
 

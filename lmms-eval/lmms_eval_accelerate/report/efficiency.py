@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from statistics import median
 
+from accelerate_methods.bench.steadiness import busy
 from accelerate_methods.registry.pipeline import resolve
 from accelerate_methods.stages.errors import MethodError
 from lmms_eval_accelerate.report.results import DENSE, Bench
@@ -52,11 +53,23 @@ def _bench_rows(bench: Bench, suffix: str, notes: list[str]) -> list[BenchRow]:
         notes.append(f"{MARK}: not comparable ({bench.path.name}): {reason}.")
     for row in rows:
         if row.ok and row is not dense:
-            row.not_comparable = reason
+            row.not_comparable = reason or _busy(row, dense, bench, notes)
             row.speedup = ratio(dense.work_ms, row.work_ms)
             row.first_token_speedup = ratio(dense.median("first_token_ms"), row.median("first_token_ms"))
             row.overhead = ratio(row.median("compress_ms"), dense.median("prefill_ms"))
     return rows
+
+
+def _busy(row: BenchRow, dense: BenchRow, bench: Bench, notes: list[str]) -> str | None:
+    """Why the row's times are not to be believed; told in the notes."""
+    try:
+        why = busy(row.content, dense.content)
+    except (KeyError, TypeError, ZeroDivisionError):  # a file of somebody else's bench has less in it
+        return None
+    if why is None:
+        return None
+    notes.append(f"{MARK}: not comparable ({bench.path.name}): {row.label}: the machine was busy, {why}.")
+    return f"the machine was busy: {why}"
 
 
 def _beside_transformers(bench: Bench) -> list[str]:

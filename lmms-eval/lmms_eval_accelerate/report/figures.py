@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from accelerate_methods.registry import available
 from lmms_eval_accelerate.report.accuracy import is_baseline
 from lmms_eval_accelerate.report.results import DENSE
 from lmms_eval_accelerate.report.sections import AXES, BenchRow, BenchSection, Entry, TaskTable
+from lmms_eval_accelerate.runs.long_prompts import MARK
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -71,13 +73,15 @@ def _pareto(table: TaskTable, entries: Sequence[Entry], axis: str, title: str, s
         figure.add_scatter(
             x=[unit * e.cost(axis) for e in here],
             y=[scale * e.score for e in here],
-            mode="markers",
-            name=method,
-            text=[e.label for e in here],
-            hovertemplate="%{text}<br>%{y:.1f} at %{x:.4g}<extra></extra>",
+            mode="markers+text",
+            name=_plain(method),
+            text=[MARK if e.not_comparable else "" for e in here],
+            textposition="top center",
+            hovertext=[_named(e) for e in here],
+            hovertemplate="%{hovertext}<br>%{y:.1f} at %{x:.4g}<extra></extra>",
             marker={
                 "color": style.colour(method),
-                "symbol": style.marker(method),
+                "symbol": [_symbol(style.marker(method), e) for e in here],
                 "size": [13 if e.front[axis] else 9 for e in here],
                 "opacity": [1.0 if e.front[axis] else 0.65 for e in here],
                 "line": {"color": "#000000", "width": [1.5 if e.front[axis] else 0 for e in here]},
@@ -98,7 +102,7 @@ def stages(section: BenchSection, style: Style) -> go.Figure:
     figure = go.Figure()
     for key, (name, colour, pattern) in _STAGES.items():
         figure.add_bar(
-            y=[r.label for r in rows],
+            y=[_plain(r.label) for r in rows],
             x=[r.median(key) or 0.0 for r in rows],
             name=name,
             orientation="h",
@@ -122,7 +126,7 @@ def speedups(section: BenchSection, style: Style) -> go.Figure | None:
     ]
     if not points:
         return None
-    figure = _by_method(points, style, "%{text}<br>%{y:.2f}x at %{x:.1f} % of the FLOPs<extra></extra>")
+    figure = _by_method(points, style, "%{hovertext}<br>%{y:.2f}x at %{x:.1f} % of the FLOPs<extra></extra>")
     low = min(x for _, x, _ in points)
     line = [low * (100 / low) ** (i / 60) for i in range(61)]
     figure.add_scatter(
@@ -145,7 +149,7 @@ def against_tokens(section: BenchSection, value: str, style: Style) -> go.Figure
             points.append((row, row.tokens("per_layer"), y if value == "work_ms" else y / 2**30))
     if not points:
         return None
-    figure = _by_method(points, style, "%{text}<br>%{y:.4g} at %{x:.0f} tokens<extra></extra>")
+    figure = _by_method(points, style, "%{hovertext}<br>%{y:.4g} at %{x:.0f} tokens<extra></extra>")
     title = "compress + prefill, ms" if value == "work_ms" else "peak memory, GiB"
     figure.update_yaxes(rangemode="tozero")
     return _finish(figure, "visual tokens, mean over LLM layers", title)
@@ -160,14 +164,35 @@ def _by_method(points: Sequence[tuple[BenchRow, float, float]], style: Style, ho
         figure.add_scatter(
             x=[x for _, x, _ in here],
             y=[y for _, _, y in here],
-            mode="lines+markers" if len(here) > 1 else "markers",
+            mode="lines+markers+text" if len(here) > 1 else "markers+text",
             line={"color": style.colour(method), "width": 1},
-            marker={"color": style.colour(method), "symbol": style.marker(method), "size": 10},
-            text=[row.label for row, _, _ in here],
-            name=method,
+            marker={
+                "color": style.colour(method),
+                "symbol": [_symbol(style.marker(method), row) for row, _, _ in here],
+                "size": 10,
+            },
+            text=[MARK if row.not_comparable else "" for row, _, _ in here],
+            textposition="top center",
+            hovertext=[_named(row) for row, _, _ in here],
+            name=_plain(method),
             hovertemplate=hover,
         )
     return figure
+
+
+def _named(row: Entry | BenchRow) -> str:
+    """A setting as a point says it when it is pointed at, with the mark that the tables give it."""
+    return _plain(row.label) + (f"<br>{MARK}: not comparable, see the warnings" if row.not_comparable else "")
+
+
+def _symbol(marker: str, row: Entry | BenchRow) -> str:
+    """Hollow where the numbers are not comparable."""
+    return f"{marker}-open" if row.not_comparable else marker
+
+
+def _plain(text: str) -> str:
+    """A name as Plotly shows it as it is: it reads tags and entities."""
+    return html.escape(text, quote=False)
 
 
 def _finish(figure: go.Figure, x: str, y: str, height: int = 340, legend: bool = True, top: bool = False) -> go.Figure:

@@ -14,6 +14,7 @@ from lmms_eval_accelerate.report.figures import Style
 from lmms_eval_accelerate.report.results import ReportError
 from lmms_eval_accelerate.report.sections import BenchSection, Section, TaskTable
 from lmms_eval_accelerate.report.tables import table_title
+from lmms_eval_accelerate.runs.long_prompts import MARK
 
 _HERE = Path(__file__).parent
 _GLYPHS = {  # the plots' markers as text
@@ -145,7 +146,11 @@ def _task(
         legend = " ".join(f"<span>{_mark(style, m)} {_text(m)}</span>" for m in methods)
         names = {f"{anchor}_{axis}": figure for axis, figure in drawn.items()}
         data["plots"].update({name: json.loads(figure.to_json()) for name, figure in names.items()})
-        parts.append(f'<div class="legend">{legend} <span>framed: Pareto front</span> <span>dashed: dense</span></div>')
+        more = ["framed: Pareto front", "dashed: dense"]
+        if any(e.not_comparable for e in table.entries):
+            more.append(f"hollow, {MARK}: not comparable")
+        legend += "".join(f" <span>{_text(each)}</span>" for each in more)
+        parts.append(f'<div class="legend">{legend}</div>')
         parts.append('<div class="plots">' + "".join(f'<div class="plot" id="{n}"></div>' for n in names) + "</div>")
     documents = overlays.of_table(table, pictures)
     samples, total = _samples(table, max_samples)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from accelerate_methods.stages.errors import MethodError
 from lmms_eval_accelerate import embedded
@@ -41,20 +41,20 @@ EMBEDDED_TABLE = "embedded"
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 1 a run or its evaluation failed, 2 it could not start."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(width=FILE_WIDTH)
+        console = Console(width=FILE_WIDTH, markup=False, emoji=False)
     try:
         if argv[:1] == ["leaderboard"]:
             return leaderboard.main(argv[1:], console)
         return _reproduce(argv, console)
     except MethodError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        _error(error, Console(stderr=True, markup=False, emoji=False))
         return 2
     except LaunchError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        _error(error, console)
         if error.tail:
-            console.print(escape("\n".join(error.tail)), highlight=False, soft_wrap=True)
+            console.print("\n".join(error.tail), highlight=False, soft_wrap=True)
         console.print("What is done is kept: start the same command again to go on.")
         return 1
     except KeyboardInterrupt:
@@ -106,7 +106,7 @@ def _reproduce(argv: list[str], console: Console) -> int:
         try:
             made = outcome.evaluate(table, selections, choices, _about(argv, machines, units))
         except MethodError as error:
-            console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+            _error(error, console)
             console.print(f"The runs are done and kept in {output}; they could not be evaluated.", soft_wrap=True)
             return 1
         write_json(output / OUTCOME, made)
@@ -126,7 +126,11 @@ def _check_start(units: Sequence[Unit]) -> None:
 
 
 def _warn(text: str, console: Console) -> None:
-    console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False)
+    console.print(Text.assemble(("warning:", "yellow"), f" {text}"), soft_wrap=True)
+
+
+def _error(error: Exception, console: Console) -> None:
+    console.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
 
 
 def _missing(columns: Mapping[str, Benchmark], data: Path) -> str:
@@ -223,7 +227,7 @@ def _list(name: str | None, console: Console) -> None:
     """The tables, or the parts, rows and columns of one."""
     if name is None:
         for each in available():
-            console.print(f"{each:24} {escape(load(each).title)}", highlight=False, soft_wrap=True)
+            console.print(f"{each:24} {load(each).title}", highlight=False, soft_wrap=True)
         return
     table = load(name)
     console.print(f"{table.title} ({table.paper})", markup=False, highlight=False, soft_wrap=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from lmms_eval_accelerate.runs.long_prompts import MARK, LongPrompts, explained, marked
 
@@ -33,9 +33,9 @@ class Grid:
             # a long name folds, numbers never do
             longest = max((len(row[0]) for row in self.rows), default=0)
             wrap = {"no_wrap": True} if index else {"overflow": "fold", "min_width": min(longest, _NAME)}
-            view.add_column(escape(header), justify="right" if index else "left", vertical="top", **wrap)
+            view.add_column(Text(header), justify="right" if index else "left", vertical="top", **wrap)
         for index, row in enumerate(self.rows):
-            view.add_row(*map(escape, row), end_section=index in self.sections)
+            view.add_row(*map(Text, row), end_section=index in self.sections)
         return view
 
     def markdown(self) -> str:
@@ -51,19 +51,19 @@ def _line(cells: Sequence[str]) -> str:
 
 def show(outcome: Mapping[str, Any], console: Console) -> None:
     """Print the tables of every part, what is to be known of them, and the warnings."""
-    console.print(f"[bold]{escape(outcome['title'])}[/]  ({escape(outcome['paper'])})")
+    console.print(Text.assemble((str(outcome["title"]), "bold"), f"  ({outcome['paper']})"))
     for line in headings(outcome):
-        console.print(escape(line))
+        console.print(Text(line))
     for part in outcome["parts"]:
-        console.print(f"\n[bold]{escape(part['name'])}[/]: {escape(str(part['pretrained']))}", highlight=False)
+        console.print(Text.assemble("\n", (str(part["name"]), "bold"), f": {part['pretrained']}"))
         for grid in grids(part, console.width):
             # above the table, not in it: a narrow table would fold its title
-            console.print(escape(grid.title), style="italic", highlight=False)
+            console.print(Text(grid.title, "italic"))
             console.print(grid.rich())
         for note in notes(part):
-            console.print(escape(note), style="dim", highlight=False)
+            console.print(Text(note, "dim"))
     for warning in outcome["warnings"]:
-        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
+        console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
 
 
 def markdown(outcome: Mapping[str, Any]) -> str:

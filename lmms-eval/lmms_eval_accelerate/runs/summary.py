@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from lmms_eval_accelerate.models.costs import summarise
 from lmms_eval_accelerate.runs.answer_checks import check
@@ -126,7 +126,7 @@ def build(
 
 def show(report: dict[str, Any], path: Path) -> None:
     """Print metrics and costs."""
-    console = Console()
+    console = Console(markup=False, emoji=False)
     table = Table(title=f"{report['model']}  {report['method'] or ''}", title_justify="left")
     table.add_column("task")
     table.add_column("metric")
@@ -150,7 +150,7 @@ def show(report: dict[str, Any], path: Path) -> None:
             costs.add_row(title, *(f"{means[key]:.5g}" if key in means else "-" for means in by_task.values()))
         console.print(costs)
     for warning in report["warnings"]:
-        console.print(f"[bold yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+        console.print(Text.assemble(("warning:", "bold yellow"), f" {warning}"), soft_wrap=True)
     console.print(f"written to {path}", soft_wrap=True)
 
 
