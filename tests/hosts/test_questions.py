@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import accelerate_methods
-from accelerate_methods import MethodError
+from accelerate_methods import MethodError, accelerate
 from accelerate_methods.hosts.questions import mean_embedding, per_prompt, plain_question, question_in
 from accelerate_methods.stages.compress import CompressMethod, selection
 from tests.support.native_models import expanded, native_model, tree_model
@@ -65,7 +65,7 @@ def test_the_question_in_the_ids(prompt, question):
 def test_one_text_per_prompt():
     assert per_prompt(None, 3) is None
     assert per_prompt("a?", 1) == ["a?"] and per_prompt(["a?", "b?"], 4) == ["a?", "a?", "b?", "b?"]
-    for wrong in (["a?"] * 2, [], [None], "a?".encode()):
+    for wrong in (["a?"] * 2, [], [None], b"a?"):
         with pytest.raises(MethodError, match="one text per prompt"):
             per_prompt(wrong, 3)
 
@@ -99,7 +99,7 @@ def counts(requests):
 def test_the_caller_comes_before_the_tokenizer():
     model = tree_model("tiny-llava-1.5")
     asked = {"images": PIXELS, "max_new_tokens": 1}
-    with accelerate_methods.accelerate(model, Listening(), tokenizer=TOKENIZER), accelerate_methods.record() as requests:
+    with accelerate(model, Listening(), tokenizer=TOKENIZER), accelerate_methods.record() as requests:
         model.generate(IDS, **asked)
         model.generate(IDS, **asked, questions=["seven??"])
     assert counts(requests) == [2, 7]
@@ -109,7 +109,7 @@ def test_native_models_read_their_own_ids():
     model = native_model("tiny-llava-1.5")
     ids = expanded([5, 7, 8, 9, 10], 7, 576)
     processor = SimpleNamespace(tokenizer=TOKENIZER)
-    with accelerate_methods.accelerate(model, Listening(), tokenizer=processor), accelerate_methods.record() as requests:
+    with accelerate(model, Listening(), tokenizer=processor), accelerate_methods.record() as requests:
         model.generate(ids, pixel_values=PIXELS, max_new_tokens=1)
         model.generate(ids, pixel_values=PIXELS, max_new_tokens=1, questions=["seven??"])
         model(input_ids=ids, pixel_values=PIXELS, questions="six???")
@@ -122,7 +122,7 @@ def test_who_does_not_say_what_is_asked_is_told(make):
     native = make is native_model
     ids = expanded([5, 7, 8], 7, 576) if native else IDS
     asked = {"pixel_values" if native else "images": PIXELS}
-    with accelerate_methods.accelerate(model, Listening()):
+    with accelerate(model, Listening()):
         with pytest.raises(MethodError, match=r"listening looks at the question.*questions="):
             model.generate(ids, **asked, max_new_tokens=1)
         with pytest.raises(MethodError, match=r"questions="):

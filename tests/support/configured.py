@@ -4,16 +4,28 @@ import accelerate_methods
 from accelerate_methods.registry import method_class
 from accelerate_methods.stages.method import Method
 
-#: parameters without which a method does not fit a decoder of four layers
-OVERRIDES = {"prunevid": {"selected_layer": 1}}
+#: parameters without which a method does not fit a decoder of four layers, or has nothing to do
+OVERRIDES = {
+    "prunevid": {"selected_layer": 1},
+    "sparsevlm": {"pruning_layers": (0, 2), "budgets": (4, 2)},
+    "streamingllm": {"start_size": 3, "recent_size": 20},  # prompts are short
+}
 
 #: further settings in which a method behaves differently
 VARIANTS = {
+    "framefusion": [{"cost": 0.6, "similarity_lower_bound": 0.2}, {"ratio_lower_bound": 1.0}],
+    "sparsevlm": [{"version": "2.0"}, {"version": "1.0", "budgets": None, "scale": 1.0, "bias": 0.0}],
+    "cdpruner": [{"relevance": "none"}, {"visual_token_num": 3}],
     "dycoke": [{"dp": False}, {"ttm": False, "threshold": 2.0}, {"p": 1.0, "threshold": 2.0}],
     "fastervlm": [{"merge": "spatial_unpad"}],
     "fastv": [{"k": 0}, {"k": 1}],
     "fastvid": [{"c": 2, "tau": 0.5, "d": 1.0}],
     "prunevid": [{"merging": False}, {"selection": False}, {"selected_layer": 0, "alpha": 0.9}],
+    "streamingllm": [
+        {"start_size": 2, "recent_size": 5}, {"start_size": 0, "recent_size": 4, "original_positions": True},
+        {"start_size": 3, "recent_size": 2, "pos_shift": False}, {"policy": "for_space", "recent_size": 2},
+        {"start_size": None, "recent_size": None, "budget": 0.4},
+    ],
     "visionzip": [{"dominant": 3, "contextual": 0}, {"dominant": 1, "contextual": 2}, {"grid_order": "as_released"}],
 }
 

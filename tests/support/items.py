@@ -44,7 +44,10 @@ def make_item(layout, frames, side, kind, dtype, seed):
         merge = "flat" if layout == "flat video" else "spatial_unpad"
         item = video_item(pooled, newline, "one_token" if merge == "flat" else layout, merge)
     count, per_frame = item.num_frames, item.tokens_per_frame
-    shapes = {"frame_features": (count, 8), "key_states": (count, per_frame, 8), "text_embeddings": (5, WIDTH)}
+    shapes = {
+        "frame_features": (count, 8), "key_states": (count, per_frame, 8), "image_embeds": (count, per_frame, 8),
+        "text_embeds": (2, 8), "prompt_mean": (WIDTH,),
+    }  # fmt: skip
     item.signals = {
         name: features_of(kind, shapes.get(name, (count, per_frame)), generator).to(dtype) for name in SIGNALS
     }
@@ -81,9 +84,13 @@ def make_views(tiles, side, special, kind, dtype, seed):
         special=features_of(kind, (shape[0], 1, WIDTH), generator).to(dtype) if special else None,
         tiles=tiles,
         signals={
-            name: features_of(kind, (*shape, 8) if name == "key_states" else shape, generator).to(dtype)
-            for name in ("cls_attention", "received_attention", "key_states")
+            name: features_of(kind, size, generator).to(dtype)
+            for name, size in {  # fmt: skip
+                "cls_attention": shape, "received_attention": shape, "key_states": (*shape, 8),
+                "image_embeds": (*shape, 8), "text_embeds": (2, 8), "prompt_mean": (WIDTH,),
+            }.items()
         },
+        project=lambda tokens: tokens,
     )
     newline = torch.randn(1, generator=generator).to(dtype)
     config = type("Config", (ANYRES,), {"image_grid_pinpoints": [[across * side, down * side]]})
