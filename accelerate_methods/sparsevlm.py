@@ -43,6 +43,8 @@ _TABLE_TOKENS = 576
 _LAYERS = {"1.5": (2, 6, 15), "2.0": (2, 6, 15), "1.0": (2, 6, 15, 19)}
 #: share of the tokens that go which are merged, and how many of them make up a cluster
 _RECYCLED, _PER_CLUSTER = 0.3, 10
+#: by how much a row must be above the mean to be more than rounding
+_ROUNDING = 1e-6
 #: rows of text whose attention is computed at a time
 _ROWS_AT_ONCE = 256
 
@@ -137,11 +139,11 @@ class SparseVLM(PrefillMethod):
             scale, bias = (self.scale, self.bias) if self.scale is not None else _RANKS[self.tokens_per_image]
             ranks = zip(prompt.ranks(step), prompt.counts, strict=True)
             kept = [n if rank >= n else max(0, int(rank * scale + bias)) for rank, n in ranks]
-            stay = [k if k == n else min(k, n - 1) for k, n in zip(kept, prompt.counts, strict=True)]
+            stay = [k if k == n else max(0, min(k, n - 1)) for k, n in zip(kept, prompt.counts, strict=True)]
         else:
             stage = self.layers.index(step.layer - 1)
             budgets = [self.keep_count(spans, stage) for spans in step.spans]
-            stay = [min(budget, n - 1) for budget, n in zip(budgets, prompt.counts, strict=True)]
+            stay = [max(0, min(budget, n - 1)) for budget, n in zip(budgets, prompt.counts, strict=True)]
         return [k if tail else n for k, n, tail in zip(stay, prompt.counts, prompt.tails, strict=True)]
 
     def keep_count(self, spans: Sequence[VisualSpan], stage: int) -> int:
@@ -265,7 +267,7 @@ def select_raters(hidden: Tensor, visual: Tensor, text: Tensor) -> tuple[Tensor,
     weights = visual.float() / visual.sum(1, keepdim=True).clamp(min=1)
     relevance = torch.einsum("blr,bl->br", products.softmax(-1), weights) * text
     mean = relevance.sum(1, keepdim=True) / text.sum(1, keepdim=True).clamp(min=1)
-    raters = (relevance > mean) & text
+    raters = (relevance > mean * (1 + _ROUNDING)) & text
     return relevance, torch.where(raters.any(1, keepdim=True), raters, text)
 
 

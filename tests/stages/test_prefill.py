@@ -23,7 +23,8 @@ def test_prefill_stage(name, params, asked, ratio):
     pipeline = in_llm(name, ratio, params, "prefill")
     if pipeline is None:
         return
-    method, model, layout, inputs = pipeline.prefills[0], decoder(), asked.layout, asked.inputs
+    (method,) = pipeline.prefills
+    model, layout, inputs = decoder(), asked.layout, asked.inputs
     given_embeds, given_visual, given_spans = inputs["inputs_embeds"].clone(), layout.visual.clone(), layout.spans
     request, state, cache = asked.record(), torch.get_rng_state(), DynamicCache(config=model.config)
     with torch.no_grad():
@@ -42,12 +43,15 @@ def test_prefill_stage(name, params, asked, ratio):
     own = layout.only(method.modalities)
     for row, single in enumerate(alone):
         rows = kept[row][valid[row]]
-        assert (rows.diff() > 0).all() and real[row][rows].all(), "ascending, and no padding"
+        assert len(set(rows.tolist())) == len(rows) and real[row][rows].all(), "each once, and no padding"
         left = torch.zeros(longest, dtype=torch.bool).index_fill(0, rows, True)
         block = own.blocks()[row]
         assert left[real[row] & ~block].all(), "text and other modalities stay"
         visual = int((left & block).sum())
-        if "retention_ratio" in method.parameters() and int(block.sum()):
+        once = acts_once(method)
+        text = rows[~block[rows]]
+        assert (text.diff() > 0).all() and (not once or (rows.diff() > 0).all()), "in order"
+        if once and "retention_ratio" in method.parameters() and int(block.sum()):
             assert visual <= max(1, int(block.sum() * ratio + 0.5)) + int((block & ~layout.visual[row]).sum())
         # the same as alone
         own_rows = torch.arange(asked.lengths[row]) if single.kept is None else single.kept[0]
@@ -56,15 +60,27 @@ def test_prefill_stage(name, params, asked, ratio):
             out.last_hidden_state[row][valid[row]], single.last_hidden_state[0], atol=2e-5, rtol=2e-5
         )
         # the record
-        (layer,) = method.prefill_layers(LAYERS)
         lengths = request.layer_lengths(row)
-        assert lengths[:layer] == [asked.lengths[row]] * layer
-        assert lengths[layer:] == [len(rows)] * (LAYERS - layer)
+        assert lengths == sorted(lengths, reverse=True) and lengths[-1] >= len(rows)
+        if once:
+            (layer,) = method.prefill_layers(LAYERS)
+            assert lengths == [asked.lengths[row]] * layer + [len(rows)] * (LAYERS - layer)
         for item, span in zip(request.samples[row].items, layout.spans[row], strict=True):
-            here = left[span.start : span.start + span.num_content]
-            assert torch.equal(item.left_at[0], torch.where(here, LAYERS, layer))
+            stood = torch.arange(span.start, span.start + span.num_content)
+            held = stood if item.held_by is None else item.held_by[0]
+            assert (item.left_at[0][held >= 0] == LAYERS).all() and left[held[held >= 0]].all()
+            assert lengths[-1] > len(rows) or (held[item.left_at[0] == LAYERS] >= 0).all(), "or after the last layer"
+            assert torch.equal(held == stood, left[stood]), "what stands holds itself"
+            assert torch.equal((held >= 0) & (held != stood), (item.merged_at[0] < LAYERS) & (held >= 0))
+            if once:
+                assert torch.equal(item.left_at[0], torch.where(left[stood], LAYERS, layer))
     with torch.no_grad():
         assert_decodes(model, pipeline, inputs, cache, len(asked.samples))
+
+
+def acts_once(method):
+    """Whether it drops tokens before one layer, and does nothing else."""
+    return len(method.prefill_layers(LAYERS)) == 1 and not method.inner_layers(LAYERS)
 
 
 @each_variant(PrefillMethod)

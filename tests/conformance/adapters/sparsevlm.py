@@ -152,7 +152,8 @@ def e2e(inputs, params, context):
     request = RequestRecord()
     out = _run(model, method, embeds, params, request)
     if own and not torch.equal(own["generated_ids"], out["generated_ids"]):
-        raise AssertionError(f"generate gives {own['generated_ids'].tolist()}, the loop {out['generated_ids'].tolist()}")
+        found = [part["generated_ids"].tolist() for part in (own, out)]
+        raise AssertionError("generate gives {}, the loop {}".format(*found))
     visual = torch.tensor([int(n[0]) - embeds.shape[1] + params["n_visual"] for n in request.layer_tokens])
     return {**out, "n_visual_per_layer": visual, **{k: v for stage in method.seen for k, v in stage.items()}}
 
