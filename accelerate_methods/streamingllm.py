@@ -96,7 +96,8 @@ class StreamingLLM(EvictMethod):
             return None
         coming = (step.coming if step.arriving is None else step.arriving) + reserve
         first, last = space_ends(step.real, coming, self.start_size, self.recent_size)
-        return step.ends(first, last, most=size)
+        least = reserve + (step.coming if step.arriving is None else 1)
+        return step.ends(first, last, most=self.start_size + max(self.recent_size - least, 0))
 
 
 def space_ends(
