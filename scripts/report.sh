@@ -8,6 +8,5 @@
 
 source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
 ensure_env
-# without changing the directory: the folders may be relative
-[[ -z "${PYTHON:-}" ]] || export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+# the directory is not changed: the folders may be relative
 exec "$PY" -m lmms_eval_accelerate.report "$@"

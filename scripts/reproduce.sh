@@ -12,6 +12,12 @@
 #   PYTHON, VENV      see lib/common.sh
 
 source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
+# variables of scripts/eval/*.sh: a table runs what it says unless the command line says otherwise
+for pair in LIMIT:--limit TASKS:--columns METHODS:--rows PRETRAINED:--pretrained DATA:--data OUTPUT:--output \
+    BATCH_SIZE:--batch-size MODEL_ARGS:--model-args DRY_RUN:--dry-run RETENTION_RATIO: FULL:; do
+    option="${pair#*:}"
+    ignored "${pair%%:*}" "scripts/reproduce.sh reads no such variable${option:+; write $option}"
+done
 ensure_env
 
 arguments=()
@@ -23,7 +29,6 @@ add --main-process-ip "${MAIN_PROCESS_IP:-}"
 add --main-process-port "${MAIN_PROCESS_PORT:-}"
 # the subcommand that makes the leaderboard knows none of these
 [[ "${1:-}" != leaderboard ]] || arguments=()
-[[ -z "${PYTHON:-}" ]] || export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 # in front: behind them may stand `-- ARGS` for lmms-eval, and what is given on the command line counts
 # shellcheck disable=SC2068  # bash before 4.4 takes an empty array for an unset variable
 exec "$PY" -m lmms_eval_accelerate.reproduce ${arguments[@]+"${arguments[@]}"} "$@"

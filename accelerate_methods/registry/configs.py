@@ -167,9 +167,14 @@ def _model_section(given: Any, where: str) -> dict[str, Any]:
 
 
 def _mapping(path: Path) -> dict[str, Any]:
-    import yaml
+    from accelerate_methods.registry.yaml_files import read_yaml
 
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise MethodError(f"{path}: expected a mapping with a 'method' key, found {type(content).__name__}.")
+    for key, kind, what in (("params", dict, "a mapping"), ("levels", list, "a list"), ("method", str, "a name")):
+        if content.get(key) is not None and not isinstance(content[key], kind):
+            raise MethodError(f"{path}: {key!r} must be {what}, not {type(content[key]).__name__}.")
+    if not all(isinstance(level, dict) for level in content.get("levels") or ()):
+        raise MethodError(f"{path}: every entry of 'levels' must be a mapping.")
     return content

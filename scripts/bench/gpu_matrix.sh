@@ -13,6 +13,7 @@
 #   PYTHON    an interpreter that has torch, transformers, rich, matplotlib; otherwise the project's environment
 
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/common.sh"
+help_of "${BASH_SOURCE[0]}" "$@"
 cd "$ROOT"
 if [[ -n "${PYTHON:-}" ]]; then PY="$PYTHON"; else ensure_env; fi
 

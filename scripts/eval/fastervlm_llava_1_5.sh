@@ -10,5 +10,4 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/run_eval.sh"
 arguments_of_environment
 ensure_env
-cd "$ROOT"
 exec "$PY" -m lmms_eval_accelerate.compare --config fastervlm/llava_1_5 "${arguments[@]}" "$@"

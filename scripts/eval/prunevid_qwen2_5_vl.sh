@@ -9,5 +9,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/../lib/run_eval.sh"
 needs_checkpoint prunevid/qwen2_5_vl Qwen/Qwen2.5-VL-7B-Instruct
 arguments_of_environment
 ensure_env
-cd "$ROOT"
 exec "$PY" -m lmms_eval_accelerate.compare --config prunevid/qwen2_5_vl "${arguments[@]}" "$@"

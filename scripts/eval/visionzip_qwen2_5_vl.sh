@@ -10,5 +10,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/../lib/run_eval.sh"
 needs_checkpoint visionzip/qwen2_5_vl Qwen/Qwen2.5-VL-7B-Instruct
 arguments_of_environment
 ensure_env
-cd "$ROOT"
 exec "$PY" -m lmms_eval_accelerate.compare --config visionzip/qwen2_5_vl "${arguments[@]}" "$@"

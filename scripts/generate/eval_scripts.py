@@ -20,7 +20,6 @@ TEMPLATE = """\
 source "$(dirname "${{BASH_SOURCE[0]}}")/../lib/run_eval.sh"
 {needs}arguments_of_environment
 ensure_env
-cd "$ROOT"
 exec "$PY" -m lmms_eval_accelerate.compare --config {config} "${{arguments[@]}}" "$@"
 """
 

@@ -12,6 +12,24 @@ die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 # refuse MESSAGE: what the user asked for is not possible, and nothing was started.
 refuse() { printf 'error: %s\n' "$*" >&2; exit 2; }
 
+# help_of SCRIPT ARGUMENTS...: for scripts without arguments of their own. -h shows the comment at the script's beginning
+# and ends; any other argument is refused.
+help_of() {
+    local script="$1"
+    shift
+    [[ $# -gt 0 ]] || return 0
+    [[ "$1" == -h || "$1" == --help ]] || refuse "$(basename "$script") takes no arguments ($1); -h shows its variables"
+    awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$script"
+    exit 0
+}
+
+# ignored NAME WHY...: says that the variable NAME, where it is set, changes nothing here.
+ignored() {
+    local name="$1"
+    shift
+    [[ -z "${!name:-}" ]] || say "warning: $name=${!name} is ignored: $*"
+}
+
 # is_on NAME: whether the switch in the variable NAME is on; ends the script if it is neither on nor off.
 is_on() {
     case "${!1:-}" in
@@ -38,6 +56,7 @@ find_python() {
 ensure_env() {
     if [[ -n "${PYTHON:-}" ]]; then
         PY="$PYTHON"
+        export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" # from whatever folder a script is started
         "$PY" -c 'import llava, accelerate_methods, lmms_eval' 2>/dev/null ||
             die "PYTHON=$PYTHON lacks the packages; unset PYTHON to have an environment made, or run: " \
                 "pip install -c constraints.txt -e '.[video,plots,dev]' -e lmms-eval"

@@ -50,3 +50,27 @@ def test_scripts_hand_help_through(script):
     environment = os.environ | {"PYTHON": sys.executable}
     done = subprocess.run(["bash", str(ROOT / script), "-h"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "usage: python -m lmms_eval_accelerate" in done.stdout, done.stderr
+
+
+def test_scripts_without_arguments_do_not_run_on_help():
+    script = str(ROOT / "scripts" / "bench" / "gpu_matrix.sh")
+    environment = os.environ | {"PYTHON": "/nowhere/python"}  # nothing could be run
+    done = subprocess.run(["bash", script, "--help"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "MODELS    shapes" in done.stdout and not done.stderr
+    done = subprocess.run(["bash", script, "llava"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "takes no arguments (llava)" in done.stderr
+
+
+def test_reproduce_says_which_variables_it_does_not_read():
+    environment = os.environ | {"PYTHON": "/nowhere/python", "LIMIT": "5", "TASKS": "mme"}
+    command = ["bash", str(ROOT / "scripts" / "reproduce.sh"), "--list"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "LIMIT=5 is ignored" in done.stderr and "write --limit" in done.stderr and "TASKS=mme is ign" in done.stderr
+    assert "METHODS" not in done.stderr
+
+
+def test_scripts_take_paths_from_where_they_are_started(tmp_path):
+    script = ROOT / "scripts" / "eval" / "fastvid_llava_onevision.sh"
+    environment = os.environ | {"PYTHON": sys.executable, "OUTPUT": "here", "DRY_RUN": "1"}
+    done = subprocess.run(["bash", str(script)], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and f"--output_path {tmp_path / 'here'}/" in done.stdout, done.stderr

@@ -21,12 +21,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from accelerate_methods.registry import compatibility
 from accelerate_methods.registry.configs import read_config
 from accelerate_methods.registry.families import keys
 from accelerate_methods.registry.pipeline import Pipeline, resolve
+from accelerate_methods.registry.yaml_files import read_yaml
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from lmms_eval_accelerate import ROOT
 from lmms_eval_accelerate.benchmarks.catalog import benchmark
@@ -81,26 +80,8 @@ def load(table: str | Path) -> Table:
             raise UnknownNameError("table", table, available())
     elif not path.is_file():
         raise TableError(f"{path}: no such file; tables here: {', '.join(available())}.")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except yaml.YAMLError as error:
-        raise TableError(f"{path.name}: {' '.join(str(error).split())}") from error
+    content = read_yaml(path, TableError)
     return _table(content, path)
-
-
-class _Loader(yaml.SafeLoader):
-    """A key given twice is an error; YAML would silently take the second number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: list[Any] = []
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", key_node.start_mark)
-            seen.append(key)
-        return super().construct_mapping(node, deep)
 
 
 def _table(content: Any, path: Path) -> Table:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from accelerate_methods.registry.yaml_files import read_yaml
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from lmms_eval_accelerate import embedded
 from lmms_eval_accelerate.benchmarks.catalog import require_judges
@@ -171,12 +172,10 @@ def _model_arguments(text: str) -> Mapping[str, Any]:
 
 
 def _config_file(path: str) -> dict[str, Any]:
-    import yaml
-
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise RunError(f"cannot read --config {path}: {' '.join(str(error).split())}") from error
+        content = read_yaml(path)
+    except MethodError as error:
+        raise RunError(f"--config: {error}") from error
     if isinstance(content, list):
         if len(content) != 1:
             raise RunError(f"{path} describes {len(content)} runs; start this command once per run (one folder each).")
