@@ -32,8 +32,8 @@ class EViT(EncodeMethod):
 
     Attributes:
         keep_rate: share of the tokens of a shrinking block that stay, rounded up (the paper's base rate 0.7).
-        retention_ratio: instead, share of each view's or frame's patches that are left in the end, a fused token
-            counted; every shrinking block keeps about the same share.
+        retention_ratio: instead, share of each view's or frame's tokens that are left in the end, of those that the
+            language model gets without EViT, a fused token counted; every shrinking block keeps about the same share.
         tokens_per_view: the same as a count.
         tokens: how many stay in each of the shrinking blocks, a fused one not counted.
         blocks: the shrinking blocks, counted from 0. None: after a quarter, a half and three quarters of those that
@@ -102,8 +102,8 @@ class EViT(EncodeMethod):
             return left_of(count, self.keep_rate)
         target = self.tokens_per_view
         if target is None:
-            target = max(1, int(step.num_patches * self.retention_ratio))
-        if target >= step.num_patches:
+            target = max(1, int(step.num_tokens * self.retention_ratio))
+        if target >= step.num_patches or self.retention_ratio == 1:
             return count
         # the same share in every block, and exactly the target in the last
         share_left = (target / step.num_patches) ** ((number + 1) / len(blocks))

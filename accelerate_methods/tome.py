@@ -31,9 +31,11 @@ class ToMe(EncodeMethod):
     """Hyper-parameters of ToMe.
 
     Attributes:
-        retention_ratio: share of each view's or frame's patches that stay: the schedule is solved for it, the same r in
-            all blocks that run, one more in the first of them so that the count is exact.
-        tokens_per_view: the same as a count instead.
+        retention_ratio: share of each view's or frame's tokens that stay, of those that the language model gets without
+            ToMe. The schedule is solved for it: the same r in all blocks that run, one more in the first of them so
+            that the count is exact. A block merges at most half of its tokens, so that an encoder of few blocks may
+            leave more.
+        tokens_per_view: the same as a count instead; one that cannot be reached is refused.
         r: tokens merged in each block, as in the paper (13 for ViT-B, 7 for ViT-L).
         r_per_block: r of each block, zero in blocks beyond the list.
         inflect: how ``r`` is spread over the blocks: 0 evenly, -1 from 2r down to 0, 1 from 0 up to 2r.
@@ -97,10 +99,19 @@ class ToMe(EncodeMethod):
             return schedule_of_list(self.r_per_block, max(step.depth, step.num_blocks))
         if self.r is not None:
             return schedule_of(self.r, self.inflect, step.depth)
+        if self.retention_ratio == 1:
+            return (0,) * step.num_blocks
         target = self.tokens_per_view
         if target is None:
-            target = max(1, int(step.num_patches * self.retention_ratio))
-        return schedule_for(step.num_patches, target, step.num_blocks, step.special)
+            target = max(1, int(step.num_tokens * self.retention_ratio))
+        plan = schedule_for(step.num_patches, target, step.num_blocks, step.special)
+        least = _left(step.num_patches, step.special, plan)
+        if self.tokens_per_view is not None and least > target:
+            raise MethodError(
+                f"{self.name}: {target} of {step.num_patches} tokens cannot be reached: each of the {step.num_blocks} "
+                f"blocks that run merges at most half of what is left, which leaves {least}."
+            )
+        return plan
 
     def arrange(self, tokens: TokenMap) -> Tensor | None:
         return tokens.first_patch().argsort(dim=1) if self.token_order == "first_patch" else None
@@ -126,25 +137,13 @@ def schedule_for(patches: int, target: int, num_blocks: int, special: int) -> tu
     """r of each block so that ``target`` of ``patches`` tokens are left.
 
     As even as can be: no block merges two more than another, unless it has too few tokens left (half of them is the
-    most that a block can merge).
-
-    Raises:
-        MethodError: so few are not possible.
+    most that a block can merge); as few as can be where so few are not possible.
     """
     if target >= patches:
         return (0,) * num_blocks
-    r = next((r for r in range(1, patches) if _left(patches, special, [r] * num_blocks) <= target), None)
-    if r is None:
-        least = _left(patches, special, [patches] * num_blocks)
-        raise MethodError(
-            f"tome: {target} of {patches} tokens cannot be reached: each of the {num_blocks} blocks that run merges at "
-            f"most half of what is left, which leaves {least}."
-        )
-    for more in range(1, num_blocks + 1):
-        plan = [r] * more + [r - 1] * (num_blocks - more)
-        if _left(patches, special, plan) <= target:
-            return tuple(plan)
-    raise AssertionError("unreachable")
+    r = next((r for r in range(1, patches) if _left(patches, special, [r] * num_blocks) <= target), patches)
+    plans = ([r] * more + [r - 1] * (num_blocks - more) for more in range(1, num_blocks + 1))
+    return tuple(next((plan for plan in plans if _left(patches, special, plan) <= target), [r] * num_blocks))
 
 
 def _left(patches: int, special: int, plan: Sequence[int]) -> int:

@@ -53,7 +53,7 @@ class Encoded:
     @property
     def shortened(self) -> bool:
         """Whether the patches are no grid any more."""
-        return self.merged is not None and not self.merged.keeps_grid
+        return self.merged is not None and not self.merged.grid
 
     def around(self, feature: int) -> dict[int, Tensor]:
         """Inputs of all layers that are known; ``feature`` is the index of the one whose output is the feature."""

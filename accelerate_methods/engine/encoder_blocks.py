@@ -54,7 +54,7 @@ class EncodedTokens:
         hidden: [V, S + N * u, C], the S special tokens in front, u patches per token.
         special: S; unit: u.
         tokens: where the patches went.
-        keeps_grid: whether the method wants every patch back in its place.
+        grid: whether every patch is in its place: nothing was merged, or the method wants them back.
         inputs: of the blocks whose inputs were asked for.
     """
 
@@ -62,7 +62,7 @@ class EncodedTokens:
     special: int
     unit: int
     tokens: TokenMap
-    keeps_grid: bool = False
+    grid: bool = True
     inputs: dict[int, BlockInput] = dataclasses.field(default_factory=dict)
 
     def __getitem__(self, views: slice) -> EncodedTokens:
@@ -78,7 +78,7 @@ class EncodedTokens:
     @property
     def output(self) -> Tensor:
         """[V, S + ..., C] what the model gets: the tokens, or every patch."""
-        return self.full() if self.keeps_grid else self.hidden
+        return self.full() if self.grid else self.hidden
 
     def full(self) -> Tensor:
         """[V, S + P * u, C] with every patch in its place, a copy of the token that holds it; zeros where none does."""
@@ -102,7 +102,7 @@ class EncodedTokens:
         for name, value in found.items():
             value = per_group(value, 0, self.unit)
             value = self._carried(value, self.inputs[asked[name]].became, mean=value.ndim == 3)
-            out[name] = self._on_patches(value) if self.keeps_grid else value
+            out[name] = self._on_patches(value) if self.grid else value
         return out
 
     def _on_patches(self, signal: Tensor) -> Tensor:
@@ -129,15 +129,16 @@ class BlockRun:
     Args:
         blocks: those that run; depth: those that the encoder has.
         special: special tokens in front of the patches; unit: patches that go on together.
-        training: whether attention is dropped out as ``dropout`` says.
+        dense: tokens of a view that the language model gets without a method; None: one for each patch or group.
+        dropout: of attention, in training.
     """
 
     def __init__(
         self, blocks: Sequence[EncoderBlock], method: EncodeMethod, *, depth: int, special: int = 0, unit: int = 1,
-        dropout: float = 0.0,
+        dense: int | None = None, dropout: float = 0.0,
     ):  # fmt: skip
         self.blocks, self.method, self.depth = blocks, method, depth
-        self.special, self.unit, self.dropout = special, unit, dropout
+        self.special, self.unit, self.dense, self.dropout = special, unit, dense, dropout
         self.chosen = acting_blocks(method, len(blocks))
 
     def __call__(
@@ -173,9 +174,9 @@ class BlockRun:
                 self.outputs[number] = restored(hidden, self.special, self.unit, tokens.owner)
         if len(self.blocks) in inputs:
             kept[len(self.blocks)] = self._input(hidden, tokens)
-        return self._arranged(
-            EncodedTokens(hidden, self.special, self.unit, tokens, self.method.keeps_grid, kept)
-        )
+        if tokens.owner is index:
+            return EncodedTokens(hidden, self.special, self.unit, tokens, inputs=kept)
+        return self._arranged(EncodedTokens(hidden, self.special, self.unit, tokens, self.method.keeps_grid, kept))
 
     def _input(self, hidden: Tensor, tokens: TokenMap) -> BlockInput:
         weighted = self.method.proportional and tokens.sizes is not None
@@ -195,7 +196,8 @@ class BlockRun:
         self, number: int, hidden: Tensor, attention: BlockAttention, tokens: TokenMap, groups: int
     ) -> Merge | None:
         hidden = to_groups(hidden, self.special, self.unit)
-        step = EncodeStep(attention, hidden, tokens.sizes, (number, len(self.blocks), self.depth, groups))
+        counts = number, len(self.blocks), self.depth, groups, self.dense or groups
+        step = EncodeStep(attention, hidden, tokens.sizes, counts)
         merge = self.method.encode(step)
         if merge is not None:
             check_merge(self.method.name, merge, hidden, self.special)
@@ -266,7 +268,7 @@ def restored(hidden: Tensor, special: int, unit: int, owner: Tensor) -> Tensor:
 
 def run_clip(
     layers: Sequence[nn.Module], hidden: Tensor, method: EncodeMethod, *, depth: int, special: int,
-    inputs: Collection[int] = (), forwards: Sequence[Any] | None = None,
+    inputs: Collection[int] = (), forwards: Sequence[Any] | None = None, dense: int | None = None,
 ) -> Encoded:  # fmt: skip
     """Layers of transformers' CLIP or SigLIP encoder under ``method``; the rest as in :class:`BlockRun`.
 
@@ -275,5 +277,5 @@ def run_clip(
         forwards: their own, where something else has been put in their place.
     """
     blocks = [ClipBlock(layer, None if forwards is None else forwards[i]) for i, layer in enumerate(layers)]
-    merged = BlockRun(blocks, method, depth=depth, special=special)(hidden, inputs=inputs)
+    merged = BlockRun(blocks, method, depth=depth, special=special, dense=dense)(hidden, inputs=inputs)
     return Encoded(merged.output, special, None, {}, merged)

@@ -89,15 +89,17 @@ class EncodeStep:
     Attributes:
         block: 0-based index of the block; num_blocks: blocks that run; depth: blocks that the encoder has.
         num_patches: patches of each view before any block (in encoders whose patches go on in groups: groups).
+        num_tokens: how many of a view's or frame's tokens the language model gets without a method: fewer than patches
+            where frames are pooled.
         hidden: [V, T, C] all views of the request; of grouped patches [V, T, patches * C].
         special: tokens in front that are no patches (CLS, distillation); every view has the same.
         sizes: [V, T] as the last merge of this request gave them, None if it gave none.
     """
 
-    def __init__(self, attention: Any, hidden: Tensor, sizes: Tensor | None, counts: tuple[int, int, int, int]):
+    def __init__(self, attention: Any, hidden: Tensor, sizes: Tensor | None, counts: tuple[int, ...]):
         self._attention = attention
         self.hidden, self.sizes = hidden, sizes
-        self.block, self.num_blocks, self.depth, self.num_patches = counts
+        self.block, self.num_blocks, self.depth, self.num_patches, self.num_tokens = counts
         self.special: int = attention.special
 
     def keys(self) -> Tensor:
@@ -125,7 +127,7 @@ class EncodeMethod(Method):
     """Acts inside the blocks of the vision encoder, on every image and frame that it is shown.
 
     The token grid is then gone: what follows neither pools nor unpads, and puts one newline behind an image or video
-    where the checkpoint has newlines. A method that ``keeps_grid`` has every patch back after the last block, as a
+    where the checkpoint has newlines. Where nothing was merged, all is as without the method. A method that ``keeps_grid`` has every patch back after the last block, as a
     copy of the token that holds it.
     """
 

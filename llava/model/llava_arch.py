@@ -48,7 +48,7 @@ from llava.model.generation import MultimodalGeneration, describe
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import Prompts, Spliced, beside_text, samples_of_items, splice_prompts
-from llava.model.vision import gather_visuals, has_images, meta_tokens, patch_grid
+from llava.model.vision import VisualInput, by_kind, gather_visuals, has_images, meta_tokens, patch_grid, subset
 
 
 class LlavaMetaModel:
@@ -182,15 +182,28 @@ class LlavaMetaForCausalLM(MultimodalGeneration):
             raise RuntimeError("the vision tower is not loaded; call model.get_vision_tower().load_model() first.")
         if getattr(self.config, "add_faster_video", False):
             raise ValueError("config.add_faster_video (slow/fast video tokens) is not supported; set it to False.")
-        device = tower.device
-        pixels, visuals = gather_visuals(images, modalities, image_sizes, device)
-        full_side = pixels.shape[-1]
+        pixels, visuals = gather_visuals(images, modalities, image_sizes, tower.device)
+        apart = acceleration is not None and acceleration.pipeline.encode is not None  # frames may keep fewer tokens
+        items: list[VisualItem | None] = [None] * len(visuals)
+        for numbers in by_kind(visuals) if apart else [range(len(visuals))]:
+            own, views = subset(pixels, visuals, numbers)
+            for number, item in zip(numbers, self._encode_together(own, views, request), strict=True):
+                items[number] = item
+        return items
+
+    def _encode_together(
+        self, pixels: Tensor, visuals: Sequence[VisualInput], request: recording.RequestRecord | None
+    ) -> list[VisualItem]:
+        """The items of one run of the tower; ``pixels`` [V, 3, S, S] on its device."""
+        tower, acceleration = self.get_vision_tower(), self.acceleration
+        device, full_side = tower.device, pixels.shape[-1]
         early = [acceleration is not None and acceleration.acts_on_views(visual.kind) for visual in visuals]
         with recording.stage(request, "vision", device):
             if acceleration is not None:
                 pixels = acceleration.resize(pixels)
             method = None if acceleration is None else acceleration.pipeline.encode
-            encoded = tower.look(pixels, () if acceleration is None else acceleration.encoder_layers, method)
+            dense = None if method is None else self._dense_tokens(visuals[0].kind, full_side)
+            encoded = tower.look(pixels, () if acceleration is None else acceleration.encoder_layers, method, dense)
             if acceleration is None or not acceleration.encoder_signals:
                 encoded.before = None  # frees its memory
             features = tower.select(encoded).to(pixels.dtype)
@@ -218,6 +231,13 @@ class LlavaMetaForCausalLM(MultimodalGeneration):
                         item.signals = acceleration.signals(item, encoded[visual.views])
             items.append(item)
         return items
+
+    def _dense_tokens(self, kind: str, side: int) -> int:
+        """Tokens that the language model gets of a frame, or of a view of an image, without a method."""
+        rows, columns = patch_grid(self.get_vision_tower(), side)
+        if kind != "video":
+            return rows * columns
+        return self.get_2dPool(torch.empty(1, rows * columns, 1, device="meta")).shape[1]
 
     def encode_images(self, images: Tensor) -> Tensor:
         """[V, 3, S, S] -> [V, P, D] projected patch features."""

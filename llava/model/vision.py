@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,24 @@ def _size_of(size: Any) -> tuple[int, int] | None:
     if isinstance(edges, (list, tuple)) and len(edges) == 2:
         return int(edges[0]), int(edges[1])
     return None
+
+
+def by_kind(visuals: Sequence[VisualInput]) -> list[list[int]]:
+    """Numbers of the images, and of the videos; a kind that is not there is left out."""
+    videos = [number for number, visual in enumerate(visuals) if visual.kind == "video"]
+    images = [number for number, visual in enumerate(visuals) if visual.kind != "video"]
+    return [numbers for numbers in (images, videos) if numbers]
+
+
+def subset(pixels: Tensor, visuals: Sequence[VisualInput], numbers: Sequence[int]) -> tuple[Tensor, list[VisualInput]]:
+    """The views [V', 3, S, S] of some of the images and videos, and these with their views counted among those."""
+    if len(numbers) == len(visuals):
+        return pixels, list(visuals)
+    own = [visuals[number] for number in numbers]
+    ends = list(itertools.accumulate(visual.views.stop - visual.views.start for visual in own))
+    slices = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    moved = [dataclasses.replace(visual, views=views) for visual, views in zip(own, slices, strict=True)]
+    return torch.cat([pixels[visual.views] for visual in own]), moved
 
 
 def meta_tokens(tokens: Tensor, tower: Any, side: int) -> Tensor:

@@ -226,12 +226,12 @@ def check_records(method, request, plain, questions, ratio=RATIO):
             held = owner[item.kept]
             assert item.kept.shape == owner.shape and (held >= 0).all(), "what stays is held"
             assert len(held.unique()) == len(held) == len(owner[owner >= 0].unique()), "a row stands in one place"
-            extra = item.tokens_after - len(held)  # tokens of no patch: the CLS token of each view
+            extra = item.tokens_after - len(held)  # tokens of no patch: the CLS token of each view, fused ones
             assert extra in (0, owner.shape[0])
             if "compress" in stages and item.modality in method.modalities:
                 if isinstance(method, BudgetedMethod):
                     assert item.tokens_after <= max(1, int(ratio * item.tokens_before))
-            elif "sample" not in stages:
+            elif not {"sample", "encode"} & stages:
                 assert item.kept.all() and item.tokens_after == item.tokens_before
             # inside the language model
             assert item.num_layers == len(lengths) and item.left_at.shape == owner.shape

@@ -155,8 +155,9 @@ class Family(ABC):
     def watch(self, seen: Any) -> list[Any]:
         """Hook the vision encoder: ``seen(encoded)`` after every run. Returns the hooks' handles."""
 
-    def take_over(self, method: EncodeMethod, wrappers: Wrappers, seen: Any) -> None:
-        """Run the vision encoder under an encode method, in place of :meth:`watch`."""
+    def take_over(self, method: EncodeMethod, wrappers: Wrappers, seen: Any, seeing: Any) -> None:
+        """Run the vision encoder under an encode method, in place of :meth:`watch`; ``seeing()`` is the :class:`Seen`
+        of the run that is going on."""
         raise MethodError(f"{method.name} acts inside the vision encoder, which {self.about.name} does not offer.")
 
     @abstractmethod

@@ -89,7 +89,7 @@ class InternVL(Family):
 
         return [self._modules[i].register_forward_pre_hook(hook_of(i), with_kwargs=True) for i in wanted]
 
-    def take_over(self, method: EncodeMethod, wrappers: Wrappers, seen: Any) -> None:
+    def take_over(self, method: EncodeMethod, wrappers: Wrappers, seen: Any, seeing: Any) -> None:
         """``seen`` gets the :class:`EncodedTokens`, over the blocks of a tile by raster."""
         blocks = self.feature + 1
         acting_blocks(method, blocks)
@@ -134,7 +134,7 @@ class InternVL(Family):
             count, first = lengths[at.number] // per_tile, firsts[at.number]
             features = call.embeds[at.sample, at.rows].view(count, per_tile, -1)
             own = {name: value[first : first + count] for name, value in signals.items()}
-            if merged is not None and not merged.keeps_grid:
+            if merged is not None and not merged.grid:
                 tokens = moved(merged[first : first + count].tokens, features.device)
                 found = tokens_in_place(features, tokens, at, "image", (self.side, self.side))
                 order = tokens.places().argsort(dim=1)

@@ -65,8 +65,12 @@ class Llava(Family):
     def watch(self, seen: Any) -> list[Any]:
         return self.tower.watch(seen)
 
-    def take_over(self, method: EncodeMethod, wrappers: Wrappers, seen: Any) -> None:
-        self.tower.take_over(method, wrappers, seen)
+    def take_over(self, method: EncodeMethod, wrappers: Wrappers, seen: Any, seeing: Any) -> None:
+        self.tower.take_over(method, wrappers, seen, lambda patches: self._dense(patches, seeing()))
+
+    def _dense(self, patches: int, seen: Seen | None) -> int:
+        """Tokens that the language model gets of a view of so many patches."""
+        return patches
 
     def project(self, tokens: Tensor) -> Tensor:
         return self.model.model.multi_modal_projector(tokens).to(tokens.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from accelerate_methods.engine.encoder_attention import Encoded
@@ -46,6 +47,11 @@ class PooledVideos(LlavaNext):
             out.append(PromptItem(at.sample, at.rows, at.start, at.end, item))
         return out
 
+    def _dense(self, patches: int, seen: Seen | None) -> int:
+        if seen is None or seen.arguments.get("pixel_values_videos") is None:
+            return patches
+        return self._pooled(torch.empty(1, patches, 1, device="meta")).shape[1]
+
     def _pooled(self, patches: Tensor) -> Tensor:
         """[F, P, C] -> [F, N, C]."""
         raise NotImplementedError
@@ -78,10 +84,10 @@ class LlavaNextVideo(PooledVideos):
                 f"(spatial_pool_mode={self.config.spatial_pool_mode!r}); this version of transformers is not supported."
             )
 
-    def take_over(self, method: EncodeMethod, wrappers: Wrappers, seen: Any) -> None:
+    def take_over(self, method: EncodeMethod, wrappers: Wrappers, seen: Any, seeing: Any) -> None:
         if self.config.spatial_pool_mode == "conv" and not method.keeps_grid:
             raise MethodError(f"{method.name}: this model pools frames with a convolution, which needs their grid.")
-        super().take_over(method, wrappers, seen)
+        super().take_over(method, wrappers, seen, seeing)
 
     def _pooled(self, patches: Tensor) -> Tensor:
         return pool_2d(patches, self.mode, self.stride)

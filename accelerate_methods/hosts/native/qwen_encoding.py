@@ -105,14 +105,15 @@ class QwenRun:
 
     def __call__(
         self, hidden: Tensor, rotary: tuple[Tensor, Tensor], grids: Sequence[tuple[int, int, int]]
-    ) -> tuple[Callable[[int], Tensor], list[TokenMap]]:
+    ) -> tuple[Callable[[int], Tensor], list[TokenMap | None]]:
         """
         Args:
             hidden: [S, C] all patches; rotary: tables [S, d].
             grids: (frames, rows, columns) of each image or video, in tokens.
 
         Returns:
-            What each block gives, every patch in its place; where the tokens of each image or video are, by raster.
+            What each block gives, every patch in its place; where the tokens of each image or video are, by raster;
+            None where every patch is in its place.
         """
         slices, first = [], 0
         for frames, rows, columns in grids:
@@ -120,7 +121,7 @@ class QwenRun:
             first = slices[-1].stop
         last = len(self._blocks) - 1
         outputs = {number: torch.empty_like(hidden) for number in {*self._keep, last}}
-        maps: list[TokenMap] = [None] * len(grids)
+        maps: list[TokenMap | None] = [None] * len(grids)
         for size in dict.fromkeys(grid[1:] for grid in grids):
             own = [number for number, grid in enumerate(grids) if grid[1:] == size]
             per_frame, shape = size[0] * size[1] * self._unit, self._shape_of(*size)
@@ -136,7 +137,8 @@ class QwenRun:
                 done = here.stop
                 for block, output in outputs.items():
                     output[slices[number]] = run.outputs[block][here].flatten(0, 1)
-                maps[number] = _in_raster(encoded[here].tokens, shape.order, back)
+                if not encoded.grid:
+                    maps[number] = _in_raster(encoded[here].tokens, shape.order, back)
         return (lambda number: outputs[number] if number in outputs else outputs[last]), maps
 
     def _of(self, rotary: tuple[Tensor, Tensor], shape: FrameShape) -> list[QwenBlock]:

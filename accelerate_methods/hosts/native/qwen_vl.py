@@ -94,8 +94,8 @@ class QwenVL(Family):
 
         return [self.attentions[i].register_forward_pre_hook(hook_of(i), with_kwargs=True) for i in self._blocks]
 
-    def take_over(self, method: EncodeMethod, wrappers: Wrappers, seen: Any) -> None:
-        """``seen`` gets where the tokens of each image and video are, or None where every patch has returned."""
+    def take_over(self, method: EncodeMethod, wrappers: Wrappers, seen: Any, seeing: Any) -> None:
+        """``seen`` gets where the tokens of each image and video are, None where every patch is in its place."""
         if self._names:
             raise MethodError(
                 f"{', '.join(self._names)}: signals of vision blocks are not read on {self.about.name} models while "
@@ -115,7 +115,7 @@ class QwenVL(Family):
 
         def first_block(hidden_states: Tensor, *args: Any, position_embeddings: Any, **kwargs: Any) -> Any:
             outputs, maps = run(hidden_states, position_embeddings, grids.get())
-            seen(None if method.keeps_grid else maps)
+            seen(maps)
             return outputs
 
         before = wrappers.wrap(visual, "forward", visual_forward)
@@ -156,7 +156,7 @@ class QwenVL(Family):
         for at in locate_items(call.ids, token, lengths, kind, call.embeds.device):
             frames, rows, columns = shapes[at.number]
             features = call.embeds[at.sample, at.rows].view(frames, rows * columns, -1)
-            if maps is not None:
+            if maps is not None and maps[at.number] is not None:
                 found = tokens_in_place(features, moved(maps[at.number], features.device), at, kind, (rows, columns))
                 if "frame_features" in call.wanted:
                     found.item.signals["frame_features"] = found.item.features.mean(1)

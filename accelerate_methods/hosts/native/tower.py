@@ -98,8 +98,13 @@ class ClipTower:
         handles = [self._layers[i].register_forward_pre_hook(remember(i), with_kwargs=True) for i in sorted(others)]
         return [*handles, self.layer.register_forward_hook(hook, with_kwargs=True)]
 
-    def take_over(self, method: EncodeMethod, wrappers: Wrappers, seen: Callable[[Encoded], None]) -> None:
+    def take_over(
+        self, method: EncodeMethod, wrappers: Wrappers, seen: Callable[[Encoded], None], dense: Callable[[int], int]
+    ) -> None:
         """Run the encoder under ``method`` from now on, in place of :meth:`watch`.
+
+        Args:
+            dense: patches of a view -> tokens of it that the language model gets without a method.
 
         Raises:
             MethodError: the features are not those of one layer, or a block that does not run.
@@ -113,6 +118,7 @@ class ClipTower:
             encoded = run_clip(
                 layers, hidden_states, method, depth=len(self._layers), special=self.special,
                 inputs=set(self._asked.values()), forwards=taken.forwards,
+                dense=dense(hidden_states.shape[1] - self.special),
             )  # fmt: skip
             seen(encoded)
             full = encoded.merged.full()

@@ -82,7 +82,7 @@ class VisionWatch:
         if self._method is None:
             wrappers.keep(self._family.watch(self._encoded))
         else:
-            self._family.take_over(self._method, wrappers, self._encoded)
+            self._family.take_over(self._method, wrappers, self._encoded, self._seeing.get)
 
     def take_request(self) -> recording.RequestRecord | None:
         """The record of the request whose images were encoded ahead, for the forward that has now begun."""

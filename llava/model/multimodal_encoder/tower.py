@@ -80,15 +80,16 @@ class VisionTower(nn.Module):
     special_tokens = 0
 
     def encode(
-        self, pixels: Tensor, interpolate: bool = False, keep: Collection[int] = (), method: EncodeMethod | None = None
-    ) -> Encoded:
+        self, pixels: Tensor, interpolate: bool = False, keep: Collection[int] = (),
+        method: EncodeMethod | None = None, dense: int | None = None,
+    ) -> Encoded:  # fmt: skip
         """Run the encoder up to the selected layer.
 
         Args:
             pixels: [V, 3, S, S].
             interpolate: fit the position embeddings to another side than the tower's own.
             keep: encoder layers whose inputs are kept, for signals of them.
-            method: acts inside the layers.
+            method: acts inside the layers; dense: tokens of a view that the language model gets without it.
         """
         model = self.vision_tower
         # interpolation reads the position table instead of calling its module
@@ -99,7 +100,7 @@ class VisionTower(nn.Module):
         layers = model.encoder.layers[: self._layers_to_run()]
         if method is not None:
             depth = self.hub_config.num_hidden_layers
-            return run_clip(layers, hidden, method, depth=depth, special=self.special_tokens, inputs=keep)
+            return run_clip(layers, hidden, method, depth=depth, special=self.special_tokens, inputs=keep, dense=dense)
         inputs = {}
         for index, layer in enumerate(layers):
             if index in keep:
@@ -134,11 +135,13 @@ class VisionTower(nn.Module):
             return [self.forward(image[None]) for image in images]
         return self.select(self.look(images)).to(images.dtype)
 
-    def look(self, images: Tensor, keep: Collection[int] = (), method: EncodeMethod | None = None) -> Encoded:
+    def look(
+        self, images: Tensor, keep: Collection[int] = (), method: EncodeMethod | None = None, dense: int | None = None
+    ) -> Encoded:
         """:meth:`encode` for views of any side, on the tower's device."""
         side = self.hub_config.image_size
         interpolate = tuple(images.shape[-2:]) != (side, side)
-        return self.encode(images.to(self.device), interpolate, keep, method)
+        return self.encode(images.to(self.device), interpolate, keep, method, dense)
 
     def select(self, encoded: Encoded) -> Tensor:
         """[V, P, M] what the projector gets."""
