@@ -36,20 +36,20 @@ class HiPrune(ViewCompressMethod):
     """Hyper-parameters of HiPrune.
 
     Attributes:
-        retention_ratio: share of the tokens of each view or frame that stay, to the nearest count, half to even (192, 128
-            and 64 of 576 are 0.3333, 0.2222 and 0.1111); 1 changes nothing.
-        tokens_per_image: N', their number instead: of an image with all its views, which have equal parts of it (rounded
-            down, at least one), or of a whole video.
+        retention_ratio: share of the tokens of each view or frame that stay, to the nearest count, half to even (192,
+            128 and 64 of 576 are 0.3333, 0.2222 and 0.1111); 1 changes nothing.
+        tokens_per_image: N', their number instead: of an image with all its views, which have equal parts of it
+            (rounded down, at least one), or of a whole video.
         tokens_per_view: their number instead, of each view or frame.
         alpha: share of them that anchors with all their neighbours make up.
-        object_layer: encoder layer of the anchors. Below 1: a share of the encoder's depth, rounded up (0.375 of 24 layers
-            is the 9th, as in the paper; where some layers attend to windows only, the next that sees whole frames).
-            Otherwise its number, counted from 1.
-        neighbours: "released" takes a row's end and the next row's beginning for neighbours, and the first or last token
-            for what would be above or below the grid; "grid" takes what lies in the grid.
-        exclude: of images and videos whose tokens are compressed after the projector. "exact" chooses registers among the
-            others; "released" does as the release for Qwen2.5-VL: those of high attention are chosen again, and fewer
-            tokens stay.
+        object_layer: encoder layer of the anchors. Below 1: a share of the encoder's depth, rounded up (0.375 of 24
+            layers is the 9th, as in the paper; where some layers attend to windows only, the next that sees whole
+            frames). Otherwise its number, counted from 1.
+        neighbours: "released" takes a row's end and the next row's beginning for neighbours, and the first or last
+            token for what would be above or below the grid; "grid" takes what lies in the grid.
+        exclude: of images and videos whose tokens are compressed after the projector. "exact" chooses registers among
+            the others; "released" does as the release for Qwen2.5-VL: those of high attention are chosen again, and
+            fewer tokens stay.
     """
 
     title: ClassVar[str] = "HiPrune"
@@ -71,8 +71,8 @@ class HiPrune(ViewCompressMethod):
         super().__post_init__()
         if self.object_layer == 0 or (self.object_layer > 1 and self.object_layer != int(self.object_layer)):
             raise MethodError(
-                f"hiprune: object_layer={self.object_layer!r} must be a share of the depth in (0, 1) or a layer's number, "
-                "counted from 1."
+                f"hiprune: object_layer={self.object_layer!r} must be a share of the depth in (0, 1), or a layer's "
+                "number, counted from 1."
             )
         self.asks_for(DEEP, self.object_signal)
 

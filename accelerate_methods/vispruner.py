@@ -1,4 +1,4 @@
-"""VisPruner: beyond text-visual attention, exploiting visual cues for effective token pruning (ICCV 2025, arXiv 2412.01818).
+"""VisPruner: exploiting visual cues for effective token pruning in VLMs (ICCV 2025, arXiv 2412.01818).
 
 Every view of an image, and every frame of a video, keeps
 
@@ -37,8 +37,8 @@ class VisPruner(ViewCompressMethod):
     """Hyper-parameters of VisPruner.
 
     Attributes:
-        retention_ratio: share of the tokens of each view or frame that stay, to the nearest count (192, 128 and 64 of 576
-            are 0.3333, 0.2222 and 0.1111); 1 changes nothing.
+        retention_ratio: share of the tokens of each view or frame that stay, to the nearest count (192, 128 and 64 of
+            576 are 0.3333, 0.2222 and 0.1111); 1 changes nothing.
         tokens_per_view: T, their number instead.
         important_ratio: r, share of them that is chosen by attention; the rest is diverse.
     """

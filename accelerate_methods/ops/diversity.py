@@ -13,7 +13,7 @@ PICKED, LAST, FARTHEST = -3.0, -1.0, 3.0  # distances are within [0, 2] but for 
 
 
 def directions(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of ``features`` [..., N, D] at length one, float32 and without gradient, and [..., N] which have a direction.
+    """Rows of ``features`` [..., N, D] at length one, float32, without gradient; [..., N] which have a direction.
 
     Those that are zero or hold what is not a number have none, and become zero.
     """

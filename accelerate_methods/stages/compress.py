@@ -178,6 +178,23 @@ def selection(
     )
 
 
+def frame_merge(item: VisualItem, tokens: Tensor, places: Tensor, slot: Tensor) -> Compressed:
+    """Compressed form of tokens that hold others, as many in every frame, in the order given where the layout allows.
+
+    Args:
+        tokens: [F, K, D]; places: [F, K] the tokens of the frame at which they stand, each once.
+        slot: [F, N] which token of its frame holds each original one, -1 if none does.
+    """
+    frames, each = places.shape
+    first = torch.arange(0, frames * each, each, device=slot.device)[:, None]
+    return Compressed(
+        tokens=tokens.flatten(0, 1),
+        positions=item.positions.gather(1, places).flatten(),
+        owner=torch.where(slot >= 0, slot + first, slot),
+        order="layout" if item.layout == "grid" else "given",
+    )
+
+
 class CompressMethod(Method):
     """Acts on the visual tokens between vision side and language model.
 

@@ -99,3 +99,23 @@ def view_selection(views: Views, kept: Tensor, newlines: str = "none") -> Compre
         owner=owner.scatter_(1, kept, rows),
         newlines=newlines,
     )
+
+
+def view_merge(views: Views, tokens: Tensor, patch: Tensor, slot: Tensor, last: int = 0) -> CompressedViews:
+    """Compressed form of tokens that hold others, as many in every view.
+
+    Args:
+        tokens: [V, K, M]; patch: [V, K] the patches at which they stand.
+        slot: [V, P] which token of its view holds each patch, -1 if none does.
+        last: how many at the end of each view's tokens follow after all patches of an image with tiles.
+    """
+    count, each = patch.shape
+    first = torch.arange(0, count * each, each, device=slot.device)[:, None]
+    section = (torch.arange(each, device=slot.device) >= each - last).long()
+    return CompressedViews(
+        tokens=tokens.flatten(0, 1),
+        view=torch.arange(count, device=slot.device).repeat_interleave(each),
+        patch=patch.flatten(),
+        section=section.repeat(count),
+        owner=torch.where(slot >= 0, slot + first, slot),
+    )

@@ -121,7 +121,7 @@ def e2e_qwen(inputs, params, context):
     with torch.no_grad(), accelerate_methods.accelerate(model, method):
         state = model.acceleration
         run, compress = state._run, state._sequence
-        state._run = lambda kwargs, embeds, **more: seen.setdefault("run", (embeds, more)) and run(kwargs, embeds, **more)
+        state._run = lambda asked, embeds, **more: seen.setdefault("run", (embeds, more)) and run(asked, embeds, **more)
         state._sequence = lambda item: seen.setdefault("item", item) and compress(item)
         logits = model(**asked).logits[0, -1]
         (embeds, more), item = seen["run"], seen["item"]
