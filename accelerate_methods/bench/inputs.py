@@ -113,8 +113,10 @@ def fed(model: Any, inputs: Inputs) -> Iterator[None]:
         return
     look = tower.look
 
-    def answer(images: Tensor) -> Any:
-        encoded = look(images)
+    def answer(images: Tensor, keep: Any = (), method: Any = None, *more: Any) -> Any:
+        encoded = look(images, keep, method, *more)
+        if method is not None:  # it acted inside the tower: what came of the tower's own states stays
+            return encoded
         made_up = inputs.patches
         if made_up.shape[1] != encoded.patches.shape[1]:  # a sample stage made the input smaller
             made_up = _smaller(made_up, encoded.patches.shape[1])

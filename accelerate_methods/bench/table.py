@@ -19,6 +19,7 @@ from accelerate_methods.bench.results import (
     speed_up,
     spread,
 )
+from accelerate_methods.bench.steadiness import MARK, busy, told
 from accelerate_methods.registry.settings import DENSE
 
 NOTE = (
@@ -38,10 +39,11 @@ def _cells(row: Mapping[str, Any], dense: Mapping[str, Any] | None) -> list[str]
         return [row["label"], row["status"]]
     samples, tokens = row["samples"], row["visual_tokens"]
     faster, share = speed_up(row, dense), compress_share(row, dense)
+    mark = f"{MARK} " if busy(row, dense) else ""
     own = row["label"] == DENSE
     compress = _time(samples["compress_ms"])
     return [
-        row["label"],
+        mark + row["label"],
         f"{tokens['per_layer']:.0f} ({kept_share(row):.1%})",
         f"{flops_share(row):.1%}",
         _time(samples["vision_ms"]),
@@ -49,7 +51,7 @@ def _cells(row: Mapping[str, Any], dense: Mapping[str, Any] | None) -> list[str]
         _time(samples["prefill_ms"]),
         _time(samples["first_token_ms"]),
         _time(samples["decode_tokens_per_s"]),
-        "" if own or faster is None else f"{faster:.2f}x ({1 / flops_share(row):.2f}x)",
+        "" if own or faster is None else f"{mark}{faster:.2f}x ({1 / flops_share(row):.2f}x)",
         _size(row["peak_memory_bytes"]),
         _size(row["kv_cache_bytes"]),
     ]
@@ -103,7 +105,7 @@ def table(content: Mapping[str, Any]) -> Group:
             failed.append(f"{row['label']}: {row['status']}")
             cells = [row["label"], "error"]
         view.add_row(*map(Text, cells))
-    extra = []
+    extra = told(content["rows"], dense)
     if content.get("transformers"):
         extra.append(native_line(content["transformers"]))
     return Group(view, *map(Text, (NOTE, *failed, *extra)))
@@ -134,4 +136,6 @@ def markdown(content: Mapping[str, Any]) -> str:
         lines.append("| " + " | ".join([*cells, *[""] * (len(_HEADERS) - len(cells))]) + " |")
     if content.get("transformers"):
         lines += ["", native_line(content["transformers"])]
+    for line in told(content["rows"], dense):
+        lines += ["", line]
     return "\n".join([*lines, "", NOTE, ""])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import io
+import itertools
 import json
 import subprocess
 import sys
@@ -10,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import accelerate_methods
-from accelerate_methods.bench import against_transformers, cli, measure, plots, results, shapes, table
+from accelerate_methods.bench import against_transformers, cli, measure, plots, results, shapes, steadiness, table
+from accelerate_methods.bench import run as bench_run
 from accelerate_methods.bench.inputs import fed, make_inputs
 from accelerate_methods.bench.run import chosen
 from accelerate_methods.engine import flops
@@ -224,13 +229,62 @@ def _row(label: str, compress: list[float], prefill: list[float], layers: float,
 
 def test_numbers_of_a_row():
     dense = _row("dense", [0.0] * 3, [40.0, 44.0, 20.0], 100, 10.0)
-    row = _row("some@0.5", [2.0, 3.0, 90.0], [6.0, 7.0, 7.0], 50, 2.0)
+    row = _row("some@0.5", [2.0, 3.0, 4.0], [6.0, 7.0, 7.0], 50, 2.0)
     assert results.speed_up(row, dense) == 40.0 / 10.0  # medians of the sums
     assert results.compress_share(row, dense) == 3.0 / 40.0
     assert results.flops_share(row) == 0.2 and results.kept_share(row) == 0.5
     assert results.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == 1.0 and results.spread([1.0]) == 0.0
     assert table._cells(row, dense)[8] == "4.00x (5.00x)"
     assert table._cells(row, None)[8] == ""
+
+
+STEADY = ([0.0] * 5, [40.0, 40.5, 41.0, 39.0, 39.5])
+
+
+@pytest.mark.parametrize(
+    ("dense", "row", "says"),
+    [
+        (STEADY, ([1.0] * 5, [8.0, 8.1, 7.9, 8.0, 8.2]), None),
+        (STEADY, ([1.0] * 5, [8.0, 8.1, 7.9, 8.0, 99.0]), None),  # one slow call moves no median
+        (STEADY, ([1.0] * 5, [8.0, 14.0, 7.9, 15.0, 99.0]), "its times spread by ±23%"),
+        (([0.0] * 5, [40.0, 90.0, 41.0, 95.0, 99.0]), ([1.0] * 5, [8.0] * 5), "the dense run spread by ±30%"),
+        (([0.0] * 5, [290.0] * 5), ([1.0] * 5, [8.0] * 5), "speed-up of 32.2x where LLM FLOPs allow 10.0x"),
+        (([0.0], [40.0]), ([1.0], [8.0]), None),  # of one sample nothing is known
+    ],
+)
+def test_times_of_a_busy_machine_are_marked_and_not_ranked(dense, row, says, tmp_path):
+    dense, row = _row("dense", *dense, 100, 10.0), _row("some@0.1", *row, 50, 1.0)
+    why = steadiness.busy(row, dense)
+    assert (says in why) if says else why is None
+    cells = table._cells(row, dense)
+    assert cells[0].startswith("~ ") == cells[8].startswith("~ ") == bool(says)
+    told = steadiness.told([dense, row], dense)
+    assert any(line.startswith("~ some@0.1: ") for line in told) == bool(says)
+    assert bool(told) == ("busy" in " ".join(told))
+    assert steadiness.busy({**row, "status": "out of memory"}, dense) is None
+    assert steadiness.busy(dense, dense) is None or "spread" in says
+
+
+@pytest.mark.parametrize(("first", "repeats"), [([], 3), ([100.0], 5), ([10.0, 100.0, 55.0] * 9, 9)])
+def test_repeats_go_on_until_the_spread_is_small_or_it_is_said_that_it_could_not(first, repeats):
+    """At most three times --repeats; ``first``: times of the first calls."""
+    times = itertools.chain(first, itertools.repeat(10.0))
+
+    class Bench:
+        def prepare(self, row) -> None:
+            row.facts = {}
+
+        find_facts = prepare
+
+        def sample(self, row, keep: bool) -> None:
+            row.samples["compress_ms"].append(0.0)
+            row.samples["prefill_ms"].append(next(times))
+
+    rows, shown = [measure.Row(Setting())], Console(file=io.StringIO(), width=200)
+    asked = {"warmup": 0, "repeats": 3, "time_limit": None, "check_sync": False, "compare_transformers": False}
+    bench_run.measure(Bench(), rows, argparse.Namespace(**asked), shown)
+    assert len(rows[0].samples["prefill_ms"]) == repeats
+    assert ("after 9 repeats the times still spread too much: dense" in shown.file.getvalue()) == (repeats == 9)
 
 
 def test_markdown_and_plots_without_a_dense_row(tmp_path):
