@@ -25,7 +25,7 @@ from torch import Tensor
 from accelerate_methods.ops.density import density_peak_scores
 from accelerate_methods.ops.merge import AnchorSets, Membership, blend_into_anchors, nearest_anchors
 from accelerate_methods.ops.segment import consecutive_similarity, segment_sizes
-from accelerate_methods.ops.select import mask_to_indices, on_device, top_mask
+from accelerate_methods.ops.select import counted_to_indices, mask_to_indices, on_device, top_mask
 from accelerate_methods.registry import register
 from accelerate_methods.stages.budget import floor_share
 from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem, selection
@@ -243,16 +243,16 @@ def _merge(item: VisualItem, salient: Tensor, context: Tensor, plan: Quotas, var
     """Steps 6 and 7: merge into the context tokens, gather everything in order of position."""
     features = item.features.flatten(0, 1)
     is_salient = salient.flatten()
-    is_kept = is_salient.clone()
-    is_kept[context] = True
-    kept = mask_to_indices(is_kept[None], plan.total)[0]
-    rank = is_kept.cumsum(0) - 1
+    is_kept = is_salient.index_fill(0, context, True)
+    number = is_kept.cumsum(0)
+    kept = counted_to_indices(is_kept[None], number[None], plan.total)[0]
+    rank = number - 1
     tokens = features[kept]
-    owner = torch.where(is_kept, rank, -1)
+    merged: Tensor | int = -1
     if plan.problems:
         anchors, row = features[context], rank[context]
         member = nearest_anchors(features, anchors, plan.problems)
-        blocked = is_salient[member.token]
+        blocked = is_salient.index_select(0, member.token)
         used = len(member.token) - _salient_entries(plan, item.tokens_per_frame)
         if variant != "onevision":  # an anchor frame's own context tokens are not merged into each other
             frame = context[member.anchor] // item.tokens_per_frame
@@ -260,7 +260,7 @@ def _merge(item: VisualItem, salient: Tensor, context: Tensor, plan: Quotas, var
             blocked = blocked | own
             used -= sum(plan.context)
         tokens[row] = blend_into_anchors(features, anchors, member, ~blocked, used, beta)
-        owner = torch.where(is_kept, rank, _most_similar(member, blocked, row, is_kept.shape[0]))
+        merged = _most_similar(member, blocked, row, is_kept.shape[0])
     info = {
         "variant": variant,
         "segment_sizes": plan.sizes,
@@ -270,7 +270,7 @@ def _merge(item: VisualItem, salient: Tensor, context: Tensor, plan: Quotas, var
     return Compressed(
         tokens=tokens,
         positions=item.positions.flatten()[kept],
-        owner=owner.view(salient.shape),
+        owner=torch.where(is_kept, rank, merged).view(salient.shape),
         info=info,
         order="given",  # ascending
     )

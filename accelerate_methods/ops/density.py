@@ -57,7 +57,8 @@ def density_peak_scores(
     if counts is not None:
         padding = torch.arange(squared.shape[-1], device=squared.device) >= counts[:, None]
         squared = squared.masked_fill(padding[:, None, :], torch.inf)
-    density = (-_spread(squared, neighbours, counts)).exp()
+    number = None if counts is None else counts.clamp(min=1, max=min(neighbours, squared.shape[-1]))
+    density = _spread(squared, neighbours, number).neg_().exp_()
     if noise is not None:
         density = density + noise
     if padding is None:
@@ -98,16 +99,18 @@ def dpc_knn(
     wanted = [clusters] * sets if isinstance(clusters, int) else clusters
     wanted = [max(1, min(number, count)) for number, count in zip(wanted, counts, strict=True)]
     filled, uneven = min(counts) < size, min(wanted) < max(wanted)
-    sizes, numbers = on_device([counts, wanted], tokens.device) if filled or uneven else (None, None)
+    near = [max(1, min(neighbours, count)) for count in counts]
+    sizes, numbers, near = on_device([counts, wanted, near], tokens.device) if filled or uneven else (None, None, near)
     squared = squared_distances(tokens, exact)
     if filled:
         padding = torch.arange(size, device=tokens.device) >= sizes[:, None]
-        spread = _spread(squared.masked_fill(padding[:, None, :], torch.inf), neighbours, sizes)
+        few = near if min(counts) < neighbours else None
+        spread = _spread(squared.masked_fill(padding[:, None, :], torch.inf), neighbours, few)
         spread = spread.masked_fill(padding, torch.inf)
     else:
         spread = _spread(squared, neighbours)
     density = (spread.amin(1, keepdim=True) - spread).exp() if noise is None else (-spread).exp() + noise
-    if filled:  # least dense, and last among equals
+    if filled and noise is not None:  # least dense, and last among equals; without noise it has density 0 and is last
         density = density.masked_fill(padding, -1.0)
     score = density * _peak_distance(squared, density)
     if filled:
@@ -124,12 +127,12 @@ def dpc_knn(
     return labels.scatter_(1, centres, label), centres
 
 
-def _spread(squared: Tensor, neighbours: int, counts: Tensor | None = None) -> Tensor:
-    """[B, M] mean of each token's k smallest squared distances; sets of ``counts`` [B] tokens may have fewer than k."""
+def _spread(squared: Tensor, neighbours: int, number: Tensor | None = None) -> Tensor:
+    """[B, M] mean of each token's k smallest squared distances; in sets of fewer tokens of ``number`` [B] of them."""
     nearest = squared.topk(min(neighbours, squared.shape[-1]), dim=-1, largest=False).values
-    if counts is None:
+    if number is None:
         return nearest.mean(-1)
-    number = counts.clamp(min=1, max=nearest.shape[-1])[:, None]
+    number = number[:, None]
     beyond = torch.arange(nearest.shape[-1], device=squared.device) >= number[..., None]
     return nearest.masked_fill(beyond, 0.0).sum(-1) / number
 

@@ -73,9 +73,9 @@ def nearest_anchors(tokens: Tensor, anchors: Tensor, problems: Sequence[AnchorSe
         for place in range(problem.sets):
             table.append((length, place, problem.first + place * problem.size, problem.start - entries))
             entries += length
-    lengths, *columns = on_device(list(zip(*table, strict=True)), tokens.device)
-    number = torch.repeat_interleave(lengths, output_size=entries)
-    place, first, shift = torch.stack(columns)[:, number]
+    table = on_device(list(zip(*table, strict=True)), tokens.device)
+    number = torch.repeat_interleave(table[0], output_size=entries)
+    place, first, shift = table[1:].index_select(1, number)
     return Membership(
         number=number,
         place=place,
@@ -123,7 +123,7 @@ def blend_into_anchors(
     """
     owner = torch.where(takes_part, member.anchor, anchors.shape[0])  # the others sort to the end
     mean, sizes = group_means(tokens, owner, anchors.shape[0], index=member.token, used=count)
-    weight = (1.0 / (sizes + 1.0)).clamp(min=beta)[:, None].to(tokens.dtype)
+    weight = (sizes + 1.0).reciprocal_().clamp_(min=beta)[:, None].to(tokens.dtype)
     return weight * anchors + (1 - weight) * mean
 
 

@@ -30,9 +30,8 @@ def top_mask(scores: Tensor, counts: Tensor | Sequence[int] | int) -> Tensor:
     if not isinstance(counts, Tensor):
         counts = on_device(counts, scores.device)
     order = by_score(scores)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(
-        -1, order, torch.arange(scores.shape[-1], device=scores.device) < counts.reshape(-1, 1)
-    )
+    taken = torch.arange(scores.shape[-1], device=scores.device) < counts.reshape(-1, 1)
+    return torch.empty_like(scores, dtype=torch.bool).scatter_(-1, order, taken)  # every place is written to
 
 
 def numbers_first(scores: Tensor) -> Tensor:
@@ -72,10 +71,15 @@ def mask_to_indices(mask: Tensor, count: int) -> Tensor:
     Args:
         count: True entries of the row that has most of them.
     """
-    slot = torch.where(mask, mask.cumsum(-1) - 1, count)  # a spare slot takes the False entries
+    return counted_to_indices(mask, mask.cumsum(-1), count)
+
+
+def counted_to_indices(mask: Tensor, number: Tensor, count: int) -> Tensor:
+    """:func:`mask_to_indices` where ``number`` [R, N] = ``mask.cumsum(-1)`` is there already."""
+    slot = number * mask  # a spare slot in front takes the False entries
     out = torch.zeros(mask.shape[0], count + 1, dtype=torch.long, device=mask.device)
     out.scatter_(1, slot, torch.arange(mask.shape[1], device=mask.device).expand_as(slot))
-    return out[:, :count]
+    return out[:, 1:]
 
 
 def pick_rows(features: Tensor, index: Tensor) -> Tensor:
