@@ -40,12 +40,22 @@ def refuse_embeddings(pipeline: Pipeline, arguments: dict[str, Any], begins: boo
         )
 
 
+def refuse_base_model(pipeline: Pipeline, arguments: dict[str, Any]) -> None:
+    """MethodError for images or videos given to the model inside the model, where no method would see them."""
+    if needs_loop(pipeline) and any(v is not None and k.startswith("pixel_values") for k, v in arguments.items()):
+        raise MethodError(
+            f"{pipeline.name} acts on calls of the model that it is attached to, not on those of its base model "
+            "(model.model): call the model itself, or detach it first."
+        )
+
+
 def check_visuals(pipeline: Pipeline, arguments: dict[str, Any], begins: bool) -> None:
     """MethodError for a prompt with images or videos that the host cannot cut.
 
     Args:
         begins: whether the call is the first on its cache.
     """
+    refuse_embeddings(pipeline, arguments, begins)
     if arguments.get("input_ids") is None:
         raise MethodError("images and videos need input_ids: their placeholders say where the tokens stand.")
     if not needs_loop(pipeline):

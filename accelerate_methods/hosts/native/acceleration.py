@@ -19,7 +19,13 @@ from accelerate_methods.engine.loop import DecoderOutput, needs_loop, run_decode
 from accelerate_methods.engine.output_rows import IGNORED, OutputRows, as_the_caller_had_them, shifted, unshifted
 from accelerate_methods.engine.prompt import PromptLayout
 from accelerate_methods.engine.sequences import VisualSequence, compressed_sequence
-from accelerate_methods.hosts.calls import acts_on_text, check_visuals, refuse_embeddings, refuse_outputs
+from accelerate_methods.hosts.calls import (
+    acts_on_text,
+    check_visuals,
+    refuse_base_model,
+    refuse_embeddings,
+    refuse_outputs,
+)
 from accelerate_methods.hosts.drafts import drafts_behind, expect_drafts, expect_new_tokens, in_two, refuse_drafts
 from accelerate_methods.hosts.native.family import Call, Family, read_prompt
 from accelerate_methods.hosts.native.prompt import CutPrompt, PromptItem, cut_prompt
@@ -69,6 +75,7 @@ class NativeAcceleration:
     def install(self) -> None:
         wrap = self._wrappers.wrap
         self._outer = wrap(self.model, "forward", self._forward)
+        self._base = wrap(self.model.model, "forward", self._on_base)
         self._inner = wrap(self.family.language, "forward", self._decode)
         self._generate = wrap(self.model, "generate", self._generated)
         self._prepare_inputs = wrap(self.model, "prepare_inputs_for_generation", self._prepared)
@@ -157,6 +164,13 @@ class NativeAcceleration:
             return self._outer(*args, **kwargs)
         finally:
             self._now.reset(token)
+
+    def _on_base(self, *args: Any, **kwargs: Any) -> Any:
+        """In the place of ``model.model.forward``, which ``model.forward`` calls, and nobody else should."""
+        if self._now.get() is None:
+            given = inspect.signature(self._base).bind_partial(*args, **kwargs)
+            refuse_base_model(self.pipeline, given.arguments)
+        return self._base(*args, **kwargs)
 
     def _in_two_steps(self, arguments: dict[str, Any], drafts: int) -> Any:
         """A first call with drafts behind the prompt, as two calls."""
