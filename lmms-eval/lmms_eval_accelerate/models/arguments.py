@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,6 +42,10 @@ COMMON: dict[str, Any] = {
     "until": "apply",  # "ignore": do not cut answers at the task's stop strings (the stock models do not)
     "save_provenance": 0,  # documents per task whose kept tokens are saved for the report
 }
+#: Further arguments of LLaVA-1.5 and LLaVA-NeXT.
+LLAVA: dict[str, Any] = {
+    "fixed_resolution": None,  # "672x672": this canvas for every any-resolution image, whatever the checkpoint lists
+}
 #: Further arguments of LLaVA-OneVision.
 ONEVISION: dict[str, Any] = {
     "max_frames_num": 32,
@@ -74,13 +79,14 @@ HF: dict[str, Any] = {
     "until": "ignore",  # an answer of a chat model may begin with more than one paragraph
 }
 #: key of a family -> its further arguments; and the common ones that mean nothing to it
-FURTHER: dict[str, dict[str, Any]] = {"llava": {}, "llava_onevision": ONEVISION, "llava_video": VIDEO, "hf": HF}
+FURTHER: dict[str, dict[str, Any]] = {"llava": LLAVA, "llava_onevision": ONEVISION, "llava_video": VIDEO, "hf": HF}
 WITHOUT: dict[str, frozenset[str]] = {"hf": frozenset({"model_base", "model_name", "conv_template"})}
 #: name of an argument in other families -> its name in this one
 _OTHER_NAMES = {"hf": {"max_frames_num": "max_num_frames"}}
 _ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 _SWITCHES = ("use_cache", "force_sample", "add_time_instruction", "overwrite")
 _COUNTS = ("max_frames_num", "max_num_frames", "min_pixels", "max_pixels", "total_pixels", "mm_spatial_pool_stride")
+_SIZE = re.compile(r"[1-9]\d*x[1-9]\d*")
 _RATES = ("fps", "video_fps")
 _CHOICES = {
     "dtype": ("auto", "float16", "bfloat16", "float32"),
@@ -256,6 +262,8 @@ def _number(key: str, value: Any, kind: type, wanted: str) -> Any:
 def _finish(values: dict[str, Any]) -> None:
     if not values["pretrained"]:
         raise MethodError("model argument pretrained= is needed: a checkpoint folder or hub name.")
+    if values.get("fixed_resolution") is not None and not _SIZE.fullmatch(str(values["fixed_resolution"])):
+        raise MethodError(f"fixed_resolution must be WIDTHxHEIGHT, as 672x672, not {values['fixed_resolution']!r}.")
     other = values.pop("torch_dtype")
     if other is not None:
         if values["dtype"] not in ("auto", other):

@@ -22,7 +22,7 @@ from llava.media_kind import is_picture
 from llava.mm_utils import process_images
 from llava.model.checkpoint import read_config
 from llava.model.decoders import checkpoint_decoder
-from lmms_eval_accelerate.models.arguments import ONEVISION, VIDEO
+from lmms_eval_accelerate.models.arguments import LLAVA, ONEVISION, VIDEO
 from lmms_eval_accelerate.models.base import LlavaAccelerated, Question
 from lmms_eval_accelerate.models.generation import OF_SAMPLING, READS
 from lmms_eval_accelerate.models.visuals import (
@@ -39,9 +39,15 @@ class Llava(LlavaAccelerated):
     """LLaVA-1.5 and 1.6: images and text."""
 
     family = "llava"
+    defaults: ClassVar[dict[str, Any]] = LLAVA
 
     def default_template(self) -> str:
         return "vicuna_v1"
+
+    def overwrite_config(self) -> dict[str, Any]:
+        if self.args.fixed_resolution is None:
+            return {}
+        return {"image_grid_pinpoints": [[int(edge) for edge in self.args.fixed_resolution.split("x")]]}
 
     def question(self, context: str, visuals: list[Any], gen_kwargs: dict, metadata: dict, where: str) -> Question:
         visuals = [read_image(v, where) if isinstance(v, str) and is_picture(v) else v for v in visuals]
