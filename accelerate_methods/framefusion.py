@@ -41,7 +41,7 @@ class FrameFusion(PrefillMethod):
     title: ClassVar[str] = "FrameFusion"
     paper: ClassVar[str] = "arXiv 2501.01986"
     code: ClassVar[str] = "thu-nics/FrameFusion@fbec1d2e"
-    licence: ClassVar[str] = "MIT"
+    licence: ClassVar[str] = "see its LICENSE file"
     modalities: ClassVar[frozenset[str]] = frozenset({"video"})
 
     cost: float | None = share(0.3, budget=True, aliases=("retention_ratio",))

@@ -180,7 +180,7 @@ def facts_of(model: Any, pipeline: Pipeline = _DENSE) -> ModelFacts:
     else:
         plain = getattr(config, "mm_patch_merge_type", "flat") == "flat"
         family = families.LLAVA_1_5 if plain else families.LLAVA_NEXT
-    return ModelFacts(
+    facts = ModelFacts(
         name=family.name,
         stages=family.stages,
         signals=family.signals if text_tower_named(model, pipeline) is not None else family.signals - IMAGE_TEXT,
@@ -189,6 +189,7 @@ def facts_of(model: Any, pipeline: Pipeline = _DENSE) -> ModelFacts:
         layers=config.num_hidden_layers,
         limits="" if pools_videos else _NO_VIDEO,
     )
+    return model.own_facts(facts)
 
 
 class LlavaHost(Host):

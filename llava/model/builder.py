@@ -17,6 +17,7 @@ from accelerate_methods.engine.devices import computes_on, is_offloaded
 from accelerate_methods.hosts.checkpoint_files import check_files, reading
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava.model.architectures import architecture_of
 from llava.model.checkpoint import CheckpointError, find_file, load_config, read_config
 from llava.model.decoders import check_model_name, checkpoint_decoder, model_class_of
 from llava.tokenization import load_tokenizer
@@ -83,10 +84,11 @@ def load_pretrained_model(
     source = model_base if model_base is not None else model_path
     for path in dict.fromkeys((model_path, source)):
         check_files(path)
-    decoder = checkpoint_decoder(read_config(model_path), model_path)
+    raw = read_config(model_path)
+    decoder = checkpoint_decoder(raw, model_path)
     if model_name:
         check_model_name(model_name, decoder, model_path)
-    model_class = model_class_of(decoder)
+    model_class = architecture_of(raw) or model_class_of(decoder)
     load = {
         "dtype": resolve_dtype(torch_dtype),
         "attn_implementation": _attention(attn_implementation, device_map),

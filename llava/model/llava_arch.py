@@ -12,8 +12,8 @@ what the official code does (docs/llava_tree.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ from accelerate_methods.hosts.layouts import (
     unpad_image,  # noqa: F401 (official name)
     video_item,
 )
-from accelerate_methods.registry.pipeline import Pipeline
+from accelerate_methods.registry.pipeline import ModelFacts, Pipeline
 from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.encode import PatchMap
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
@@ -64,9 +64,13 @@ class LlavaMetaModel:
             )
             # the tower stays in one piece when the model is spread over devices
             self._no_split_modules = {*(self._no_split_modules or ()), type(self.vision_tower).__name__}
-            self.mm_projector = build_vision_projector(config)
+            self.mm_projector = self.build_projector(config)
             if "unpad" in getattr(config, "mm_patch_merge_type", "flat"):
                 self.image_newline = nn.Parameter(torch.randn(config.hidden_size) * config.hidden_size**-0.5)
+
+    @staticmethod
+    def build_projector(config: Any) -> nn.Module:
+        return build_vision_projector(config)
 
     def get_vision_tower(self):
         return getattr(self, "vision_tower", None)
@@ -102,7 +106,13 @@ class LlavaMetaModel:
 
 
 class LlavaMetaForCausalLM(MultimodalGeneration):
-    """Adds images and videos to a causal LM."""
+    """Adds images and videos to a causal LM.
+
+    Attributes:
+        weight_names: pattern of names in checkpoints -> names here, where they differ.
+    """
+
+    weight_names: ClassVar[Mapping[str, str]] = {}
 
     # -- building ----------------------------------------------------------------------------------------------------
 
@@ -134,7 +144,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration):
             config.delay_load = not has_tower_weights(pretrained_model_name_or_path, kwargs)
         want_info = kwargs.pop("output_loading_info", False)
         allow_missing = kwargs.pop("allow_missing", ())
-        kwargs["key_mapping"] = {**KEY_MAPPING, **kwargs.get("key_mapping", {})}
+        kwargs["key_mapping"] = {**KEY_MAPPING, **cls.weight_names, **kwargs.get("key_mapping", {})}
         with reading(pretrained_model_name_or_path):
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path,
@@ -147,6 +157,10 @@ class LlavaMetaForCausalLM(MultimodalGeneration):
 
     def get_model(self) -> LlavaMetaModel:
         return self.model
+
+    def own_facts(self, facts: ModelFacts) -> ModelFacts:
+        """What methods can rely on, where an architecture differs from ``facts``, those of its tower and config."""
+        return facts
 
     def get_vision_tower(self):
         return self.get_model().get_vision_tower()
