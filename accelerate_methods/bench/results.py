@@ -116,13 +116,13 @@ def read(path: str | Path) -> dict[str, Any]:
         raise MethodError(f"cannot read {path}: {one_line(error)}") from None
     if not isinstance(content, dict) or content.get("kind") != "efficiency" or content.get("schema") != 1:
         raise MethodError(f"{path} is not a result of `python -m accelerate_methods.bench` (schema 1).")
-    fault = _fault(content)
+    fault = fault_of(content)
     if fault:
         raise MethodError(f"cannot read {path}: {fault}.")
     return content
 
 
-def _fault(content: Mapping[str, Any]) -> str:
+def fault_of(content: Mapping[str, Any]) -> str:
     """What is missing in a result, or of another kind than a run writes; empty if nothing."""
     for key in ("machine", "versions", "model", "input"):
         if not isinstance(content.get(key), dict):

@@ -311,6 +311,17 @@ def test_show_reads_results_and_refuses_other_files(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["--show", str(other)])
     assert "is not a result of" in capsys.readouterr().err
+    content = json.loads(path.read_text())
+    for change, reason in (
+        ({"rows": {}}, "'rows' is not a list"),
+        ({"rows": [{"label": "dense", "status": "ok", "samples": {}}]}, "has no 'tflops'"),
+        ({"machine": 3}, "'machine' is not a mapping"),
+    ):
+        other.write_text(json.dumps({**content, **change}))
+        with pytest.raises(SystemExit):
+            cli.main(["--show", str(other)])
+        said = capsys.readouterr().err
+        assert f"error: cannot read {other}: " in said and reason in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -323,6 +334,10 @@ def test_show_reads_results_and_refuses_other_files(tmp_path, capsys):
         (("--model", "tiny", "--repeats", "0"), "at least 1"),
         (("--model", "tiny", "--image-size", "12"), "not a size"),
         (("--model", "tiny", "--video", "nowhere.mp4"), "nowhere.mp4"),
+        (("--model", "tiny", "--device", "gpu"), "unknown device 'gpu'"),
+        (("--model", "tiny", "--device", "cuda:99"), "device cuda:99: torch sees"),
+        (("--model", "tiny", "--output", f"{__file__}/below"), "is no folder"),
+        (("--pretrained", "/nowhere"), "cannot reach checkpoint '/nowhere'"),
     ],
 )
 def test_bad_arguments_are_one_message(argv, message, capsys):

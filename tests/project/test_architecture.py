@@ -236,3 +236,23 @@ def test_nothing_cites_what_is_not_in_the_project():
     ]
     advice = "no reader can open this; cite the paper's section, the official repository and commit, or a docs page:"
     assert not bad, listed(bad, advice)
+
+
+# -- what the terminal shows -------------------------------------------------------------------------------------------
+
+
+def test_terminal_output_reads_no_markup():
+    """Answers, names and folders may look like markup: no console reads any, styles are given by rich.text.Text."""
+    files = [source.path for source in sources().values()] + sorted((ROOT / "scripts").rglob("*.py"))
+    wanted = {"Console": {"markup", "emoji"}, "TextColumn": {"markup"}}
+    bad = []
+    for path in files:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module == "rich.markup":
+                bad.append(f"{path.relative_to(ROOT)}:{node.lineno}: rich.markup")
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) in wanted:
+                off = {k.arg for k in node.keywords if isinstance(k.value, ast.Constant) and k.value.value is False}
+                if not wanted[node.func.id] <= off:
+                    bad.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.func.id}")
+    assert not bad, listed(bad, "write Console(markup=False, emoji=False) and TextColumn(..., markup=False)")

@@ -9,7 +9,7 @@ import string
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.errors import MethodError, one_line
 from lmms_eval_accelerate.benchmarks import layout
 from lmms_eval_accelerate.benchmarks.catalog import Benchmark, Part
 from lmms_eval_accelerate.embedded import QUESTIONS
@@ -121,16 +121,22 @@ def _holds_something(path: Path) -> bool:
 def _rows(file: Path) -> int:
     if file.suffix == ".json":
         return len(_read(file, []))
-    return _parquet().read_metadata(file).num_rows
+    try:
+        return _parquet().read_metadata(file).num_rows
+    except (OSError, ValueError) as error:
+        raise MethodError(f"cannot read {file}: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _read(file: Path, columns: list[str]) -> list[dict]:
     try:
         if file.suffix == ".json":
-            return json.loads(file.read_text(encoding="utf-8"))
+            rows = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                raise ValueError("it is no list of documents")
+            return rows
         return _parquet().read_table(file, columns=columns).to_pylist()
     except (OSError, ValueError, KeyError) as error:
-        raise MethodError(f"cannot read {file}: {type(error).__name__}: {error}") from error
+        raise MethodError(f"cannot read {file}: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _parquet():

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.errors import MethodError, UnknownNameError, check_writable, one_line
 from lmms_eval_accelerate.benchmarks.catalog import BENCHMARKS, Benchmark, benchmark, offline_environment
 from lmms_eval_accelerate.benchmarks.check import Finding, check
 from lmms_eval_accelerate.benchmarks.prepare import prepare
@@ -37,9 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     shell.add_argument("--data", type=Path, required=True)
     options = parser.parse_args(argv)
     console = Console(markup=False, emoji=False)
-    if options.command == "list":
-        return _list(options.file)
     try:
+        if options.command == "list":
+            return _list(options.file)
         if options.command == "env":
             folder, environment = offline_environment(options.data)
             for name, value in environment.items():
@@ -49,12 +49,19 @@ def main(argv: list[str] | None = None) -> int:
         wanted = [benchmark(name) for name in options.names or BENCHMARKS]
         data = options.data.expanduser().resolve() if options.data else None
         if options.command == "prepare":
+            check_writable(data, f"--data {data}")
             for each in wanted:
                 prepare(each, data, console)
         findings = [check(each, data) for each in wanted]
-    except MethodError as error:
+    except UnknownNameError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (MethodError, OSError, UnicodeDecodeError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
     show(findings, console)
     return 0 if all(f.complete for f in findings) else 1
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.errors import MethodError, one_line
 from lmms_eval_accelerate.benchmarks import archives as reading
 from lmms_eval_accelerate.benchmarks import layout
 from lmms_eval_accelerate.benchmarks.catalog import Benchmark
@@ -72,7 +72,8 @@ def _download(benchmark: Benchmark, folder: Path, patterns: list[str]) -> str:
     except (
         Exception
     ) as error:  # the errors of a connection have another class with every HTTP client of the hub's library
-        raise MethodError(f"{benchmark.title}: cannot download {page}: {type(error).__name__}: {error}") from error
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise MethodError(f"{benchmark.title}: cannot download {page}: {reason}") from error
     return commit
 
 
@@ -91,7 +92,7 @@ def unpack(archives: Path, target: Path, console: Console) -> None:
         raise MethodError(f"nothing to unpack in {archives}: neither archives nor videos.")
     target.mkdir(parents=True, exist_ok=True)
     stamps = target / _STAMPS
-    done: dict[str, Any] = json.loads(stamps.read_text(encoding="utf-8")) if stamps.is_file() else {}
+    done: dict[str, Any] = _stamped(stamps)
     for name, files in units.items():
         sizes = [file.stat().st_size for file in files]
         if done.get(name) == sizes:
@@ -104,6 +105,15 @@ def unpack(archives: Path, target: Path, console: Console) -> None:
         fresh.write_text(json.dumps(done, indent=1), encoding="utf-8")
         fresh.replace(stamps)
     _merge(target / "data0613", target)
+
+
+def _stamped(stamps: Path) -> dict[str, Any]:
+    """What was unpacked; nothing if the file says nothing that can be read: it is unpacked again."""
+    try:
+        found = json.loads(stamps.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _units(archives: Path) -> dict[str, list[Path]]:

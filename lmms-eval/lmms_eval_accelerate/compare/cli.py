@@ -6,6 +6,7 @@ import argparse
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,11 @@ def _compare(
     found = table.read({run.name: run.output for run in runs})
     table.write(found, comparison.output)
     console.print(table.tables(found))
-    for picture in _pictures(comparison, args, settings, found):
-        console.print(Text(f"picture: {picture}"), soft_wrap=True)
+    try:
+        for picture in _pictures(comparison, args, settings, found):
+            console.print(Text(f"picture: {picture}"), soft_wrap=True)
+    except (MethodError, ImportError, OSError) as error:  # the numbers are there all the same
+        console.print(Text(f"warning: no picture: {one_line(error)}"), soft_wrap=True)
     console.print(Text(f"{time.time() - started:.0f} s; everything is in {comparison.output}"), soft_wrap=True)
 
 
@@ -147,10 +151,9 @@ def wanted_of(args: argparse.Namespace) -> Wanted:
 
 def _pictures(
     comparison: Comparison, args: argparse.Namespace, settings: list[Setting], found: list[table.TaskResult]
-) -> list[Path]:
-    made = []
+) -> Iterator[Path]:
     if table.cut_tasks(found):
-        made.append(pictures.draw_curve(found, comparison.output / "accuracy_vs_retention.png"))
+        yield pictures.draw_curve(found, comparison.output / "accuracy_vs_retention.png")
     video = args.picture
     if video is None and args.pretrained is None:
         video = embedded.CLIPS / "0000.mp4"
@@ -159,5 +162,4 @@ def _pictures(
     usual = [s for s in of_config if dict(s.params).items() <= (config.get("params") or {}).items()]
     drawn = next(iter(usual or of_config), None)
     if video is not None and drawn is not None:
-        made.append(pictures.draw_clip(comparison, drawn, video, comparison.output / "kept_tokens.png"))
-    return made
+        yield pictures.draw_clip(comparison, drawn, video, comparison.output / "kept_tokens.png")

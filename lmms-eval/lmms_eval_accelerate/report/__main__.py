@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from accelerate_methods.stages.errors import MethodError, check_writable, one_line
 from lmms_eval_accelerate.report.results import ReportError
 
 PAGE, MARKDOWN, ACCURACY, EFFICIENCY = "report.html", "report.md", "accuracy.csv", "efficiency.csv"
@@ -19,9 +20,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     try:
         written = write(args.results, args.output, args.title, args.samples, argv)
-    except ReportError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (MethodError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        print("interrupted; start the same command again", file=sys.stderr)
+        raise SystemExit(130) from None
     from rich.console import Console
 
     console = Console(markup=False, emoji=False)
@@ -38,8 +42,7 @@ def write(paths: Sequence[Path], output: Path, title: str, samples: int, argv: S
     for name in (PAGE, MARKDOWN, ACCURACY, EFFICIENCY):
         if (output / name).exists():
             raise ReportError(f"{output / name} exists; choose another --output.")
-    if output.exists() and not output.is_dir():
-        raise ReportError(f"--output {output} is not a folder.")
+    check_writable(output, f"--output {output}")
     # here, so that -h is quick
     from lmms_eval_accelerate.report import page, results, tables
     from lmms_eval_accelerate.report.accuracy import accuracy_sections

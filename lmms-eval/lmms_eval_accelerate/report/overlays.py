@@ -5,14 +5,20 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from accelerate_methods.stages.errors import one_line
 from lmms_eval_accelerate.report.results import ReportError, Run
 from lmms_eval_accelerate.report.sections import TaskTable
 from lmms_eval_accelerate.runs.files import PROVENANCE
+
+#: what arrays that are cut or of another form raise
+_DAMAGE = (OSError, ValueError, LookupError, AttributeError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class Pictures:
@@ -46,11 +52,11 @@ def _read(path: Path, run: Run, pictures: Pictures) -> list[dict[str, Any]]:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         meta = json.loads(str(arrays["meta"]))
-    except (OSError, ValueError, KeyError) as error:
-        raise ReportError(f"cannot read {path}: {error}") from error
-    if meta.get("started") not in (None, run.started):
-        return []  # a failed attempt in the same folder left it
-    return [_item(number, facts, arrays, path, pictures) for number, facts in enumerate(meta["items"])]
+        if meta.get("started") not in (None, run.started):
+            return []  # a failed attempt in the same folder left it
+        return [_item(number, facts, arrays, path, pictures) for number, facts in enumerate(meta["items"])]
+    except _DAMAGE as error:
+        raise ReportError(f"cannot read {path}: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _item(number: int, facts: dict[str, Any], arrays: dict[str, Any], path: Path, pictures: Pictures) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.errors import MethodError, one_line
 from lmms_eval_accelerate.runs.files import CLAIM, FAILED, SUMMARY, read_json
 
 DENSE = "dense"
@@ -61,13 +61,15 @@ class Run:
     @property
     def started(self) -> str | None:
         claim = self.folder / CLAIM
-        return _load(claim).get("started") if claim.is_file() else None
+        found = _load(claim) if claim.is_file() else None
+        return found.get("started") if isinstance(found, dict) else None
 
     @cached_property
     def task_configs(self) -> dict[str, dict[str, Any]]:
         """The harness's own description of each task."""
         found = sorted(self.folder.rglob(f"{self.summary.get('date')}_results.json"))
-        return _load(found[0]).get("configs", {}) if found else {}
+        content = _load(found[0]) if found else {}
+        return content.get("configs", {}) if isinstance(content, dict) else {}
 
     def samples(self, task: str, metric: str) -> dict[Any, Sample]:
         """Answers by document; empty if the run kept none."""
@@ -130,11 +132,13 @@ def _take(file: Path, results: Results, named: bool) -> bool:
     folder = file.parent
     if file.name == SUMMARY:
         summary = _load(file)
-        if not {"tasks", "costs", "settings"} <= summary.keys():
+        if not isinstance(summary, dict) or not {"tasks", "costs", "settings"} <= summary.keys():
             if named:
                 raise ReportError(f"{file} is not the summary of an lmms-eval-accelerate run.")
             results.left_out.append(f"{file}: not the summary of an lmms-eval-accelerate run")
             return False
+        if fault := _fault(summary):
+            raise ReportError(f"cannot read {file}: {fault}.")
         if summary["tasks"] and not any(summary["tasks"].values()):
             results.left_out.append(f"{folder}: has answers and no scores (--predict_only)")
             return False
@@ -143,7 +147,9 @@ def _take(file: Path, results: Results, named: bool) -> bool:
     if file.name == CLAIM and not (folder / SUMMARY).exists():
         results.left_out.append(f"{folder}: not finished (no {SUMMARY})")
     elif file.name == FAILED:
-        results.left_out.append(f"{folder}: failed ({_load(file).get('reason', 'no reason given')})")
+        reason = _load(file)
+        reason = reason.get("reason", "no reason given") if isinstance(reason, dict) else "no reason given"
+        results.left_out.append(f"{folder}: failed ({reason})")
     elif not file.name.endswith("_results.json") and b'"efficiency"' in file.read_bytes()[:4096]:
         content = _load(file)
         if isinstance(content, dict) and content.get("kind") == "efficiency":
@@ -152,9 +158,33 @@ def _take(file: Path, results: Results, named: bool) -> bool:
             missing = {"machine", "versions", "model", "input", "rows"} - content.keys()
             if missing:
                 raise ReportError(f"{file} is an efficiency file without {', '.join(sorted(missing))}.")
+            from accelerate_methods.bench.results import fault_of  # -h has to be quick
+
+            if fault := fault_of(content):
+                raise ReportError(f"cannot read {file}: {fault}.")
             results.benches.append(Bench(file, content))
             return True
     return False
+
+
+def _fault(summary: Mapping[str, Any]) -> str:
+    """What in a summary is of another kind than a run writes; empty if nothing."""
+    tasks, costs = summary["tasks"], summary["costs"]
+    if not isinstance(tasks, dict) or not all(isinstance(metrics, dict) for metrics in tasks.values()):
+        return "'tasks' is not a mapping from tasks to metrics"
+    for task, metrics in tasks.items():
+        for name, value in metrics.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                return f"metric {name} of {task} is no number"
+    by_task = costs.get("by_task", {}) if isinstance(costs, dict) else None
+    if not isinstance(by_task, dict) or not all(isinstance(means, dict) for means in by_task.values()):
+        return "'costs' is not a mapping with means by task"
+    if not isinstance(summary["settings"], dict):
+        return "'settings' is not a mapping"
+    methods = summary.get("methods") or []
+    if not isinstance(methods, list) or not all(isinstance(m, dict) and "method" in m for m in methods):
+        return "'methods' is not a list of methods"
+    return ""
 
 
 def _load(path: Path) -> Any:
@@ -162,12 +192,15 @@ def _load(path: Path) -> Any:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise ReportError(f"cannot read {path}, line {number}: {error}") from error
+                content = json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise ReportError(f"cannot read {path}, line {number}: {one_line(error)}") from error
+            if not isinstance(content, dict) or not isinstance(content.get("doc_id"), (int, str)):
+                raise ReportError(f"cannot read {path}, line {number}: it is no answer with a doc_id.")
+            yield content
 
 
 def _text(value: Any) -> str:

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any, TextIO
 
-from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.errors import MethodError, one_line
 
 #: of one run: who works on it, why it failed, what it measured
 CLAIM, FAILED, SUMMARY, EFFICIENCY = "run.json", "failed.json", "summary.json", "efficiency.json"
@@ -40,8 +40,8 @@ def read_json(path: Path, error: type[Exception] = MethodError) -> Any:
     """The content of ``path``; ``error`` with its name if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as reason:
-        raise error(f"cannot read {path}: {reason}") from reason
+    except (OSError, ValueError, RecursionError) as reason:
+        raise error(f"cannot read {path}: {one_line(reason)}") from reason
 
 
 def write_text(path: Path, text: str) -> None:

@@ -90,8 +90,24 @@ def test_environment_for_a_shell(capsys) -> None:
 
 
 def test_check_names_a_wrong_name(capsys) -> None:
-    assert main(["check", "videomm"]) == 1
+    assert main(["check", "videomm"]) == 2
     assert "Did you mean 'videomme'" in capsys.readouterr().err
+
+
+def test_errors_of_the_command_are_one_line(tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "file").write_bytes(b"\xff\xfe\x00")
+    for words in (["prepare", "--data", str(tmp_path / "file"), "videomme"], ["list", str(tmp_path / "file")],
+                  ["list", str(tmp_path / "nowhere")]):  # fmt: skip
+        assert main(words) == 1
+        said = capsys.readouterr().err
+        assert (said.startswith("error: ") and said.count("\n") == 1 and str(tmp_path) in said) or "decode" in said
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lmms_eval_accelerate.benchmarks.command.prepare", interrupted)
+    assert main(["prepare", "--data", str(tmp_path / "new"), "videomme"]) == 130
+    assert "goes on where it stopped" in capsys.readouterr().err
 
 
 def test_check_without_a_data_folder_looks_into_the_hubs_cache(tmp_path, monkeypatch) -> None:

@@ -555,6 +555,25 @@ def test_long_names_do_not_squeeze_the_numbers(found):
     assert "…" not in console.file.getvalue() and "5.00x" in console.file.getvalue()
 
 
+ODD = "[/b] [INST] $x$ <script> |:warning:"
+
+
+def test_names_are_shown_as_they_are(found, tmp_path):
+    """In the table, in Markdown and in the picture, where a dollar sign begins no formula."""
+    for row in found:
+        row.task, row.setting = ODD, row.setting if row.setting == "dense" else f"odd {ODD}"
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=200)  # one that reads markup
+    console.print(comparison.tables(found))
+    text = console.file.getvalue()
+    assert f"{ODD}: " in text and f"odd {ODD}" in text
+    assert "odd [/b] [INST] $x$ <script> \\|:warning:" in comparison.markdown(found)
+    found[1].not_comparable = "why"
+    found[1].task = found[0].task = "$\\nonsense{ $x$"
+    assert pictures.draw_curve(found, tmp_path / "c.png").is_file()
+
+
 def test_markdown_json_and_curve(found, tmp_path):
     comparison.write(found, tmp_path)
     assert "| fastvid@0.1 | 90.0 | -5.0 | 64 (8%) |" in (tmp_path / "comparison.md").read_text(encoding="utf-8")

@@ -23,9 +23,11 @@ pytest.importorskip("plotly")
 from lmms_eval_accelerate.distributions import pack
 from lmms_eval_accelerate.report.__main__ import main
 from lmms_eval_accelerate.report.accuracy import accuracy_sections
+from lmms_eval_accelerate.report.figures import Style, pareto
 from lmms_eval_accelerate.report.labels import labels_of
 from lmms_eval_accelerate.report.results import find
 from lmms_eval_accelerate.report.statistics import bootstrap_interval, pareto_front
+from lmms_eval_accelerate.runs.long_prompts import MARK
 
 FASTV = {"method": "fastv", "retention_ratio": 0.25, "k": 2}
 
@@ -387,6 +389,73 @@ def test_wrong_folders_are_refused(runs, tmp_path, capsys) -> None:
     assert "is not the summary" in fails(capsys, tmp_path / "foreign" / "summary.json", "--output", out)
     assert "schema 2" in fails(capsys, write_bench(tmp_path / "new.json", schema=2), "--output", out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"tasks": []}, "'tasks' is not a mapping"),
+        ({"tasks": {"quiz": 3}}, "'tasks' is not a mapping"),
+        ({"tasks": {"quiz": {"score": "high"}}}, "metric score of quiz is no number"),
+        ({"costs": 3}, "'costs' is not a mapping"),
+        ({"costs": {"by_task": {"quiz": 1}}}, "'costs' is not a mapping"),
+        ({"settings": [1]}, "'settings' is not a mapping"),
+        ({"methods": ["fastv"]}, "'methods' is not a list of methods"),
+    ],
+)
+def test_summaries_of_another_form(runs, tmp_path, capsys, changes, reason) -> None:
+    file = runs / "fastv" / "summary.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    assert f"error: cannot read {file}: {reason}" in fails(capsys, runs, "--output", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("summary.json", b"[1]", "is not the summary"),
+        ("summary.json", b"\xff{}", "can't decode byte"),
+        ("summary.json", b"\x00", "line 1 column 1"),
+        ("samples", b"[1]\n", "line 1: it is no answer with a doc_id"),
+        ("samples", b'{"doc_id": [1]}\n', "line 1: it is no answer with a doc_id"),
+        ("samples", b"caf\xe9\n", "line 1: 'utf-8' codec can't decode"),
+        ("bench.json", b'{"kind": "efficiency", "schema": 1, "machine": {}, "versions": {}, "model": {}, "input": {},'
+                       b' "rows": [3]}', "'rows' is not a list of mappings"),
+        ("bench.json", b'{"kind": "efficiency", "schema": 1, "machine": {}, "versions": {}, "model": {}, "input": {},'
+                       b' "rows": [{"label": "x"}]}', "a row without 'status'"),
+        ("provenance", b"no array", "quiz"),
+    ],
+)  # fmt: skip
+def test_damaged_files_are_one_line_with_their_name(runs, tmp_path, capsys, name, content, reason) -> None:
+    file = runs / "fastv" / name
+    if name == "samples":
+        file = next((runs / "fastv").rglob("*.jsonl"))
+    if name == "provenance":
+        file = runs / "fastv" / "provenance" / "quiz" / "0.npz"
+        file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+    said = fails(capsys, file if name == "summary.json" else runs, "--output", tmp_path / "out")
+    assert said.startswith("error: ") and said.count("\n") == 1 and str(file) in said and reason in said
+
+
+def test_an_output_that_cannot_be_written(runs, tmp_path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    assert "file is no folder" in fails(capsys, runs, "--output", tmp_path / "file" / "out")
+
+
+def test_names_in_plots_are_shown_as_they_are_and_marked(runs) -> None:
+    """Plotly reads tags; and a point that the tables mark as not comparable is marked."""
+    found = find([runs])
+    (section,) = accuracy_sections(found.runs)
+    (table,) = section.tables
+    fastv = next(e for e in table.entries if e.method != "dense")
+    fastv.label = "<b>fastv</b> & $x$"
+    style = Style(e.method for e in table.entries)
+    assert all(MARK not in str(f.to_dict()) for f in pareto(table, style).values())
+    fastv.not_comparable = "why"
+    for figure in pareto(table, style).values():
+        point = next(t for t in figure.data if t.name == "fastv")
+        assert point.text == (MARK,) and point.marker.symbol[0].endswith("-open")
+        assert point.hovertext[0].startswith("&lt;b&gt;fastv&lt;/b&gt; &amp; $x$") and MARK in point.hovertext[0]
 
 
 def test_unfinished_runs_are_named(runs, tmp_path) -> None:
