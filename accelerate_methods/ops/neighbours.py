@@ -46,10 +46,10 @@ class Folded:
 def fold_into(
     features: Tensor, keys: Tensor, weights: Tensor, chosen: Tensor, neighbours: int = NEIGHBOURS
 ) -> Folded:
-    """Every chosen token becomes itself plus the weighted sum of those most similar to it; one more token is the rest's.
+    """Every chosen token becomes itself plus the weighted sum of those most similar to it; one more is the rest's.
 
     The similar ones are looked for among all others, chosen or not, by cosine similarity of keys; one token can be
-    taken in by several. Where there are fewer than ``neighbours``, all are taken in. What is not a number is never taken in.
+    taken in by several. Where there are fewer than ``neighbours``, all are taken in; never what is not a number.
 
     Args:
         features: [V, N, D]; keys: [V, N, d]; weights: [V, N].

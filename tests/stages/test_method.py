@@ -8,7 +8,7 @@ import accelerate_methods
 from accelerate_methods.registry import method_class
 from accelerate_methods.stages.budget import BudgetedMethod
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
-from accelerate_methods.stages.signals import SIGNALS
+from accelerate_methods.stages.signals import SIGNALS, Signal
 
 
 @pytest.mark.parametrize("name", accelerate_methods.available())
@@ -16,7 +16,7 @@ def test_description_of_every_method(name):
     cls = method_class(name)
     assert cls.name == name and cls.title and cls.paper and cls.__doc__
     assert cls.__dataclass_params__.frozen
-    assert cls.signals <= set(SIGNALS) and cls.modalities <= {"image", "video"}
+    assert {Signal(name).name for name in cls.signals} <= set(SIGNALS) and cls.modalities <= {"image", "video"}
     assert cls.positions in ("original", "compact")
     needed = {"retention_ratio": 0.5} if issubclass(cls, BudgetedMethod) else {}
     method = accelerate_methods.get(name, **needed)

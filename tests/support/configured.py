@@ -18,16 +18,24 @@ VARIANTS = {
     "cdpruner": [{"relevance": "none"}, {"visual_token_num": 3}],
     "dycoke": [{"dp": False}, {"ttm": False, "threshold": 2.0}, {"p": 1.0, "threshold": 2.0}],
     "fastervlm": [{"merge": "spatial_unpad"}],
+    "hiprune": [{"neighbours": "grid", "alpha": 1.0}, {"exclude": "released"}, {"tokens_per_image": 7}],
     "fastv": [{"k": 0}, {"k": 1}],
     "fastvid": [{"c": 2, "tau": 0.5, "d": 1.0}],
+    "prumerge": [{"retention_ratio": None}, {"reduction_ratio": 0.125}],
+    "prumerge_plus": [{"retention_ratio": None}],
     "prunevid": [{"merging": False}, {"selection": False}, {"selected_layer": 0, "alpha": 0.9}],
     "streamingllm": [
         {"start_size": 2, "recent_size": 5}, {"start_size": 0, "recent_size": 4, "original_positions": True},
         {"start_size": 3, "recent_size": 2, "pos_shift": False}, {"policy": "for_space", "recent_size": 2},
         {"start_size": None, "recent_size": None, "budget": 0.4},
     ],
+    "vispruner": [{"important_ratio": 0.0}, {"important_ratio": 1.0}],
     "visionzip": [{"dominant": 3, "contextual": 0}, {"dominant": 1, "contextual": 2}, {"grid_order": "as_released"}],
 }
+
+
+#: methods whose tokens are sums that overlap: provenance names one of those that hold a token
+OVERLAPPING = frozenset({"prumerge", "prumerge_plus"})
 
 
 def configured(name: str, ratio: float = 0.3, **params: object) -> Method:

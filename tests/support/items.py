@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import accelerate_methods
 from accelerate_methods.hosts.layouts import flat_item, image_item, video_item
 from accelerate_methods.registry import method_class
-from accelerate_methods.stages.signals import SIGNALS
+from accelerate_methods.stages.signals import SIGNALS, Signal
 from accelerate_methods.stages.views import Views
 from tests.support.configured import variants
 
@@ -24,6 +24,17 @@ def features_of(kind, shape, generator):
         return torch.zeros(shape)
     values = torch.randn(shape, generator=generator)
     return values.sign() if kind == "ties" else values * 30 if kind == "large" else values
+
+
+def of_other_layers(signals, generator):
+    """The same signals, shuffled, as those of the encoder layers that any method asks for."""
+    asked = {s for n in accelerate_methods.available() for s in method_class(n).signals if Signal(s) != Signal(s).name}
+    asked |= {str(Signal("received_attention", Signal(s).layer, Signal(s).heads)) for s in asked}
+    found = {}
+    for name in sorted(asked):
+        value = signals[Signal(name).name]
+        found[name] = value[:, torch.randperm(value.shape[1], generator=generator)]
+    return found
 
 
 def make_item(layout, frames, side, kind, dtype, seed):
@@ -53,6 +64,7 @@ def make_item(layout, frames, side, kind, dtype, seed):
     }
     for name in ("pooling_attention", "cls_attention", "received_attention"):
         item.signals[name] = item.signals[name].float().softmax(-1).to(dtype)
+    item.signals |= of_other_layers(item.signals, generator)
     return item
 
 
@@ -92,6 +104,7 @@ def make_views(tiles, side, special, kind, dtype, seed):
         },
         project=lambda tokens: tokens,
     )
+    views.signals |= of_other_layers(views.signals, generator)
     newline = torch.randn(1, generator=generator).to(dtype)
     config = type("Config", (ANYRES,), {"image_grid_pinpoints": [[across * side, down * side]]})
     size = (max(1, across * side - 1), max(1, down * side)) if tiles else None
