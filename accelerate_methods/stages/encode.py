@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accelerate_methods.ops.select import pick_rows
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.method import Method
 from accelerate_methods.stages.printing import ShapesShown
@@ -121,6 +122,15 @@ class EncodeStep:
         In a block that attends within windows, tokens of other windows give nothing.
         """
         return self._attention.received_attention()
+
+
+def keep(step: EncodeStep, kept: Tensor) -> Merge:
+    """A pure selection: the patches ``kept`` [V, K] (0..T - special - 1) of each view, in output order; others leave."""
+    front = torch.arange(step.special, device=kept.device).expand(len(kept), -1)
+    source = torch.cat([front, kept + step.special], dim=1)
+    owner = source.new_full(step.hidden.shape[:2], -1)
+    owner.scatter_(1, source, torch.arange(source.shape[1], device=source.device).expand_as(source))
+    return Merge(pick_rows(step.hidden, source), owner, source)
 
 
 class EncodeMethod(Method):
