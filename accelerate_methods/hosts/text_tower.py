@@ -99,7 +99,7 @@ class TextTower(nn.Module):
     def is_clip(self) -> bool:
         return isinstance(self.model, CLIPTextModelWithProjection)
 
-    def placed(self, device: torch.device, dtype: torch.dtype) -> TextTower:
+    def on_device(self, device: torch.device, dtype: torch.dtype) -> TextTower:
         """On a device; the text model in ``dtype``, the projection of patches in float32."""
         self.to(device)
         self.model.to(dtype)

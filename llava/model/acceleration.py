@@ -75,7 +75,7 @@ class LlavaAcceleration:
         self._text: TextTower | None = None
         if IMAGE_TEXT & names:
             text = text_tower_of(model, text_tower_named(model, pipeline), self._tower.hidden_size, pipeline.name)
-            self._text = text.placed(self._tower.device, self._tower.dtype)
+            self._text = text.on_device(self._tower.device, self._tower.dtype)
 
     def texts(self, model: Any, prompts: Prompts) -> list[PromptText] | None:
         """What the methods are told of the text of each prompt; None if they do not look at it.

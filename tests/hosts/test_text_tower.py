@@ -33,7 +33,7 @@ def test_rows_of_a_text(length, rows):
 
 
 def test_clip_gives_what_transformers_gives(folder):
-    tower = TextTower.from_files(str(folder)).placed(torch.device("cpu"), torch.float32)
+    tower = TextTower.from_files(str(folder)).on_device(torch.device("cpu"), torch.float32)
     whole = CLIPModel.from_pretrained(folder).float().eval()
     ids = torch.tensor([tower.tokenize("what is it?")])
     with torch.no_grad():

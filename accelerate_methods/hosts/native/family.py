@@ -145,7 +145,7 @@ class Family(ABC):
         if name is not None:
             tower = self.model.model.vision_tower
             text = text_tower_of(self.model, name, tower.config.hidden_size, pipeline.name)
-            self.text_tower = text.placed(computes_on(tower), tower.dtype)
+            self.text_tower = text.on_device(computes_on(tower), tower.dtype)
 
     def added(self, kwargs: dict[str, Any]) -> list[Tensor]:
         """[B, L, D] each, what the model adds to the output of its first decoder layers (deepstack)."""

@@ -40,7 +40,7 @@ def e2e(inputs, params, context):
     question.media["questions"] = ["as recorded"]
     config, weights = text_parts()
     tower = TextTower.built("clip", config, weights, lambda text: inputs["text_ids"][0].tolist())
-    recorded = tower.placed(torch.device("cpu"), torch.float32)
+    recorded = tower.on_device(torch.device("cpu"), torch.float32)
     with accelerate_methods.accelerate(model, method):
         model.acceleration._text = recorded
         (item,) = question.items()
