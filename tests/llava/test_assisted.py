@@ -9,15 +9,13 @@ from transformers import DynamicCache, StaticCache
 from accelerate_methods import MethodError, accelerate
 from accelerate_methods.registry import method_class
 from tests.methods.test_every_method import FAMILY, IMAGES, NAMES, OV, QUESTIONS, V15, inputs, why_not
-from tests.support.configured import configured
+from tests.support.configured import BEFORE_DECODING, configured
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_grad")
 NEW = 24
 GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
 ASKED = {V15: IMAGES["image"], OV: QUESTIONS[OV]["image and video"]}
 COMPOSED = {V15: ["visionzip+fastv"], OV: ["fastvid+fastv", "prunevid+random_prefill"]}
-#: without the stage that acts in every decode step, or with layers that exist
-PARAMS = {"dycoke": {"dp": False}}
 CASES = [
     (name, names)
     for name in ASKED
@@ -32,7 +30,7 @@ def method_of(names):
         return "dense"
     parts = names.split("+")
     more = {"prunevid": {"selection": False}} if len(parts) > 1 else {}
-    return [configured(part, **PARAMS.get(part, {}), **more.get(part, {})) for part in parts]
+    return [configured(part, **BEFORE_DECODING.get(part, {}), **more.get(part, {})) for part in parts]
 
 
 @pytest.fixture

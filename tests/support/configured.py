@@ -11,10 +11,16 @@ OVERRIDES = {
     "streamingllm": {"start_size": 3, "recent_size": 20},  # prompts are short
 }
 
+#: of methods that act in every decode step: what they do before the first one
+BEFORE_DECODING = {
+    "dycoke": {"dp": False},
+    "streamingllm": {"start_size": None, "recent_size": None, "budget": 0.4},
+}
+
 #: further settings in which a method behaves differently
 VARIANTS = {
     "framefusion": [{"cost": 0.6, "similarity_lower_bound": 0.2}, {"ratio_lower_bound": 1.0}],
-    "sparsevlm": [{"version": "2.0"}, {"version": "1.0", "budgets": None, "scale": 1.0, "bias": 0.0}],
+    "sparsevlm": [{"version": "2.0"}, {"version": "1.0", "scale": 1.0, "bias": 0.0}],
     "cdpruner": [{"relevance": "none"}, {"visual_token_num": 3}],
     "dycoke": [{"dp": False}, {"ttm": False, "threshold": 2.0}, {"p": 1.0, "threshold": 2.0}],
     "fastervlm": [{"merge": "spatial_unpad"}],

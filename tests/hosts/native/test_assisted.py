@@ -16,7 +16,7 @@ from tests.hosts.native import test_internvl as internvl
 from tests.hosts.native import test_llava_next_video as next_video
 from tests.support import native_questions as llava
 from tests.support import qwen_inputs as qwen
-from tests.support.configured import configured
+from tests.support.configured import BEFORE_DECODING, configured
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_grad", "siglip_tower")
 NEW = 14
@@ -50,7 +50,10 @@ COMPOSED = {
     "qwen3": ["random+fastv"],
 }
 #: parameters for hosts whose models are of another kind
-OF_HOST = {"fastvid": {"qwen2": {"c": 2}, "qwen2_5": {"c": 2}, "qwen3": {"c": 2}}, "dycoke": {"*": {"dp": False}}}
+OF_HOST = {
+    "fastvid": {"qwen2": {"c": 2}, "qwen2_5": {"c": 2}, "qwen3": {"c": 2}},
+    **{name: {"*": params} for name, params in BEFORE_DECODING.items()},
+}
 
 
 def _qwen(name):
