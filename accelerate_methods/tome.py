@@ -233,7 +233,7 @@ def match_every(metric: Tensor, k: int) -> Matching | None:
 
 
 def match_random(metric: Tensor, r: int, order: Tensor) -> Matching | None:
-    """The first ``r`` of a random ``order`` [V, T] join the rest, in that order (``random_bipartite_soft_matching``)."""
+    """The first ``r`` of a random ``order`` [V, T] join the others (``random_bipartite_soft_matching``)."""
     if r <= 0:
         return None
     unit = normalized(metric)

@@ -125,7 +125,7 @@ class EncodeStep:
 
 
 def keep(step: EncodeStep, kept: Tensor) -> Merge:
-    """A pure selection: the patches ``kept`` [V, K] (0..T - special - 1) of each view, in output order; others leave."""
+    """A pure selection: the patches ``kept`` [V, K] (0..T - special - 1) of each view go on, in output order."""
     front = torch.arange(step.special, device=kept.device).expand(len(kept), -1)
     source = torch.cat([front, kept + step.special], dim=1)
     owner = source.new_full(step.hidden.shape[:2], -1)
@@ -137,8 +137,8 @@ class EncodeMethod(Method):
     """Acts inside the blocks of the vision encoder, on every image and frame that it is shown.
 
     The token grid is then gone: what follows neither pools nor unpads, and puts one newline behind an image or video
-    where the checkpoint has newlines. Where nothing was merged, all is as without the method. A method that ``keeps_grid`` has every patch back after the last block, as a
-    copy of the token that holds it.
+    where the checkpoint has newlines. Where nothing was merged, all is as without the method. A method that
+    ``keeps_grid`` has every patch back after the last block, as a copy of the token that holds it.
     """
 
     stage = "encode"
