@@ -41,6 +41,8 @@ _RANKS = {192: (13.5, 0.0), 128: (9.0, 6.0), 64: (0.8, 0.0)}
 #: to what number of tokens per image all of these refer
 _TABLE_TOKENS = 576
 _LAYERS = {"1.5": (2, 6, 15), "2.0": (2, 6, 15), "1.0": (2, 6, 15, 19)}
+#: layers of the decoder that they were chosen for
+_DEPTH = 32
 #: share of the tokens that go which are merged, and how many of them make up a cluster
 _RECYCLED, _PER_CLUSTER = 0.3, 10
 #: by how much a row must be above the mean to be more than rounding
@@ -56,7 +58,8 @@ class SparseVLM(PrefillMethod):
 
     Attributes:
         version: which of the published behaviours, see above.
-        pruning_layers: decoder layers (0-based) behind which tokens go; None for the released ones, 2, 6, 15 (and 19).
+        pruning_layers: decoder layers (0-based) behind which tokens go; None for the released ones, 2, 6, 15 (and 19),
+            or, where a decoder has no such layers, those at the same depth.
         tokens_per_image: which row of the published table: the mean over the 32 layers of the paper's model. Counts
             between the rows (192, 128, 96, 64 of 576) are interpolated and scaled with the number of tokens.
         retention_ratio: the same as a share of the tokens.
@@ -93,25 +96,29 @@ class SparseVLM(PrefillMethod):
             return
         if self.scale is not None:
             raise MethodError(f"{self.name}: scale and bias belong to version 1.0, not {self.version}.")
-        count = len(self.budgets) if self.budgets is not None else 3
-        if count != len(self.layers):
+        layers = len(self.pruning_layers or _LAYERS[self.version])
+        if layers != (3 if self.budgets is None else len(self.budgets)):
             raise MethodError(
-                f"{self.name}: {len(self.layers)} pruning_layers need as many budgets; the published ones are three, "
-                "so give budgets."
+                f"{self.name}: {layers} pruning_layers need as many budgets; the published ones are three, so give "
+                "budgets."
             )
 
-    @property
-    def layers(self) -> tuple[int, ...]:
+    def layers(self, num_layers: int) -> tuple[int, ...]:
         """Decoder layers behind which tokens go."""
-        return self.pruning_layers or _LAYERS[self.version]
-
-    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
-        if self.layers[-1] >= num_layers:
+        layers = self.pruning_layers or _LAYERS[self.version]
+        if self.pruning_layers is None and layers[-1] >= num_layers >= len(layers):
+            scaled = [layer * num_layers // _DEPTH for layer in layers]
+            layers = tuple(max(layer, number) for number, layer in enumerate(scaled))
+        if layers[-1] >= num_layers:
             raise MethodError(
-                f"{self.name}: pruning layer {self.layers[-1]} is outside the allowed range [0, {num_layers - 1}]: "
+                f"{self.name}: pruning layer {layers[-1]} is outside the allowed range [0, {num_layers - 1}]: "
                 f"the decoder has {num_layers} layers."
             )
-        return 0, *(layer + 1 for layer in self.layers)  # what a layer puts out is what goes into the next
+        return layers
+
+    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
+        # what a layer puts out is what goes into the next
+        return 0, *(layer + 1 for layer in self.layers(num_layers))
 
     def prefill(self, step: PrefillStep) -> Selection | None:
         if step.layer == 0:
@@ -141,7 +148,7 @@ class SparseVLM(PrefillMethod):
             kept = [n if rank >= n else max(0, int(rank * scale + bias)) for rank, n in ranks]
             stay = [k if k == n else max(0, min(k, n - 1)) for k, n in zip(kept, prompt.counts, strict=True)]
         else:
-            stage = self.layers.index(step.layer - 1)
+            stage = self.layers(step.num_layers).index(step.layer - 1)
             budgets = [self.keep_count(spans, stage) for spans in step.spans]
             stay = [max(0, min(budget, n - 1)) for budget, n in zip(budgets, prompt.counts, strict=True)]
         return [k if tail else n for k, n, tail in zip(stay, prompt.counts, prompt.tails, strict=True)]

@@ -18,10 +18,10 @@ REASONS: dict[str, str] = {
     "llava.train": "this tree is for inference; train with LLaVA-NeXT's own scripts, the checkpoint then loads here",
     "llava.model.constants": f"Yi-VL's copy of llava.constants; Yi-VL checkpoints are not supported ({_SUPPORTED})",
     "llava.model.s2wrapper": "multi-scale (s2) vision towers are not supported",
-    "llava.model.modeling_llama_pdrop": "PyramidDrop's patched copy of LLaMA; " + _ATTACH.format("<method>"),
-    "llava.model.language_model.llava_llama_pdrop": "PyramidDrop's patched model; " + _ATTACH.format("<method>"),
+    "llava.model.modeling_llama_pdrop": "a pruning method's patched copy of LLaMA; " + _ATTACH.format("<method>"),
+    "llava.model.language_model.llava_llama_pdrop": "a pruning method's patched model; " + _ATTACH.format("<method>"),
     "llava.model.language_model.modelling_sparse_llama": (
-        "SparseVLM's patched copy of LLaMA; " + _ATTACH.format("<method>")
+        "a pruning method's patched copy of LLaMA; " + _ATTACH.format("<method>")
     ),
     "llava.model.language_model.modeling_qwen2": (
         "a patched copy of Qwen2; the plain classes are transformers', and " + _ATTACH.format("<method>")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accelerate_methods.ops.select import on_device, right_aligned_indices
+from accelerate_methods.ops.select import on_device, right_aligned_indices, top_mask
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.method import Method
 from accelerate_methods.stages.printing import ShapesShown
@@ -116,6 +116,20 @@ class RowPlaces(ShapesShown):
     place: Tensor
 
 
+@dataclasses.dataclass(frozen=True)
+class Left:
+    """What is left of a batch of prompts, counted on the host.
+
+    Attributes:
+        block: rows of the method's items in each sample, newlines included; real: all of its rows but padding.
+        cuts: ``PrefillStep.cuts`` for which this holds.
+    """
+
+    block: list[int]
+    real: list[int]
+    cuts: int
+
+
 class PrefillStep:
     """What a prefill method sees before decoder layer ``layer``, or inside it.
 
@@ -174,9 +188,40 @@ class PrefillStep:
         layer = self._attended(upcoming)
         return self._loop.attention_rows(layer, rows, self.valid, rotary=rotary, causal=causal, upcoming=upcoming)
 
+    def left(self) -> Left:
+        """How many rows of the method's items, and rows at all, each sample still has.
+
+        The device is read only where another method has dropped rows since this one last did.
+        """
+        known: Left | None = self.memory.get("left")
+        if known is not None and known.cuts == self.cuts:
+            return known
+        if self.cuts == 0:
+            return Left([sum(span.length for span in spans) for spans in self.spans], list(self.lengths), 0)
+        real = torch.ones_like(self.block) if self.valid is None else self.valid
+        counts = torch.stack([self.block.sum(1), real.sum(1)]).tolist()
+        return Left(*counts, self.cuts)
+
+    def keep(self, rows: Tensor, counts: Sequence[int], **kwargs: Any) -> Selection:
+        """All text, and ``rows`` [B, L] of the method's items, ``counts`` of each sample; ``kwargs`` as in Selection."""
+        left = self.left()
+        real = [every - block + count for every, block, count in zip(left.real, left.block, counts, strict=True)]
+        indices, valid = right_aligned_indices((rows & self.block) | self.text, real)
+        self.memory["left"] = Left(list(counts), real, self.cuts + 1)
+        return Selection(indices=indices, valid=valid, **kwargs)
+
+    def keep_best(self, scores: Tensor, counts: Sequence[int], **kwargs: Any) -> Selection:
+        """:meth:`keep` of the ``counts`` rows of each sample's items with the highest ``scores`` [B, L]."""
+        return self.keep(top_mask(scores.masked_fill(~self.block, -torch.inf), counts), counts, **kwargs)
+
     def keys(self, *, rotary: bool = True, upcoming: bool = False) -> Tensor:
         """[B, G, L, d] key states of the layer that :meth:`attention` is about, one per key head."""
         return self._loop.key_rows(self._attended(upcoming), rotary=rotary, upcoming=upcoming)
+
+    def entered(self) -> Tensor:
+        """[B, L, D] the rows as they entered the layer that :meth:`attention` is about."""
+        self._attended(upcoming=False)
+        return self._loop.attended.entered()
 
     def final_normed(self) -> Tensor:
         """[B, L, D] the hidden states through the norm that stands behind the last layer."""
@@ -221,3 +266,16 @@ class PrefillMethod(Method):
 
     def prefill(self, step: PrefillStep) -> Selection | None:
         raise NotImplementedError
+
+    def check_rising(self, field: str, layers: Sequence[int]) -> None:
+        """For ``__post_init__``: MethodError unless the layers rise."""
+        if list(layers) != sorted(set(layers)):
+            raise MethodError(f"{self.name}: {field} {list(layers)} must rise.")
+
+    def check_depth(self, field: str, layers: Sequence[int], num_layers: int) -> None:
+        """For :meth:`prefill_layers`: MethodError if the decoder lacks one of ``layers``."""
+        if max(layers) >= num_layers:
+            raise MethodError(
+                f"{self.name}: {field}={max(layers)} is outside the allowed range [0, {num_layers - 1}]: the decoder "
+                f"has {num_layers} layers."
+            )

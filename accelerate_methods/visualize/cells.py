@@ -43,6 +43,7 @@ class Cells:
         state: [R, C] what the first decoder layer has of each token: NOWHERE, DROPPED, MERGED or KEPT.
         left: [R, C] decoder layer before which the token left; the number of layers if it never did.
         owner: [R, C] number of the output token that holds it, -1 if none does. One numbering per item.
+        joined: [R, C] True where it left because a decoder layer merged it into another token; None: nowhere.
     """
 
     xs: np.ndarray
@@ -50,10 +51,12 @@ class Cells:
     state: np.ndarray
     left: np.ndarray
     owner: np.ndarray
+    joined: np.ndarray | None = None
 
     def at(self, layer: int) -> np.ndarray:
         """[R, C] states at decoder layer ``layer`` (from 0): LEFT where a token was there and is no more."""
-        return np.where((self.state > DROPPED) & (self.left <= layer), LEFT, self.state)
+        gone = LEFT if self.joined is None else np.where(self.joined, MERGED, LEFT)
+        return np.where((self.state > DROPPED) & (self.left <= layer), gone, self.state)
 
 
 @dataclasses.dataclass
@@ -82,6 +85,12 @@ class Overlay:
     def layers(self) -> list[int]:
         """Decoder layers before which a token left, ascending."""
         gone = [c.left[(c.state > DROPPED) & (c.left < self.num_layers)] for c in self.cells]
+        return np.unique(np.concatenate(gone)).tolist() if gone else []
+
+    @property
+    def drops(self) -> list[int]:
+        """Those of :attr:`layers` before which a token was dropped, not merged."""
+        gone = [c.left[(c.at(self.num_layers) == LEFT) & (c.left < self.num_layers)] for c in self.cells]
         return np.unique(np.concatenate(gone)).tolist() if gone else []
 
     @property
@@ -116,9 +125,9 @@ def token_states(item: ItemRecord) -> np.ndarray:
     """
     if item.owner is None or item.grid is None:
         raise MethodError("this item has no provenance on a token grid (an anyres image, or a smaller input).")
-    state, left, _ = _fates(item)
+    state, left, _, joined = _fates(item)
     gone = (state > DROPPED) & (left < item.num_layers)
-    return np.where(gone, DROPPED, state).reshape(-1, *item.grid)
+    return np.where(gone, np.where(joined, MERGED, DROPPED), state).reshape(-1, *item.grid)
 
 
 def cells_of(item: ItemRecord, places: np.ndarray, panels: int) -> list[Cells]:
@@ -128,7 +137,7 @@ def cells_of(item: ItemRecord, places: np.ndarray, panels: int) -> list[Cells]:
         places: [M, 3] for every original token, in the order of ``item.owner``: the panel (0..panels-1), and its centre
             as fractions of that panel's width and height. The tokens of a panel lie on a (not quite even) grid.
     """
-    state, left, owner = _fates(item)
+    state, left, owner, joined = _fates(item)
     which = np.rint(places[:, 0]).astype(int)
     out = []
     for panel in range(panels):
@@ -141,7 +150,10 @@ def cells_of(item: ItemRecord, places: np.ndarray, panels: int) -> list[Cells]:
             cells[slots[1], slots[0]] = values[here]
             return cells
 
-        out.append(Cells(_edges(centres[0]), _edges(centres[1]), grid(state, NOWHERE), grid(left, 0), grid(owner, -1)))
+        edges = _edges(centres[0]), _edges(centres[1])
+        out.append(
+            Cells(*edges, grid(state, NOWHERE), grid(left, 0), grid(owner, -1), grid(joined, 0).astype(bool))
+        )
     return out
 
 
@@ -161,13 +173,18 @@ def even_cells(item: ItemRecord) -> list[Cells]:
     return cells_of(item, np.concatenate([which, np.tile(place, (frames, 1))], axis=1), frames)
 
 
-def _fates(item: ItemRecord) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(state, left, owner) of every token, flat."""
+def _fates(item: ItemRecord) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(state, left, owner, joined) of every token, flat."""
     owner = item.owner.cpu().numpy().ravel()
     held = owner >= 0
     kept = item.kept.cpu().numpy().ravel() & held
     left = np.full(owner.shape, item.num_layers) if item.left_at is None else item.left_at.cpu().numpy().ravel()
-    return np.where(kept, KEPT, np.where(held, MERGED, DROPPED)), np.where(held, left, 0), owner
+    joined = np.zeros(owner.shape, dtype=bool)
+    if item.merged_at is not None and item.held_by is not None:
+        merged = item.merged_at.cpu().numpy().ravel()
+        joined = kept & (merged < item.num_layers) & (item.held_by.cpu().numpy().ravel() >= 0)
+        left = np.where(kept, np.minimum(left, merged), left)  # its row is no more, whatever became of its content
+    return np.where(kept, KEPT, np.where(held, MERGED, DROPPED)), np.where(held, left, 0), owner, joined
 
 
 def _levels(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -72,6 +72,7 @@ def _method(overlay: Overlay) -> dict[str, Any]:
                 "state": cells.state.tolist(),
                 "left": cells.left.tolist(),
                 "owner": cells.owner.tolist(),
+                "joined": None if cells.joined is None else cells.joined.tolist(),
             }
             for cells in overlay.cells
         ],
@@ -159,7 +160,8 @@ const rgb = (c, a = 1) => `rgba(${c[0]},${c[1]},${c[2]},${a})`;
 
 function stateAt(cells, r, c) {
   const state = cells.state[r][c];
-  return state > S.dropped && cells.left[r][c] <= view.layer ? S.left : state;
+  if (state <= S.dropped || cells.left[r][c] > view.layer) return state;
+  return cells.joined && cells.joined[r][c] ? S.merged : S.left;
 }
 function tally(cells) {
   let kept = 0, total = 0;
@@ -351,7 +353,8 @@ function describe(method, p, r, c) {
   if (members > 1) text += `; that token holds ${members} tokens` + (on.size > 1 ? ` of ${on.size} frames` : "");
   const gone = cells.left[r][c];
   if (method.layers.length)
-    text += gone < data.layers ? `; dropped before layer ${gone}` : "; reaches the last layer";
+    text += gone >= data.layers ? "; reaches the last layer"
+      : `; ${cells.joined && cells.joined[r][c] ? "merged into another" : "dropped"} before layer ${gone}`;
   return `${where}: ${text}`;
 }
 function setFrame(p) {

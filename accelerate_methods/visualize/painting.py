@@ -158,7 +158,7 @@ def legend(overlays: Sequence[Overlay]) -> list[tuple[tuple[int, int, int], bool
         entries.append(((int(grey * SHADE[MERGED]),) * 3, False, "merged into a kept token"))
     if DROPPED in states:
         entries.append(((int(grey * SHADE[DROPPED]),) * 3, False, "dropped before the LLM"))
-    for layer, num_layers in sorted({(layer, o.num_layers) for o in overlays for layer in o.layers}):
+    for layer, num_layers in sorted({(layer, o.num_layers) for o in overlays for layer in o.drops}):
         colour = np.array(layer_colour(layer, num_layers)) * TINT + grey * UNDER_TINT
         text = f"dropped in the LLM, before layer {layer} (of 0 to {num_layers - 1})"
         entries.append((tuple(int(c) for c in colour), False, text))

@@ -75,7 +75,12 @@ def test_what_is_refused(params, says):
 
 def test_a_shallow_decoder_is_refused():
     with pytest.raises(MethodError, match=r"pruning layer 15 is outside the allowed range \[0, 3\]"):
-        SparseVLM().prefill_layers(4)
+        SparseVLM(pruning_layers=(2, 6, 15)).prefill_layers(4)
+    assert SparseVLM().prefill_layers(32) == SparseVLM().prefill_layers(16) == (0, 3, 7, 16)
+    assert SparseVLM().prefill_layers(6) == (0, 1, 2, 3), "at the same depth"
+    assert SparseVLM(version="1.0").prefill_layers(4) == (0, 1, 2, 3, 4)
+    with pytest.raises(MethodError, match="the decoder has 2 layers"):
+        SparseVLM().prefill_layers(2)
     assert SparseVLM(pruning_layers=(1, 2, 3)).prefill_layers(4) == (0, 2, 3, 4)
 
 

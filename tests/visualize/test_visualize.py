@@ -33,6 +33,7 @@ from accelerate_methods.visualize import (
     write_clip,
     write_page,
 )
+from accelerate_methods.visualize.cells import even_cells
 from accelerate_methods.visualize.painting import EMPTY, FRAME, fitted, font, wrapped
 from tests.conftest import CHECKPOINTS
 from tests.support.paths import ROOT
@@ -429,3 +430,17 @@ def test_a_picture_that_cannot_be_written(tmp_path):
     for write, name in ((draw_sheet, "p.png"), (write_page, "p.html")):
         with pytest.raises(MethodError, match=r"cannot write .*file/p"):
             write(panels, overlays(), tmp_path / "file" / name)
+
+
+def test_a_token_that_a_decoder_layer_merged_is_shown_as_merged_from_there_on():
+    item = make_item()
+    item.num_layers, item.left_at = 4, torch.tensor([[4, 0, 4, 4], [0, 0, 2, 4]])
+    item.merged_at = torch.tensor([[4, 4, 4, 2], [4, 4, 4, 2]])  # the row of owner 1 goes into that of owner 0
+    item.held_by = torch.tensor([[0, -1, 0, 0], [-1, -1, -1, 0]])
+    first, second = even_cells(item)
+    assert first.at(1).tolist() == [[KEPT, DROPPED], [MERGED, KEPT]]
+    assert first.at(2).tolist() == [[KEPT, DROPPED], [MERGED, MERGED]]
+    assert second.at(2).tolist() == [[DROPPED, DROPPED], [LEFT, MERGED]]
+    overlay = Overlay("m", 8, 3, 4, [first, second])
+    assert [overlay.alive(layer) for layer in range(4)] == [3, 3, 1, 1]
+    assert (overlay.layers, overlay.drops) == ([2], [2])

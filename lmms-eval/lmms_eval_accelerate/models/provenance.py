@@ -2,8 +2,9 @@
 
 A run's folder gets ``provenance/<task>/<doc id>.npz`` with, for the document's image or video number i:
 
-* ``owner_i``, ``left_at_i`` [F, N] integers and ``kept_i`` [F, N] bool, as in ``accelerate_methods.engine.recording``'s
-  ``ItemRecord`` (``left_at_i`` is missing where the decoder loop did not run);
+* ``owner_i``, ``left_at_i``, ``merged_at_i`` [F, N] integers and ``kept_i`` [F, N] bool, as in the ``ItemRecord`` of
+  ``accelerate_methods.engine.recording`` (``left_at_i`` and ``merged_at_i`` are missing where the decoder loop did not
+  run);
 * ``frames_i``: the frames (or views of an image) of which ``<doc id>_<i>.jpg`` shows thumbnails, side by side;
 * ``meta``: JSON with task, document, method, start of the run, tokens that a prompt longer than the context lost and,
   per item, modality, counts, grid, layers, ``info``.
@@ -72,7 +73,7 @@ class Provenance:
         folder.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, np.ndarray] = {}
         for number, item in enumerate(items):
-            for name in ("owner", "kept", "left_at"):
+            for name in ("owner", "kept", "left_at", "merged_at"):
                 value = getattr(item, name)
                 if value is not None:
                     arrays[f"{name}_{number}"] = _small(value.cpu().numpy())

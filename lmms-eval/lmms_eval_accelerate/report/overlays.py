@@ -69,6 +69,9 @@ def _item(number: int, facts: dict[str, Any], arrays: dict[str, Any], path: Path
     owner, kept = arrays[f"owner_{number}"], arrays[f"kept_{number}"]
     layers = int(facts["num_layers"]) or 1
     left = arrays.get(f"left_at_{number}", (owner >= 0) * layers)
+    merged = arrays.get(f"merged_at_{number}")
+    if merged is not None:  # the row of a merged token is no more, whatever became of its content
+        left = np.where(kept, np.minimum(left, merged), left)
     strip, shown = path.with_name(f"{path.stem}_{number}.jpg"), arrays.get(f"frames_{number}")
     item = {
         "item": number,
