@@ -5,11 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: share of its own variance below which what is left of an item is rounding: it depends on those already chosen
+#: share of the largest diagonal entry below which what is left is rounding: it depends on those already chosen
 _SPENT = 1e-6
 
 
 def greedy_map(kernel: Tensor, count: int) -> Tensor:
+    """[B, min(count, N)] ascending indices of the items that :func:`greedy_choice` chooses."""
+    return greedy_choice(kernel, count)[0].sort(1).values
+
+
+def greedy_choice(kernel: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Items chosen one after the other, each the one that enlarges the determinant of the chosen submatrix most.
 
     Where nothing independent of the chosen ones is left (``count`` beyond the rank of the kernel), the items with the
@@ -21,30 +26,38 @@ def greedy_map(kernel: Tensor, count: int) -> Tensor:
         count: items to choose of each; more than N means N.
 
     Returns:
-        [B, min(count, N)] indices in the order of choice.
+        [B, K] indices in the order of choice, and [B, K] by which factor each enlarges the determinant; K = min(count,
+        N). The factors never rise, up to rounding.
     """
     batch, size, _ = kernel.shape
     count = min(count, size)
     own = kernel.diagonal(dim1=1, dim2=2)
-    gain, spent = own.clone(), own * _SPENT
-    # once everything is spent: below every gain, in the order of the diagonal
-    order = own.sort(dim=1, descending=True, stable=True).indices
-    ranks = torch.arange(-1, -1 - size, -1, device=kernel.device, dtype=kernel.dtype)
-    spare = torch.empty_like(gain).scatter_(1, order, ranks.expand(batch, -1))
+    gain, spent = own.clone(), own.amax(1) * _SPENT
     rows = torch.arange(batch, device=kernel.device)
-    basis = kernel.new_zeros(batch, count, size)
-    chosen = torch.empty(batch, count, dtype=torch.long, device=kernel.device)
+    basis = kernel.new_empty(batch, count, size)  # of the incremental Cholesky factor
+    picks, gains = [], []
     for step in range(count):
-        pick = torch.where(gain > spent, gain, spare).argmax(1)
-        chosen[:, step] = pick
-        left = gain[rows, pick]
+        left, pick = gain.max(1)
+        picks.append(pick)
+        gains.append(left)
         row = kernel[rows, pick]
         if step:
             before = basis[:, :step]
             row = torch.baddbmm(row[:, None], before[rows, :, pick][:, None], before, alpha=-1)[:, 0]
-        fresh = left > spent[rows, pick]
-        row = row * torch.where(fresh, left, 1).rsqrt().masked_fill(~fresh, 0)[:, None]
-        basis[:, step] = row
-        gain.addcmul_(row, row, value=-1)
-        gain[rows, pick] = spare[rows, pick] = -torch.inf
-    return chosen
+        scale = left.masked_fill(left <= spent, torch.inf).rsqrt()  # 0 where nothing is left
+        basis[:, step] = row = row * scale[:, None]
+        gain.addcmul_(row, row, value=-1).scatter_(1, pick[:, None], -torch.inf)
+    if not picks:
+        return torch.zeros(batch, 0, dtype=torch.long, device=kernel.device), kernel.new_zeros(batch, 0)
+    chosen, gains = torch.stack(picks, 1), torch.stack(gains, 1)
+    return _topped_up(chosen, gains > spent[:, None], own), gains
+
+
+def _topped_up(chosen: Tensor, real: Tensor, own: Tensor) -> Tensor:
+    """``chosen`` [B, K] with the items of the largest ``own`` [B, N] in the place of those that are not ``real``."""
+    # a choice that is none may come before a real one by rounding: from the first one on, nothing counts
+    real = real.cumprod(1).bool()
+    taken = torch.zeros_like(own).scatter_(1, chosen, real.to(own.dtype))
+    order = torch.where(taken > 0, -torch.inf, own).sort(dim=1, descending=True, stable=True).indices
+    place = (~real).cumsum(1) - 1
+    return torch.where(real, chosen, order.gather(1, place.clamp(min=0)))
