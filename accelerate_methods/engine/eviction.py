@@ -29,6 +29,8 @@ from accelerate_methods.stages.errors import MethodError
 _ANSWER, _DRAFTS = "accelerate_answer", "accelerate_drafts"  # attributes of a cache, see below
 #: positions "in the cache" may run so far ahead of the place in the cache: the finer float32 angles are, the better
 _AHEAD = 4096
+#: where no more than one of so many entries goes, its memory may wait for the next token
+_SPARE = 8
 #: rotary tables that depend on the largest position of a call
 _MOVING_TABLES = ("dynamic", "longrope")
 
@@ -196,7 +198,8 @@ class Evictions:
         for index in group:
             entry, known = self._cache.layers[index], self.state.layers[index]
             check_whole(entry.keys, step.entries)
-            entry.keys, entry.values = remaining(entry.keys, kept), remaining(entry.values, kept)
+            leave = closed_up if self._may_overwrite(step, kept, entry.keys) else remaining
+            entry.keys, entry.values = leave(entry.keys, kept), leave(entry.values, kept)
             if hasattr(entry, "cumulative_length"):  # a sliding-window layer counts what it has seen
                 entry.cumulative_length = count
             known.visual, known.valid = visual, valid
@@ -204,6 +207,15 @@ class Evictions:
         if self._method.cache_positions == "cache" and self.placed:
             self._move_up(group, step, kept, left)
         return left
+
+    @staticmethod
+    def _may_overwrite(step: EvictStep, kept: Kept, keys: Tensor) -> bool:
+        """Whether the cache need not be copied once more: a few entries go, of tensors that this call has just made."""
+        gone = step.entries - kept.indices.shape[-1]
+        alike = kept.first is not None and kept.indices.ndim == 1
+        fresh = step.when == "after" and not keys.requires_grad
+        fresh = fresh and keys.is_inference() == torch.is_inference_mode_enabled()
+        return alike and fresh and gone * _SPARE <= step.entries
 
     # -- positions in the cache --------------------------------------------------------------------------------------
 
@@ -278,6 +290,16 @@ def remaining(states: Tensor, kept: Kept) -> Tensor:
         return states.index_select(2, indices)
     last = states.shape[2] - (indices.shape[0] - kept.first)
     return torch.cat([states[:, :, : kept.first], states[:, :, last:]], dim=2)
+
+
+def closed_up(states: Tensor, kept: Kept) -> Tensor:
+    """The same as a view of ``states``, in which the first entries are moved up to the last ones.
+
+    What lies in front of them is freed when the next token is added.
+    """
+    gone = states.shape[2] - kept.indices.shape[0]
+    states[:, :, gone : gone + kept.first] = states[:, :, : kept.first].clone()
+    return states[:, :, gone:]
 
 
 def _moved_by(step: EvictStep, kept: Kept, gone: Tensor) -> Tensor:

@@ -226,7 +226,9 @@ def test_memory_is_freed(stands, ends_of):
         request.add(part)
         for layer in request.cache.layers:
             for states in (layer.keys, layer.values):
-                assert states.untyped_storage().nbytes() == 2 * states.shape[2] * 8 * 4
+                # where one entry in eight or fewer goes, it is freed with the next token
+                spare = states.shape[2] // 7
+                assert states.untyped_storage().nbytes() <= 2 * (states.shape[2] + spare) * 8 * 4
                 assert states.shape[2] <= first + last
 
 
