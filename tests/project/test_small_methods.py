@@ -17,7 +17,8 @@ from accelerate_methods.registry import names as registry
 from accelerate_methods.registry import register
 from accelerate_methods.stages.budget import BudgetedMethod
 from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem, selection
-from accelerate_methods.stages.fields import choice, text
+from accelerate_methods.stages.fields import choice, integer, real, text
+from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection
 from accelerate_methods.stages.sample import SampleMethod
 from llava.video_utils import load_video
 from tests.support.native_models import expanded, native_model, tree_model
@@ -29,7 +30,8 @@ KNOWN = {
     "dataclasses": dataclasses, "ClassVar": ClassVar, "Tensor": Tensor, "functional": functional, "register": register,
     "SampleMethod": SampleMethod, "BudgetedMethod": BudgetedMethod, "CompressMethod": CompressMethod, "text": text,
     "VisualItem": VisualItem, "Compressed": Compressed, "selection": selection, "top_indices": top_indices,
-    "choice": choice,
+    "choice": choice, "integer": integer, "real": real, "torch": torch, "PrefillMethod": PrefillMethod,
+    "PrefillStep": PrefillStep, "Selection": Selection,
 }  # fmt: skip
 
 
@@ -39,7 +41,7 @@ def shown():
     known = dict(registry._registered)
     page = (ROOT / "docs" / "adding_a_method.md").read_text(encoding="utf-8").partition("## Small examples")[2]
     for code in re.findall(r"```python\n(.*?)```", page.partition("\n## ")[0], re.DOTALL):
-        if names := set(re.findall(r'@register\("(\w+)"\)', code)) & {"best_frames", "asked_for"}:
+        if names := set(re.findall(r'@register\("(\w+)"\)', code)) & {"best_frames", "asked_for", "fades"}:
             exec(compile(code, f"example {names}", "exec"), {**KNOWN, "__name__": "examples"})
     yield
     registry._registered.clear()
@@ -88,3 +90,22 @@ def test_asked_for(where):
     alike = functional.normalize(features[0], dim=-1) @ functional.normalize(mean, dim=-1)
     assert set(item.kept[0].nonzero()[:, 0].tolist()) == set(alike.topk(30).indices.tolist())
     assert get("asked_for", retention_ratio=0.5).signals == {"prompt_mean"}
+
+
+@pytest.mark.parametrize("where", ["tree", "native"])
+def test_fades(where):
+    still = torch.randn(1, 3, 384, 384, generator=torch.Generator().manual_seed(0)).expand(4, -1, -1, -1)
+    if where == "tree":
+        model, ids = tree_model("tiny-llava-onevision"), torch.tensor([[5, -200, 9, 8]])
+        asked = {"images": [still], "modalities": ["video"]}
+    else:
+        model, ids = native_model("tiny-llava-onevision"), expanded([5, 8, 9, 6], 8, 4 * 196 + 1)
+        asked = {"pixel_values_videos": still[None]}
+    with accelerate(model, "fades", threshold=-1.0), record() as requests, torch.no_grad():
+        model.generate(ids, **asked, max_new_tokens=2)
+    (item,) = requests[0].samples[0].items
+    places = torch.arange(4 * 196).view(4, 196)
+    held = item.held_by - item.held_by.min()
+    assert torch.equal(held[[0, 1]], places[[0, 0]]) and torch.equal(held[[2, 3]], places[[2, 2]])
+    lengths = requests[0].layer_lengths(0)
+    assert lengths[2] == lengths[0] - 2 * 196 and lengths[1] == lengths[0]
