@@ -155,12 +155,12 @@ def reorganize(x: Tensor, scores: Tensor, left: int, special: int, fuse: bool, n
     source = torch.cat([front, kept], dim=1)
     owner = torch.full((views, length), special + left if fuse else -1, dtype=torch.long, device=x.device)
     owner.scatter_(1, source, torch.arange(special + left, device=x.device).expand_as(source))
-    tokens = pick_rows(x, source)
+    # the fused token overwrites a copy of the first: all others are copied once
+    tokens = pick_rows(x, torch.cat([source, source[:, :1]], dim=1) if fuse else source)
     if fuse:
         weights = scores.float().scatter(1, kept - special, 0)  # of the others alone
         if normalize:
             weights = weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-        fused = weights[:, None].to(x.dtype) @ x[:, special:]
-        tokens = torch.cat([tokens, fused], dim=1)
+        tokens[:, -1:] = weights[:, None].to(x.dtype) @ x[:, special:]
         source = torch.cat([source, torch.full_like(source[:, :1], -1)], dim=1)
     return Merge(tokens, owner, source)

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from accelerate_methods.ops.select import by_score, numbers_first, pick_rows, row_numbers, top_mask
+from accelerate_methods.ops.select import by_score, pick_rows, row_numbers
 from accelerate_methods.registry import register
 from accelerate_methods.stages.encode import EncodeMethod, EncodeStep, Merge, TokenMap
 from accelerate_methods.stages.errors import MethodError
@@ -200,15 +200,11 @@ def match(metric: Tensor, r: int, special: int = 0) -> Matching | None:
     first_odd = int(special > 1)  # the distillation token takes nobody in
     scores, best = (even @ odd[:, first_odd:].transpose(1, 2)).max(-1)
     best = best + first_odd
-    scores = numbers_first(scores)
     if special:
-        scores[:, 0] = -torch.inf
-        merged = top_mask(scores, r)
-        order = torch.sort(merged.to(torch.uint8), dim=-1, stable=True).indices  # those that stay, then the merged
-        kept, joining = order[:, :-r], order[:, -r:]
-    else:
-        order = by_score(scores)
-        kept, joining = order[:, r:], order[:, :r].sort(dim=-1).values
+        scores[:, 0] = -torch.inf  # below not-a-number, too
+    order = by_score(scores)
+    kept, joining = order[:, r:], order[:, :r].sort(dim=-1).values
+    kept = kept.sort(dim=-1).values if special else kept
     kept, others = kept * 2, torch.arange(1, length, 2, device=metric.device).expand(len(metric), -1)
     front = special - 1 if special else 0  # the CLS token is first as it is, the distillation token second
     source = torch.cat([kept[:, :front], others[:, :front], kept[:, front:], others[:, front:]], dim=1)
@@ -277,4 +273,5 @@ def merge_mean(x: Tensor, found: Matching, sizes: Tensor | None = None) -> tuple
     own = pick_rows(out, found.into).to(wide) * before.gather(1, found.into)[..., None]
     means = (own + together) / after.gather(1, found.into)[..., None]
     rows = row_numbers(found.into, out.shape[1])
-    return out.flatten(0, 1).index_put((rows,), means.to(x.dtype).flatten(0, 1)).view_as(out), after
+    out.flatten(0, 1)[rows] = means.to(x.dtype).flatten(0, 1)
+    return out, after
