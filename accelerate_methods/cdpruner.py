@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from accelerate_methods.ops.dpp import greedy_choice, greedy_map
-from accelerate_methods.ops.select import pick_rows, row_numbers
+from accelerate_methods.ops.dpp import greedy_map
+from accelerate_methods.ops.select import row_numbers
 from accelerate_methods.registry import register
 from accelerate_methods.stages.compress import Compressed, ViewCompressMethod, VisualItem, selection
 from accelerate_methods.stages.fields import choice, integer, share, text
@@ -106,26 +106,11 @@ def scaled(relevance: Tensor) -> Tensor:
 def diverse_tokens(tokens: Tensor, relevance: Tensor | None, count: int) -> Tensor:
     """Ascending indices [V, count] of what stays of ``tokens`` [V, N, D] by ``relevance`` [V, N] (None: 1 for all).
 
-    The kernel is diag(r) S diag(r), S the cosines of the tokens. On a CPU its product takes most of the time. There,
-    the more relevant tokens are tried first: no token adds more than the square of its relevance, so if even the last
-    choice among them adds more than that of any other token, the others would not have been chosen.
+    The kernel is diag(r) S diag(r), S the cosines of the tokens; tokens without a direction are like no other.
     """
-    size = tokens.shape[1]
-    few = max(2 * count, size // 3)
-    if tokens.device.type == "cpu" and relevance is not None and few < size:
-        ranked = relevance.sort(dim=1, descending=True, stable=True)
-        tried = ranked.indices[:, :few].sort(1).values
-        part = relevance.gather(1, tried)
-        chosen, gains = greedy_choice(_kernel(pick_rows(tokens, tried), part), count)
-        if bool((gains[:, -1] > ranked.values[:, few].square()).all()):
-            return tried.gather(1, chosen.sort(1).values)
-    return greedy_map(_kernel(tokens, relevance), count)
-
-
-def _kernel(tokens: Tensor, relevance: Tensor | None) -> Tensor:
-    """[V, N, N] in float32, of tokens [V, N, D]; rows of tokens without a direction are 0."""
     tokens = tokens.float()
     kernel = tokens @ tokens.transpose(1, 2)
     norm = kernel.diagonal(dim1=1, dim2=2).sqrt()
     weight = torch.where(norm > 0, (1.0 if relevance is None else relevance) / norm, 0.0)
-    return kernel.mul_(weight[:, :, None]).mul_(weight[:, None, :]).nan_to_num_(posinf=0, neginf=0)
+    kernel = kernel.mul_(weight[:, :, None]).mul_(weight[:, None, :])
+    return greedy_map(kernel.nan_to_num_(posinf=0, neginf=0), count).sort(1).values

@@ -10,11 +10,6 @@ _SPENT = 1e-6
 
 
 def greedy_map(kernel: Tensor, count: int) -> Tensor:
-    """[B, min(count, N)] ascending indices of the items that :func:`greedy_choice` chooses."""
-    return greedy_choice(kernel, count)[0].sort(1).values
-
-
-def greedy_choice(kernel: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Items chosen one after the other, each the one that enlarges the determinant of the chosen submatrix most.
 
     Where nothing independent of the chosen ones is left (``count`` beyond the rank of the kernel), the items with the
@@ -26,8 +21,7 @@ def greedy_choice(kernel: Tensor, count: int) -> tuple[Tensor, Tensor]:
         count: items to choose of each; more than N means N.
 
     Returns:
-        [B, K] indices in the order of choice, and [B, K] by which factor each enlarges the determinant; K = min(count,
-        N). The factors never rise, up to rounding.
+        [B, min(count, N)] indices in the order of choice.
     """
     batch, size, _ = kernel.shape
     count = min(count, size)
@@ -48,9 +42,8 @@ def greedy_choice(kernel: Tensor, count: int) -> tuple[Tensor, Tensor]:
         basis[:, step] = row = row * scale[:, None]
         gain.addcmul_(row, row, value=-1).scatter_(1, pick[:, None], -torch.inf)
     if not picks:
-        return torch.zeros(batch, 0, dtype=torch.long, device=kernel.device), kernel.new_zeros(batch, 0)
-    chosen, gains = torch.stack(picks, 1), torch.stack(gains, 1)
-    return _topped_up(chosen, gains > spent[:, None], own), gains
+        return torch.zeros(batch, 0, dtype=torch.long, device=kernel.device)
+    return _topped_up(torch.stack(picks, 1), torch.stack(gains, 1) > spent[:, None], own)
 
 
 def _topped_up(chosen: Tensor, real: Tensor, own: Tensor) -> Tensor:

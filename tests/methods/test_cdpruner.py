@@ -4,9 +4,8 @@ import pytest
 import torch
 
 import accelerate_methods
-from accelerate_methods.cdpruner import _kernel, diverse_tokens, scaled, similarity
+from accelerate_methods.cdpruner import diverse_tokens, scaled, similarity
 from accelerate_methods.hosts.layouts import video_item
-from accelerate_methods.ops.dpp import greedy_map
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.views import Views
 from tests.support.clip_checkpoints import clip_folder
@@ -72,18 +71,6 @@ def test_as_many_as_asked_for_in_every_view(count):
         assert torch.equal(compressed.tokens.view(3, count, -1), torch.stack(
             [features[patches] for features, patches in zip(asked.features, kept, strict=True)]
         ))  # fmt: skip
-
-
-@pytest.mark.parametrize("alike", [0.0, 0.5, 3.0])
-@pytest.mark.parametrize("count", [1, 4, 9, 30])
-def test_trying_the_relevant_tokens_first_changes_nothing(count, alike):
-    """Tokens far apart, so that the shortcut holds, and much alike, so that it does not."""
-    for seed in range(4):
-        generator = torch.Generator().manual_seed(seed)
-        tokens = torch.randn(2, 60, 40, generator=generator) + alike * torch.randn(1, 1, 40, generator=generator)
-        relevance = scaled(torch.rand(2, 60, generator=generator))
-        everything = greedy_map(_kernel(tokens, relevance), count)
-        assert torch.equal(diverse_tokens(tokens, relevance, count), everything)
 
 
 @pytest.mark.parametrize("spoil", [float("nan"), float("inf"), 0.0])

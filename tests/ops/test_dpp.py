@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from accelerate_methods.ops.dpp import greedy_choice, greedy_map
+from accelerate_methods.ops.dpp import greedy_map
 
 
 def kernels(batch, size, rank, seed=0):
@@ -26,12 +26,7 @@ def by_determinants(kernel, count):
 @pytest.mark.parametrize("seed", range(3))
 def test_every_step_enlarges_the_determinant_most(seed):
     kernel = kernels(4, 9, 9, seed)
-    chosen, gains = greedy_choice(kernel, 6)
-    assert chosen.tolist() == [by_determinants(one, 6) for one in kernel]
-    assert torch.equal(greedy_map(kernel, 6), chosen.sort(1).values)
-    for one, order, factors in zip(kernel, chosen, gains, strict=True):
-        torch.testing.assert_close(factors.prod(), torch.linalg.det(one[order][:, order]))
-        assert (factors[1:] <= factors[:-1]).all()
+    assert greedy_map(kernel, 6).tolist() == [by_determinants(one, 6) for one in kernel]
 
 
 def test_kernels_do_not_touch_each_other():
@@ -43,7 +38,7 @@ def test_kernels_do_not_touch_each_other():
 @pytest.mark.parametrize(("count", "rank"), itertools.product((1, 3, 8, 11, 12, 40), (1, 3, 12)))
 def test_beyond_the_rank_every_index_comes_once(count, rank):
     kernel = kernels(3, 12, rank).float()
-    chosen, _ = greedy_choice(kernel, count)
+    chosen = greedy_map(kernel, count)
     assert chosen.shape == (3, min(count, 12))
     for row, one in zip(chosen.tolist(), kernel, strict=True):
         assert len(set(row)) == len(row)
