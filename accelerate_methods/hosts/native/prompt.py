@@ -31,6 +31,7 @@ class PromptItem:
         item: its tokens and signals.
         dense_rows: rows of the prompt that it takes, where a method inside the vision encoder has left it fewer; those
             between ``start`` and ``end`` that are none of them are text.
+        marks: rows of the prompt, on the host, that hold the tokens put around each of its frames; None without any.
     """
 
     sample: int
@@ -39,6 +40,7 @@ class PromptItem:
     end: int
     item: VisualItem
     dense_rows: Tensor | None = None
+    marks: Tensor | None = None
 
     @property
     def all_rows(self) -> Tensor:
@@ -165,7 +167,7 @@ def cut_prompt(
     if positions is None:  # as transformers counts: padding too
         positions = torch.arange(length, device=device)[None]
     rows = _rows(host.real, batch, length, items, sequences)
-    source, tokens, visual = _pieces(rows, embeds, items, sequences)
+    source, tokens, visual, places = _pieces(rows, embeds, items, sequences)
     lengths = [row.length for row in rows]
     longest = max(lengths)
     missing = [longest - n for n in lengths]
@@ -193,7 +195,7 @@ def cut_prompt(
         valid=valid,
         positions=new,
         next_position=following,
-        layout=PromptLayout(_left_padded(visual, missing), lengths, spans),
+        layout=PromptLayout(_left_padded(visual, missing), lengths, spans, stands=_left_padded(places, missing)),
         rows=[_at(rows[item.sample].runs[n], missing[item.sample], device) for n, item in enumerate(items)],
         full=length,
         dense=dense,
@@ -240,6 +242,8 @@ def _rows(
     own, left = dict(zip(gapped, read, strict=False)), dict(zip(gapped, read[len(gapped) :], strict=True))
     for number, item in enumerate(items):
         text[item.sample, own[number] if number in own else slice(item.start, item.end)] = False
+        if item.marks is not None and not sequences[number].frame_marks:
+            text[item.sample, item.marks] = False
     return [_row(sample, text[sample].nonzero().squeeze(1), items, sequences, left) for sample in range(batch)]
 
 
@@ -270,9 +274,10 @@ def _row(
         row.runs[number] = []
         for place, cut in enumerate(cuts):
             if cut > used:
-                whole = cut - used == total
-                content, info = (sequence.num_content, sequence.info) if whole else (cut - used, {})
-                row.spans.append(VisualSpan(length, cut - used, sequence.modality, content, info))
+                span = sequence.span(length, number)
+                if cut - used < total:  # no part can carry what the method said about the whole
+                    span = dataclasses.replace(span, length=cut - used, num_content=cut - used, info={})
+                row.spans.append(span)
                 row.runs[number].append((length, cut - used))
                 row.order.append((number, cut - used))
                 length, used = length + cut - used, cut
@@ -290,8 +295,9 @@ def _stands(item: PromptItem, sequence: VisualSequence) -> Tensor:
 
 def _pieces(
     rows: Sequence[_Row], embeds: Tensor, items: Sequence[PromptItem], sequences: Sequence[VisualSequence]
-) -> tuple[list[list[Tensor]], list[list[Tensor]], list[list[Tensor]]]:
-    """What follows each other in each sample: rows of the prompt, embeddings, whether they are visual tokens."""
+) -> tuple[list[list[Tensor]], ...]:
+    """What follows each other in each sample: rows of the prompt, embeddings, whether they are visual tokens, and the
+    rows of their items' layouts at which they stand (0 at text)."""
     device, length = embeds.device, embeds.shape[1]
     flat = torch.cat([row.text + sample * length for sample, row in enumerate(rows)])
     text, flat = on_device(torch.stack([torch.cat([row.text for row in rows]), flat]), device)
@@ -300,16 +306,16 @@ def _pieces(
     stands = [_stands(item, sequence) for item, sequence in zip(items, sequences, strict=True)]
     tokens = [sequence.tokens.to(embeds) for sequence in sequences]
     done, used = 0, [0] * len(items)
-    out: tuple[list[list[Tensor]], ...] = ([], [], [])
+    out: tuple[list[list[Tensor]], ...] = ([], [], [], [])
     for row in rows:
         for part in out:
             part.append([])
         for number, count in row.order:
             if number is None:
-                parts, here = (text, words, none), slice(done, done + count)
+                parts, here = (text, words, none, none.long()), slice(done, done + count)
                 done += count
             else:
-                parts = (stands[number], tokens[number], sequences[number].is_content)
+                parts = (stands[number], tokens[number], sequences[number].is_content, sequences[number].positions)
                 here = slice(used[number], used[number] + count)
                 used[number] += count
             for pieces, part in zip(out, parts, strict=True):
