@@ -18,8 +18,10 @@ import torch
 import accelerate_methods
 from accelerate_methods.bench.features import video_like_features
 from accelerate_methods.engine.cached_keys import gather_keys, gather_rows
-from accelerate_methods.stages.compress import VisualItem
+from accelerate_methods.stages.compress import CompressMethod, VisualItem
+from accelerate_methods.stages.encode import EncodeStep
 from accelerate_methods.stages.prefill import VisualSpan
+from accelerate_methods.stages.signals import Signal
 from accelerate_methods.stages.views import Views
 
 
@@ -59,6 +61,24 @@ def _probabilities(*shape: int, device: torch.device, dtype: torch.dtype) -> tor
     return _random(*shape, device=device, dtype=torch.float32).mul(2).softmax(-1).to(dtype)
 
 
+def _of_other_layers(
+    method: CompressMethod, sets: int, tokens: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Signals of the encoder layers that the method names; keys of joined heads have the width of CLIP-L."""
+    found = {}
+    for name in method.signals:
+        asked = Signal(name)
+        if asked.name == "key_states":
+            width = 1024 if asked.heads == "joined" else 64
+            found[name] = _random(sets, tokens, width, device=device, dtype=dtype)
+        elif name.endswith("_embeds"):
+            shape = (sets, tokens, 768) if name == "image_embeds" else (1, 768)
+            found[name] = _random(*shape, device=device, dtype=torch.float32)
+        elif asked.name.endswith("attention"):
+            found[name] = _probabilities(sets, tokens, device=device, dtype=dtype)
+    return found
+
+
 def _copy(rows: torch.Tensor, count: int) -> Callable[[], object]:
     """A copy of the first ``count`` rows of [M, D]."""
     return lambda: rows[:count].clone()
@@ -84,6 +104,7 @@ def video(method: str, frames: int, tokens: int, width: int, **params: object):
             "key_states": _random(frames, tokens, 64, device=device, dtype=dtype),
         }
         instance = accelerate_methods.get(method, **params)
+        item.signals |= _of_other_layers(instance, frames, tokens, device, dtype)
         kept = len(instance.compress(item).tokens)
         random = accelerate_methods.get("random", retention_ratio=kept / (frames * tokens))
         plain = {"random": lambda: random.compress(item), "copy": _copy(features.flatten(0, 1), kept)}
@@ -108,6 +129,7 @@ def views(method: str, count: int, **params: object):
             },
         )
         instance = accelerate_methods.get(method, **params)
+        image.signals |= _of_other_layers(instance, count, 576, device, dtype)
         rows = features.flatten(0, 1)
         kept = len(instance.compress_views(image).tokens)
 
@@ -203,7 +225,42 @@ def dycoke_gather(device: torch.device, dtype: torch.dtype) -> Work:
     )
 
 
+def keyframes(candidates: int, count: int):
+    """Choosing frames by their scores; host work, whatever the device."""
+
+    def make(device: torch.device, dtype: torch.dtype) -> Work:
+        scores = _random(candidates, device=torch.device("cpu"), dtype=torch.float64).sigmoid()
+        method = accelerate_methods.get("aks")
+        return Work(lambda: method.frames(scores, count), _bytes(scores))
+
+    return make
+
+
+def vision_block(name: str, shape: tuple[int, int, int], special: int, **params: object):
+    """One block of a vision encoder: ``shape`` [V, T, C] of its tokens, the first ``special`` of them no patches."""
+
+    def make(device: torch.device, dtype: torch.dtype) -> Work:
+        method, hidden = accelerate_methods.get(name, **params), _random(*shape, device=device, dtype=dtype)
+        keys = _random(*shape[:2], 64, device=device, dtype=dtype)
+        scores = _probabilities(shape[0], shape[1] - special, device=device, dtype=torch.float32)
+        known = SimpleNamespace(special=special, keys=lambda: keys, **dict.fromkeys(_SCORES, lambda: scores))
+        block = max(method.encode_blocks(1))
+        counts = block, block + 1, block + 1, shape[1] - special, shape[1] - special
+        step = EncodeStep(known, hidden, torch.ones(shape[:2], device=device), counts)
+        left = method.encode(step).hidden.shape[1]
+        return Work(lambda: method.encode(step), _bytes(hidden), {"copy": lambda: hidden[:, :left].clone()})
+
+    return make
+
+
+_SCORES = ("cls_attention", "received_attention")
+
 CASES = [
+    Case("tome", "a CLIP-L block 577x1024, r=17", vision_block("tome", (1, 577, 1024), 1, r=17)),
+    Case("tome", "8 views 577x1024, r=17", vision_block("tome", (8, 577, 1024), 1, r=17)),
+    Case("tome", "8 frames of SigLIP 729x1152, r=27", vision_block("tome", (8, 729, 1152), 0, r=27)),
+    Case("evit", "a CLIP-L block 577x1024, 0.7 and fused", vision_block("evit", (1, 577, 1024), 1, fuse_token=True)),
+    Case("evit", "8 views 577x1024, 0.7 and fused", vision_block("evit", (8, 577, 1024), 1, fuse_token=True)),
     Case("fastvid", "compress 32x196x3584, 10 %", video("fastvid", 32, 196, 3584, retention_ratio=0.1)),
     Case("prunevid", "merge 32x196x3584", video("prunevid", 32, 196, 3584)),
     Case("prunevid", "merge 16x144x4096", video("prunevid", 16, 144, 4096)),
@@ -211,6 +268,19 @@ CASES = [
     Case("prunevid", "select 992 tokens, 64 rows, 28 heads", prunevid_groups(992, 28)),
     Case("visionzip", "576x1024, 54+10", views("visionzip", 1, dominant=54, contextual=10)),
     Case("visionzip", "5x576x1024, 54+10", views("visionzip", 5, dominant=54, contextual=10)),
+    Case("cdpruner", "576x4096, 64", video("cdpruner", 1, 576, 4096, visual_token_num=64)),
+    Case("cdpruner", "5x576x4096, 32 a view", video("cdpruner", 5, 576, 4096, visual_token_num=32)),
+    Case("cdpruner", "5x576x4096, 128 a view", video("cdpruner", 5, 576, 4096, visual_token_num=128)),
+    Case("aks", "64 of 600 candidates", keyframes(600, 64)),
+    Case("aks", "64 of 3600 candidates", keyframes(3600, 64)),
+    Case("divprune", "576x4096, 56", video("divprune", 1, 576, 4096, tokens_per_image=56)),
+    Case("divprune", "5x576x4096, 288", video("divprune", 5, 576, 4096, tokens_per_image=288)),
+    Case("vispruner", "576x1024, 64, r=0.75", views("vispruner", 1, tokens_per_view=64, important_ratio=0.75)),
+    Case("vispruner", "576x1024, 128", views("vispruner", 1, tokens_per_view=128)),
+    Case("vispruner", "5x576x1024, 32 a view", views("vispruner", 5, tokens_per_view=32)),
+    Case("prumerge", "576x1024, 45 + 1", views("prumerge", 1, retention_ratio=46 / 576)),
+    Case("prumerge_plus", "576x1024, 178 + 1", views("prumerge_plus", 1, retention_ratio=179 / 576)),
+    Case("hiprune", "5x576x1024, 128 a view", views("hiprune", 5, tokens_per_view=128)),
     Case("fastervlm", "5x576x1024, 58 a view", views("fastervlm", 5, tokens_per_view=58)),
     Case("dycoke", "TTM 32x196x3584, K=0.7", video("dycoke", 32, 196, 3584, k=0.7)),
     Case("dycoke", "DP choice, 28 heads, 3200 keys", dycoke_choice),
