@@ -29,6 +29,7 @@ _EXPORTS = {
     "CompressMethod": "stages.compress",
     "PrefillMethod": "stages.prefill",
     "DecodeMethod": "stages.decode",
+    "EvictMethod": "stages.decode",
     "VisualItem": "stages.compress",
     "Compressed": "stages.compress",
     "Pipeline": "registry.pipeline",
@@ -43,7 +44,7 @@ _EXPORTS = {
 
 __all__ = [
     "__version__", "accelerate", "detach", "Method", "SampleMethod", "EncodeMethod", "CompressMethod",
-    "PrefillMethod", "DecodeMethod", "VisualItem", "Compressed", "Pipeline", "resolve", "record",
+    "PrefillMethod", "DecodeMethod", "EvictMethod", "VisualItem", "Compressed", "Pipeline", "resolve", "record",
     "available", "get", "register", "MethodError", "UnknownNameError",
 ]  # fmt: skip - written out: type checkers do not compute it
 
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from accelerate_methods.registry import available, get, register
     from accelerate_methods.registry.pipeline import Pipeline, resolve
     from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem
-    from accelerate_methods.stages.decode import DecodeMethod
+    from accelerate_methods.stages.decode import DecodeMethod, EvictMethod
     from accelerate_methods.stages.encode import EncodeMethod
     from accelerate_methods.stages.errors import MethodError, UnknownNameError
     from accelerate_methods.stages.method import Method

@@ -87,7 +87,7 @@ class CacheState:
         steps: (entries, memory) after the last decode steps, for crops.
         forgets: whether ``steps`` does not reach back to the prompt.
         floor: entries right after the last eviction, in view of everything that stood there then.
-        placed: whether tokens stand at their places in the cache (:attr:`.decode.EvictMethod.cache_positions`).
+        placed: how tokens stand at places in the cache (``EvictMethod.cache_positions``), "" if they do not.
         moved: what :mod:`.eviction` knows of entries that have moved up.
     """
 
@@ -103,7 +103,7 @@ class CacheState:
     steps: list[tuple[int, dict[str, Any]]] = dataclasses.field(default_factory=list)
     forgets: bool = False
     floor: int = 0
-    placed: bool = False
+    placed: str = ""
     moved: MovedUp = dataclasses.field(default_factory=MovedUp)
     _lost: bool = False
     _used: bool = False

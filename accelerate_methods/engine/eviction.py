@@ -95,9 +95,19 @@ class Evictions:
         step = answer is None and (new == 1 or getattr(cache, _DRAFTS, False))
         self._call = "prompt" if not past else "step" if step else "turn"
         if self.placed:
-            self._check(past, visual)
+            self._check(visual)
+        if past and self._acts and self.state.placed != self._standing:
+            raise MethodError(
+                f"{method.name} numbers tokens in another way than was done when this cache was filled: by their place "
+                "in the cache, or in the prompt. Start with a new cache."
+            )
 
-    def _check(self, past: int, visual: bool) -> None:
+    @property
+    def _standing(self) -> str:
+        """How tokens stand at places in the cache, "" if they do not."""
+        return self._method.cache_positions if self.placed else ""
+
+    def _check(self, visual: bool) -> None:
         rope = getattr(self._layers.config, "rope_parameters", None) or {}
         name = self._method.name
         if rope.get("rope_type") in _MOVING_TABLES:
@@ -109,11 +119,6 @@ class Evictions:
             raise MethodError(
                 f"{name} cannot number the tokens of images and videos by their place in the cache on this model: "
                 "they have three coordinates each (M-RoPE). Keep original positions."
-            )
-        if past and not self.state.placed:
-            raise MethodError(
-                f"{name} numbers tokens by their place in the cache, and this cache was filled otherwise. Start with a "
-                "new cache."
             )
 
     def positions(self, device: torch.device) -> Tensor:
@@ -132,9 +137,11 @@ class Evictions:
 
     def after(self) -> None:
         """The call is done."""
-        self.state = self._cache.accelerate_state
+        self.state = getattr(self._cache, "accelerate_state", None)
+        if self.state is None:
+            return
         if self._call == "prompt":
-            self.state.placed = self.placed
+            self.state.placed = self._standing
         self._run("after")
 
     def _run(self, when: str, coming: int = 0, reserved: int = 0) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import pickle
 from unittest import mock
 
@@ -479,10 +480,15 @@ def test_caches_of_others_are_refused():
     request.model.model(inputs_embeds=prompt(), past_key_values=request.cache)
     with pytest.raises(MethodError, match="filled before ends was attached"):
         request.add(prompt(1, 1))
-    original = Request(Ends(stands="original"))
-    original.add(prompt())
-    with pytest.raises(MethodError, match="by their place in the cache, and this cache was filled otherwise"):
-        Request(Ends()).on(original.cache).add(prompt(1, 1))
+    for one, other in itertools.permutations(POSITIONS, 2):
+        begun = Request(Ends(stands=one))
+        begun.add(prompt())
+        with pytest.raises(MethodError, match="ends numbers tokens in another way"):
+            Request(Ends(stands=other)).on(begun.cache).add(prompt(1, 1))
+    text = Request(Ends(acts_on_text=False))
+    text.model.model(inputs_embeds=prompt(), past_key_values=text.cache)
+    text.add(prompt(1, 1))
+    assert text.lengths == [19] * LAYERS
     cut_off = Request(Ends())
     cut_off.add(prompt())
     with pytest.raises(MethodError, match="only while ends is attached"):

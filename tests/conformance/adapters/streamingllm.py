@@ -144,7 +144,7 @@ def _filled(cache: DynamicCache, layers: DecoderLayers, inputs: dict[str, Tensor
     keys, count = parted(inputs["past_keys"]), inputs["past_keys"].shape[2] + _GAP
     rope = layers.rotary(inputs["hidden"], torch.arange(count)[None])
     cache.update(rotated(keys, *rope), parted(inputs["past_values"]), 0)
-    state = CacheState(has_visual=False, length=count, name="gap", placed=True)
+    state = CacheState(has_visual=False, length=count, name="gap", placed="cache")
     state.layers.append(LayerCache(torch.zeros(1, count, dtype=torch.bool)))
     state.begin(cache, torch.arange(count)[None] + 1, count)
     keep_on(cache, state)
