@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -125,11 +126,20 @@ def inputs(model: Any, *questions: Question, seed: int = 0) -> dict[str, Any]:
 # -- what a host should find -------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def naive_signals(model: Any, pixels: Tensor, grid: Tensor) -> list[dict[str, Tensor]]:
-    """Per item [T, N, ...]: full attention maps of the last vision block, windows undone by transformers' function."""
+    """Per item [T, N, ...]: of the last vision block, and of the middle one that methods ask for."""
+    middle = math.ceil(0.375 * len(model.model.visual.blocks)) - 1
+    found = signals_of_block(model, pixels, grid, -1)
+    for item, more in zip(found, signals_of_block(model, pixels, grid, middle), strict=True):
+        item["received_attention@0.375"] = more["received_attention"]
+    return found
+
+
+@torch.no_grad()
+def signals_of_block(model: Any, pixels: Tensor, grid: Tensor, index: int) -> list[dict[str, Tensor]]:
+    """Per item [T, N, ...]: full attention maps of one vision block, windows undone by transformers' function."""
     tower, caught = model.model.visual, {}
-    attention = tower.blocks[-1].attn
+    attention = tower.blocks[index].attn
 
     def before(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         caught["states"], caught["rotary"] = args[0] if args else kwargs["hidden_states"], kwargs["position_embeddings"]
@@ -163,8 +173,12 @@ def naive_signals(model: Any, pixels: Tensor, grid: Tensor) -> list[dict[str, Te
             torch.testing.assert_close(attention.proj(mixed), caught["output"][here], atol=1e-5, rtol=1e-4)
             merged_keys = k.unflatten(1, (-1, 4)).mean(2)  # [H, N, d]
             pooled = torch.einsum("hd,hnd->hn", q.mean(1), merged_keys) / q.shape[-1] ** 0.5
+            whole, wide = (part[here].flatten(1) for part in (query, key))
+            joined = (whole @ wide.T / whole.shape[-1] ** 0.5).softmax(-1)
             frames.append(
                 {
+                    "received_attention@next/joined": joined.mean(0).view(-1, 4).mean(1),
+                    "key_states@next/joined": plain[here].flatten(1).unflatten(0, (-1, 4)).mean(1),
                     "received_attention": maps.mean(0).mean(0).view(-1, 4).mean(1),
                     "pooling_attention": pooled.softmax(-1).mean(0),
                     "key_states": plain[here].mean(1).view(-1, 4, q.shape[-1]).mean(1),

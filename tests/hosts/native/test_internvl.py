@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import ClassVar
 
 import pytest
@@ -27,7 +28,10 @@ QUESTIONS = {
 }
 WHERE = {"image": (2,), "tiled image": (1,), "two images": (1, 3), "frames": (2, 5, 8)}
 BATCH = ("two images", "text", "image", "frames")
-COMPRESSING = ("random", "uniform", "pool", "visionzip", "fastervlm")
+COMPRESSING = (
+    *("random", "uniform", "pool", "visionzip", "fastervlm"),
+    *("divprune", "vispruner", "prumerge", "prumerge_plus", "hiprune"),
+)
 
 
 @functools.cache
@@ -98,12 +102,23 @@ def greedy(model, asked):
     return new[:, asked["input_ids"].shape[1] :]
 
 
-@torch.no_grad()
 def naive_signals(model, pixels):
-    """[V, N, ...]: attention maps of the layer whose output is projected, in blocks of the model's own shuffle."""
+    """[V, N, ...]: of the layer whose output is projected, and of the others that methods ask for."""
+    depth = len(model.model.vision_tower.encoder.layer)
+    feature = depth + model.config.vision_feature_layer
+    of_next = signals_of_layer(model, pixels, min(feature + 1, depth - 1))
+    middle = signals_of_layer(model, pixels, math.ceil(0.375 * depth) - 1)
+    plain = {k: v for k, v in signals_of_layer(model, pixels, feature).items() if "@" not in k}
+    joined = {k: v for k, v in of_next.items() if "@" in k}
+    return plain | joined | {"received_attention@0.375": middle["received_attention"]}
+
+
+@torch.no_grad()
+def signals_of_layer(model, pixels, index):
+    """[V, N, ...]: attention maps of one layer, in blocks of the model's own shuffle."""
     tower = model.model.vision_tower
     layers = tower.encoder.layer
-    attention = layers[len(layers) + model.config.vision_feature_layer].attention
+    attention = layers[index].attention
     caught = {}
     hook = attention.register_forward_hook(
         lambda module, args, kwargs, output: caught.update(states=args[0], output=output[0]), with_kwargs=True
@@ -120,6 +135,9 @@ def naive_signals(model, pixels):
     mixed = attention.projection_layer((maps @ value).transpose(1, 2).flatten(2))
     torch.testing.assert_close(mixed, caught["output"], atol=1e-4, rtol=1e-4)
 
+    whole = [states.transpose(1, 2).flatten(2) for states in (query, key)]
+    joined = (whole[0] @ whole[1].mT / whole[0].shape[-1] ** 0.5).softmax(-1)
+
     def blocks(values):  # [V, P, d]: every token's four patches, side by side as the projector gets them
         side = SIDE // 4
         shuffled = model.model.pixel_shuffle(values.unflatten(1, (side, side)).contiguous(), 0.5)
@@ -129,6 +147,8 @@ def naive_signals(model, pixels):
         "cls_attention": blocks(maps.mean(1)[:, 0, 1:, None])[..., 0],
         "received_attention": blocks(maps.mean((1, 2))[:, 1:, None])[..., 0],
         "key_states": blocks(key.mean(1)[:, 1:]),
+        "cls_attention@next/joined": blocks(joined[:, 0, 1:, None])[..., 0],
+        "key_states@next/joined": blocks(whole[1][:, 1:]),
     }
 
 
