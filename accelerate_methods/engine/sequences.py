@@ -31,6 +31,7 @@ class VisualSequence(ShapesShown):
             on views: [V, P], over their patches.
         stands: like ``owner``, True where an output token stands.
         frames, frame_rows: as in :class:`.prefill.VisualSpan`.
+        frame_marks: as in :class:`.compress.Compressed`.
     """
 
     tokens: Tensor
@@ -44,6 +45,7 @@ class VisualSequence(ShapesShown):
     info: dict[str, object] = dataclasses.field(default_factory=dict)
     frames: int = 1
     frame_rows: int | None = None
+    frame_marks: bool = True
 
     def span(self, start: int, item: int) -> VisualSpan:
         """Where it stands in a prompt, from row ``start`` on; ``item``: its number in the sample."""
@@ -107,16 +109,18 @@ def assemble(item: VisualItem, compressed: Compressed) -> VisualSequence:
     is_content = torch.ones(content, dtype=torch.bool, device=device)
     # what is sorted by: the layout position, or with a given order the stretch that a newline closes
     key = positions
-    in_order = _in_order(item, compressed)
+    in_order, stretch = _in_order(item, compressed), item.newline_of
+    if compressed.newlines == "behind" and item.frame_rows:
+        stretch = torch.arange(item.length, device=device) // item.frame_rows
     if not in_order and compressed.order == "given":
         # content before stretch s: 2s, its newline: 2s + 1, content that no newline closes: -2
-        key = item.newline_of[positions] * 2
+        key = stretch[positions] * 2
     if newlines is not None:
         at, rows = item.newline_positions[newlines], item.newlines[newlines].to(dtype)
         positions = torch.cat([positions, at])
         is_content = torch.cat([is_content, is_content.new_zeros(at.shape[0])])
         if not in_order:
-            key = torch.cat([key, item.newline_of[at] * 2 + 1 if compressed.order == "given" else at])
+            key = torch.cat([key, stretch[at] * 2 + 1 if compressed.order == "given" else at])
     owner = compressed.owner
     order = rank = None
     if not in_order:
@@ -137,6 +141,7 @@ def assemble(item: VisualItem, compressed: Compressed) -> VisualSequence:
         info=compressed.info,
         frames=item.num_frames,
         frame_rows=item.frame_rows,
+        frame_marks=compressed.frame_marks,
     )
 
 
@@ -187,7 +192,7 @@ def _surviving_newlines(item: VisualItem, compressed: Compressed) -> Tensor | No
     count, device = item.newlines.shape[0], compressed.positions.device
     if compressed.newlines == "last":
         return torch.arange(count - 1, count, device=device)
-    if compressed.newlines == "all" or item.keep_all_newlines:
+    if compressed.newlines in ("all", "behind") or item.keep_all_newlines:
         return torch.arange(count, device=device)
     # One spare slot takes the rows that no newline closes (index -1).
     hit = torch.zeros(count + 1, dtype=torch.bool, device=device)

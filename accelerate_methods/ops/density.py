@@ -71,7 +71,7 @@ def density_peak_scores(
 def dpc_knn(
     tokens: Tensor,
     clusters: int | Sequence[int],
-    neighbours: int,
+    neighbours: int | Sequence[int],
     noise: Tensor | None = None,
     exact: bool = False,
     counts: Sequence[int] | None = None,
@@ -80,8 +80,8 @@ def dpc_knn(
 
     Args:
         tokens: [B, M, D], B independent sets; any float dtype, computed in float32.
-        clusters: n of all sets or of each, clipped to 1 and the set's size; neighbours: k of the density, clipped
-            likewise.
+        clusters: n of all sets or of each, clipped to 1 and the set's size; neighbours: k of the density, of all sets
+            or of each, clipped likewise.
         noise: [B, M] added to the density to break ties. Without it densities are taken relative to the largest of the
             set: the same clusters, but no underflow where tokens lie far apart. Equal ones are ordered as in
             :func:`density_peak_scores`.
@@ -99,16 +99,20 @@ def dpc_knn(
     wanted = [clusters] * sets if isinstance(clusters, int) else clusters
     wanted = [max(1, min(number, count)) for number, count in zip(wanted, counts, strict=True)]
     filled, uneven = min(counts) < size, min(wanted) < max(wanted)
-    near = [max(1, min(neighbours, count)) for count in counts]
-    sizes, numbers, near = on_device([counts, wanted, near], tokens.device) if filled or uneven else (None, None, near)
+    near = [neighbours] * sets if isinstance(neighbours, int) else neighbours
+    near = [max(1, min(number, count)) for number, count in zip(near, counts, strict=True)]
+    most, few = max(near), min(near) < max(near)
+    sizes = numbers = number = None
+    if filled or uneven or few:
+        sizes, numbers, number = on_device([counts, wanted, near], tokens.device)
+    number = number if few else None
     squared = squared_distances(tokens, exact)
     if filled:
         padding = torch.arange(size, device=tokens.device) >= sizes[:, None]
-        few = near if min(counts) < neighbours else None
-        spread = _spread(squared.masked_fill(padding[:, None, :], torch.inf), neighbours, few)
+        spread = _spread(squared.masked_fill(padding[:, None, :], torch.inf), most, number)
         spread = spread.masked_fill(padding, torch.inf)
     else:
-        spread = _spread(squared, neighbours)
+        spread = _spread(squared, most, number)
     density = (spread.amin(1, keepdim=True) - spread).exp() if noise is None else (-spread).exp() + noise
     if filled and noise is not None:  # least dense, and last among equals; without noise it has density 0 and is last
         density = density.masked_fill(padding, -1.0)
@@ -125,6 +129,19 @@ def dpc_knn(
     if uneven:
         label = torch.where(beyond, labels.gather(1, centres), label)
     return labels.scatter_(1, centres, label), centres
+
+
+def alike(counts: Sequence[int], share: float = 0.8) -> list[list[int]]:
+    """Numbers of sets that are clustered together, filled up: those of a batch have at least ``share`` of its largest.
+
+    What a set is filled up with costs time, too. The largest sets come first; host integers.
+    """
+    batches: list[list[int]] = []
+    for number in sorted(range(len(counts)), key=lambda i: -counts[i]):
+        if not batches or counts[number] < share * counts[batches[-1][0]]:
+            batches.append([])
+        batches[-1].append(number)
+    return batches
 
 
 def _spread(squared: Tensor, neighbours: int, number: Tensor | None = None) -> Tensor:

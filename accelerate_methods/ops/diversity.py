@@ -9,6 +9,7 @@ GRAM_TOKENS = 4096  # up to so many tokens a GPU keeps all their similarities (6
 FEW_TOKENS = 1024  # up to so many tokens a CPU does, too
 POOL = 64  # tokens among which the next picks are looked for on a CPU
 SKETCH = 1024  # channels that are enough to find a near neighbour
+MAP_ENTRIES = 2**26  # distances of several sets that are kept at a time (256 MiB)
 PICKED, LAST, FARTHEST = -3.0, -1.0, 3.0  # distances are within [0, 2] but for rounding
 
 
@@ -50,6 +51,64 @@ def farthest_first(features: Tensor, count: int) -> Tensor:
         if not bool(has.all()):
             states = states.masked_fill(~has[:, None], 0.0)
         return _from_some(_Directions(states, torch.where(has, 1 / length, 0.0), has), count)
+
+
+def finite_rows(features: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``features`` [..., D] in float32 without gradient, rows that hold what is not a number as zeros.
+
+    Returns:
+        The rows, and [...] True where they are numbers; None where all of them are known to be. A CPU looks first, so
+        that nothing is copied; a GPU, which would have to be waited for, always copies.
+    """
+    states = features.detach().float()
+    if states.device.type == "cpu" and bool(torch.isfinite(states.sum())):
+        return states, None
+    finite = torch.isfinite(states).all(-1)
+    return torch.where(finite[..., None], states, 0.0), finite
+
+
+def farthest_first_sets(features: Tensor, count: int, weights: Tensor | None = None) -> Tensor:
+    """:func:`farthest_first` within each of many sets at once, the distance to a candidate times its weight.
+
+    Args:
+        features: [S, N, D] without what is not a number (:func:`finite_rows`); compared in float32.
+        count: 0 <= count <= N picks of every set.
+        weights: [S, N]; None weighs all alike.
+
+    Returns:
+        [S, count] indices in the order of the picks. Rows of zeros come last.
+
+    Source: FlashVID (Fanziyang-v/FlashVID@1d37422c); the rules are in docs/methods/flashvid.md, step 2.
+    """
+    sets, size = features.shape[:2]
+    if count <= 0:
+        return torch.zeros(sets, 0, dtype=torch.long, device=features.device)
+    each = max(1, MAP_ENTRIES // (size * size))
+    parts = features.detach().float().split(each)
+    weighed = [None] * len(parts) if weights is None else weights.detach().float().nan_to_num().split(each)
+    return torch.cat([_weighted(part, count, weight) for part, weight in zip(parts, weighed, strict=True)])
+
+
+def _weighted(states: Tensor, count: int, weights: Tensor | None) -> Tensor:
+    with torch.autocast(states.device.type, enabled=False):
+        gram = torch.bmm(states, states.mT)
+    squared = gram.diagonal(dim1=1, dim2=2).clone()  # of the products themselves: a row is at distance 0 of itself
+    has = squared > 0
+    inverse = squared.clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
+    value = gram.mul_(inverse[:, :, None]).mul_(inverse[:, None, :]).neg_().add_(1.0)
+    if weights is not None:
+        value.mul_(weights[:, None])
+    value.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    last = torch.finfo(torch.float32).min
+    picks = torch.empty(len(states), count, dtype=torch.long, device=states.device)
+    least = torch.where(has, value.amin(1), last)
+    for step in range(count):
+        pick = least.argmax(1, keepdim=True)
+        picks[:, step : step + 1] = pick
+        row = value.take_along_dim(pick[:, :, None], dim=1)[:, 0]
+        least = torch.where(has, row, last) if step == 0 else torch.minimum(least, row)
+        least.scatter_(1, pick, -torch.inf)
+    return picks
 
 
 def _from_all(unit: Tensor, has: Tensor, count: int) -> Tensor:

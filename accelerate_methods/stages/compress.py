@@ -117,8 +117,9 @@ class Compressed(ShapesShown):
         info: what else the method can say (segment sizes, per-frame counts); its prefill stage gets it.
         order: "layout" sorts the tokens by ``positions``; "given" keeps them as they are here (a newline then closes
             those of its row or frame, too).
-        newlines: "closing" keeps those whose row or frame still holds a token, "all" keeps every one, "last" only one
-            after everything.
+        newlines: "closing" keeps those whose row or frame still holds a token, "all" keeps every one, "behind" too but,
+            with order "given", those of a video's frame behind all of its tokens; "last" only one after everything.
+        frame_marks: False drops the tokens that some models put around each frame of a video (Qwen3-VL).
     """
 
     tokens: Tensor
@@ -127,6 +128,7 @@ class Compressed(ShapesShown):
     info: dict[str, object] = dataclasses.field(default_factory=dict)
     order: str = "layout"
     newlines: str = "closing"
+    frame_marks: bool = True
 
     @classmethod
     def of_rows(cls, features: Tensor, rows: Tensor, **rest: Any) -> Compressed:

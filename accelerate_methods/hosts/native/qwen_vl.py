@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from accelerate_methods.engine.devices import moved
 from accelerate_methods.engine.encoder_attention import asked_layers, received_per_map
 from accelerate_methods.hosts.native.encoding import TakenOver, tokens_in_place
-from accelerate_methods.hosts.native.family import Call, Family, Seen, locate_items
+from accelerate_methods.hosts.native.family import Call, Family, ItemRows, Seen, locate_items
 from accelerate_methods.hosts.native.prompt import PromptItem
 from accelerate_methods.hosts.native.qwen_encoding import FrameShape, QwenRun, rotated
 from accelerate_methods.hosts.native.wrapping import Wrappers
@@ -173,8 +173,18 @@ class QwenVL(Family):
             )
             if "frame_features" in call.wanted:
                 item.signals["frame_features"] = features.mean(1)
-            out.append(PromptItem(at.sample, at.rows, at.start, at.end, item))
+            marks = self._marks(call.ids, at) if kind == "video" else None
+            out.append(PromptItem(at.sample, at.rows, at.start, at.end, item, marks=marks))
         return out
+
+    def _marks(self, ids: Tensor, at: ItemRows) -> Tensor | None:
+        """Rows of the tokens that Qwen3-VL's prompts have around each frame of a video; other models mark the whole."""
+        if not self.config.model_type.startswith("qwen3"):
+            return None
+        first, ids = max(0, at.start - 1), ids[at.sample].cpu()
+        around = ids[first : at.end + 1]
+        marks = torch.tensor([self.config.vision_start_token_id, self.config.vision_end_token_id])
+        return torch.isin(around, marks).nonzero().squeeze(1) + first
 
     # -- signals -----------------------------------------------------------------------------------------------------
 
