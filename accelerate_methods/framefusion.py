@@ -42,6 +42,7 @@ class FrameFusion(PrefillMethod):
     paper: ClassVar[str] = "arXiv 2501.01986"
     code: ClassVar[str] = "thu-nics/FrameFusion@fbec1d2e"
     licence: ClassVar[str] = "see its LICENSE file"
+    needs_grid: ClassVar[bool] = True
     modalities: ClassVar[frozenset[str]] = frozenset({"video"})
 
     cost: float | None = share(0.3, budget=True, aliases=("retention_ratio",))

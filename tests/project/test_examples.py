@@ -230,7 +230,7 @@ def test_code_of_the_docs_about_transformers_models_runs(tmp_path, capsys):
 # -- the new host ------------------------------------------------------------------------------------------------------
 
 PATCHES, TEXT = 16, [5, 8, 9]
-FIT = [m for m in available() if m not in ("aks", "downsample", "dycoke", "fastvid", "prunevid")]
+FIT = [m for m in available() if m not in ("aks", "downsample", "dycoke", "evit", "fastvid", "prunevid", "tome")]
 
 
 @pytest.fixture
@@ -274,7 +274,9 @@ def test_without_the_file_there_is_no_such_host(vip, monkeypatch):
 
 
 def test_methods_that_do_not_fit_are_refused(vip):
-    assert set(available()) - set(FIT) == {"aks", "downsample", "dycoke", "fastvid", "prunevid"}
+    assert set(available()) - set(FIT) == {"aks", "downsample", "dycoke", "evit", "fastvid", "prunevid", "tome"}
+    with pytest.raises(MethodError, match="tome acts at the encode stage"):
+        accelerate(vip, "tome", r=1)
     with pytest.raises(MethodError, match="downsample acts at the sample stage"):
         accelerate(vip, "downsample")
     with pytest.raises(MethodError, match=r"fastvid needs frame_features, pooling_attention, .*VipLLaVA"):
