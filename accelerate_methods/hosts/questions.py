@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from accelerate_methods.engine.devices import moved
-from accelerate_methods.hosts.text_tower import TextTower
 from accelerate_methods.registry.pipeline import Pipeline
 from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.errors import MethodError
+
+if TYPE_CHECKING:
+    from accelerate_methods.hosts.text_tower import TextTower
 
 #: what the official evaluation puts behind questions, and says nothing about the image
 POST_PROMPTS = (
