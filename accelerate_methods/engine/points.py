@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from accelerate_methods.engine.cached_keys import gather_keys
+from accelerate_methods.engine.cached_keys import gather_keys, gather_rows
 from accelerate_methods.engine.devices import moved
 from accelerate_methods.engine.layers import DecoderLayers, LayerInput
 
@@ -28,38 +28,41 @@ class Acting:
     Attributes:
         before: decoder layer -> who acts before it (the number of layers: after the last one).
         inside: decoder layer -> who acts between its attention and its MLP.
+        unmasked: decoder layer that runs without a causal mask -> for each sample whether it does there.
     """
 
     before: dict[int, Numbered] = dataclasses.field(default_factory=dict)
     inside: dict[int, Numbered] = dataclasses.field(default_factory=dict)
+    unmasked: dict[int, tuple[bool, ...]] = dataclasses.field(default_factory=dict)
 
     def asks_about(self, layer: int) -> bool:
         """Whether somebody may ask what ``layer`` attended to."""
         return layer in self.inside or layer + 1 in self.before
 
 
-def acting_in(methods: Sequence[PrefillMethod], layers: DecoderLayers, here: Sequence[bool]) -> Acting:
-    """Who acts where; ``here``: for each method whether the prompt holds anything for it.
+def acting_in(methods: Sequence[PrefillMethod], layers: DecoderLayers, here: Sequence[Sequence[bool]]) -> Acting:
+    """Who acts where; ``here``: for each method and sample whether the prompt holds anything for it.
 
     Raises:
         MethodError: a method acts inside a layer that has no such point.
     """
     acting = Acting()
-    for number, (method, has_items) in enumerate(zip(methods, here, strict=True)):
-        if not has_items:
+    for number, (method, samples) in enumerate(zip(methods, here, strict=True)):
+        if not any(samples):
             continue
         inner = method.inner_layers(len(layers))
         if inner:
             layers.check_halves()
         acting.before |= dict.fromkeys(method.prefill_layers(len(layers)), (number, method))
         acting.inside |= dict.fromkeys(inner, (number, method))
+        acting.unmasked |= dict.fromkeys(method.unmasked_layers(len(layers)), tuple(samples))
     return acting
 
 
 def check_halves(decoder: object, pipeline: Pipeline) -> None:
     """MethodError if the pipeline acts inside the layers of ``decoder``, which have no such point."""
     layers = DecoderLayers(decoder)
-    acting_in(pipeline.prefills, layers, [True] * len(pipeline.prefills))
+    acting_in(pipeline.prefills, layers, [[True]] * len(pipeline.prefills))
 
 
 @dataclasses.dataclass
@@ -80,6 +83,10 @@ class Attended:
     def cut(self, picked: Tensor) -> None:
         """Only ``picked`` [B, K] of the rows that were there go on."""
         self.left = picked if self.left is None else self.left.gather(1, picked)
+
+    def entered(self) -> Tensor:
+        """[B, K, D] the rows that are still there, as they entered the layer."""
+        return self.given.hidden if self.left is None else gather_rows(self.given.hidden, self.left)
 
     def attention(
         self, layers: DecoderLayers, rows: Tensor, valid: Tensor | None, *, rotary: bool, causal: bool

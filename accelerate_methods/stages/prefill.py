@@ -202,8 +202,14 @@ class PrefillStep:
         counts = torch.stack([self.block.sum(1), real.sum(1)]).tolist()
         return Left(*counts, self.cuts)
 
+    def tails(self) -> list[int]:
+        """Rows of text behind the last of the method's items in each sample, all of them where it has none."""
+        length = self._loop.layout.visual.shape[1]
+        behind = [length - max((span.end for span in spans), default=0) for spans in self.spans]
+        return [min(rows, real) for rows, real in zip(behind, self.lengths, strict=True)]
+
     def keep(self, rows: Tensor, counts: Sequence[int], **kwargs: Any) -> Selection:
-        """All text, and ``rows`` [B, L] of the method's items, ``counts`` of each sample; ``kwargs`` as in Selection."""
+        """All text, and ``rows`` [B, L] of the method's items, ``counts`` of each sample; ``kwargs`` of Selection."""
         left = self.left()
         real = [every - block + count for every, block, count in zip(left.real, left.block, counts, strict=True)]
         indices, valid = right_aligned_indices((rows & self.block) | self.text, real)
@@ -262,6 +268,13 @@ class PrefillMethod(Method):
 
     def inner_layers(self, num_layers: int) -> tuple[int, ...]:
         """0-based indices of the decoder layers inside which it acts, behind the attention."""
+        return ()
+
+    def unmasked_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Decoder layers in which every row of the prompt sees those behind it, too; a fault of some released codes.
+
+        Not with flash-attention, which takes no mask.
+        """
         return ()
 
     def prefill(self, step: PrefillStep) -> Selection | None:

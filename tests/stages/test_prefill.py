@@ -51,7 +51,7 @@ def test_prefill_stage(name, params, asked, ratio):
         once = acts_once(method)
         text = rows[~block[rows]]
         assert (text.diff() > 0).all() and (not once or (rows.diff() > 0).all()), "in order"
-        if once and "retention_ratio" in method.parameters() and int(block.sum()):
+        if once and getattr(method, "retention_ratio", None) is not None and int(block.sum()):
             assert visual <= max(1, int(block.sum() * ratio + 0.5)) + int((block & ~layout.visual[row]).sum())
         # the same as alone
         own_rows = torch.arange(asked.lengths[row]) if single.kept is None else single.kept[0]

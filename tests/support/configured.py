@@ -6,9 +6,12 @@ from accelerate_methods.stages.method import Method
 
 #: parameters without which a method does not fit a decoder of four layers, or has nothing to do
 OVERRIDES = {
+    "holitom": {"k": 2},
+    "pdrop": {"layer_list": (1, 2)},
     "prunevid": {"selected_layer": 1},
     "sparsevlm": {"pruning_layers": (0, 2), "budgets": (4, 2)},
     "streamingllm": {"start_size": 3, "recent_size": 20},  # prompts are short
+    "v2drop": {"layer_list": (1, 3)},
 }
 
 #: of methods that act in every decode step: what they do before the first one
@@ -39,6 +42,10 @@ VARIANTS = {
         {"start_size": 2, "recent_size": 5}, {"start_size": 0, "recent_size": 4, "original_positions": True},
         {"start_size": 3, "recent_size": 2, "pos_shift": False}, {"policy": "for_space", "recent_size": 2},
         {"start_size": None, "recent_size": None, "budget": 0.4},
+    ],
+    "v2drop": [
+        {"keep_ratio_list": (0.5, 0.0)}, {"keep_ratio_list": (0.5, 0.0), "keep_one": False},
+        {"layer_list": (2, 3), "metric": "cosine"}, {"tokens_per_image": 2, "metric": "l1"},
     ],
     "vispruner": [{"important_ratio": 0.0}, {"important_ratio": 1.0}],
     "visionzip": [{"dominant": 3, "contextual": 0}, {"dominant": 1, "contextual": 2}, {"grid_order": "as_released"}],
