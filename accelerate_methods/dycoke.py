@@ -16,13 +16,13 @@ the differences to the official code: docs/methods/dycoke.md.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from accelerate_methods.ops.segment import cosines, window_products
 from accelerate_methods.ops.select import numbers_first
 from accelerate_methods.registry import register
 from accelerate_methods.stages.budget import floor_share
@@ -167,24 +167,11 @@ def reference_similarity(features: Tensor) -> Tensor:
     Args:
         features: [F, N, D], F even.
     """
-    frames, per_frame, width = features.shape
-    blocks, grams = math.gcd(width, 8), []
-    # Inner products within each window at each place; zeros stand for the missing frames of a half window. One product
-    # per window needs no copy of the features, as any product of all windows would. Blocks of the width, summed in
-    # float64, make it more exact than an elementwise product in float32 at the same speed. What is chosen by it has no
-    # gradient.
-    for window in features.detach().split(WINDOW):
-        part = window.float().unflatten(2, (blocks, -1)).permute(1, 2, 0, 3).flatten(0, 1)  # [N * blocks, size, d]
-        products = (part @ part.mT).unflatten(0, (per_frame, blocks)).sum(1, dtype=torch.float64)
-        missing = WINDOW - window.shape[0]
-        grams.append(torch.nn.functional.pad(products, (0, missing, 0, missing)) if missing else products)
-    gram = torch.stack(grams)
+    gram = window_products(features, WINDOW, WINDOW)
     squares = gram.diagonal(dim1=2, dim2=3)
     inner = torch.stack([gram[..., frame, reference] for frame, reference in REFERENCES], dim=1)
     both = torch.stack([squares[..., frame] * squares[..., reference] for frame, reference in REFERENCES], dim=1)
-    # the root of the product, not the product of the roots: exactly 1 for equal tokens, so that they tie
-    cosine = inner / both.sqrt().clamp(min=1e-8)
-    return torch.nn.functional.pad(cosine, (0, 0, 1, 0)).flatten(0, 1)[:frames]
+    return torch.nn.functional.pad(cosines(inner, both), (0, 0, 1, 0)).flatten(0, 1)[: features.shape[0]]
 
 
 def similarity_to_previous(scores: Tensor, previous: Tensor | None) -> Tensor:

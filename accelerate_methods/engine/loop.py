@@ -203,7 +203,7 @@ class _Loop:
     # -- the first prompt of a cache ---------------------------------------------------------------------------------
 
     def _prefill(self) -> None:
-        here = [self.new > 1 and any(spans) for spans in self.spans] or [False] * len(self.pipeline.prefills)
+        here = [[self.new > 1 and bool(s) for s in spans] for spans in self.spans] or [[]] * len(self.pipeline.prefills)
         acting = acting_in(self.pipeline.prefills, self.layers, here)
         lengths = self.rows.lengths() if self.layout is None else self.layout.lengths
         state = self.state = CacheState(has_visual=self.decodes, length=self.new, name=self.pipeline.name)
@@ -216,7 +216,7 @@ class _Loop:
                 masks.clear()
             if acting.asks_about(index):
                 self.attended = Attended(index, LayerInput(self.rows.hidden, self.rows.rope), self.rows.valid)
-            kind = self.layers.kind(index)
+            kind = acting.unmasked.get(index) or self.layers.kind(index)
             if kind not in masks:
                 masks[kind] = prefill_mask(self.config, kind, self.rows.hidden, self.rows.valid)
             if self.request is not None:

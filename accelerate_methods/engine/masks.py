@@ -12,14 +12,26 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from accelerate_methods.ops.select import on_device
+from accelerate_methods.stages.errors import MethodError
 
-def prefill_mask(config: Any, kind: str, hidden: Tensor, valid: Tensor | None) -> Any:
+
+def prefill_mask(config: Any, kind: str | tuple[bool, ...], hidden: Tensor, valid: Tensor | None) -> Any:
     """Mask of a layer that gets rows ``hidden`` [B, L, D] and has nothing in its cache.
 
     Args:
-        kind: "full_attention" or "sliding_attention".
+        kind: "full_attention", "sliding_attention", or for each sample whether its rows see those behind them, too.
         valid: [B, L] False at padding, or None.
+
+    Raises:
+        MethodError: an unmasked layer with flash-attention.
     """
+    if isinstance(kind, tuple):
+        if is_flash(config):
+            raise MethodError("a layer without a causal mask does not run with flash-attention; use sdpa or eager.")
+        length, device = hidden.shape[1], hidden.device
+        behind = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        return key_mask(config, hidden, valid, behind | on_device(kind, device)[:, None, None, None])
     make = create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
     return make(config=config, inputs_embeds=hidden, attention_mask=valid, past_key_values=None, position_ids=None)
 
@@ -43,7 +55,7 @@ def cached_mask(config: Any, kind: str, hidden: Tensor, valid: Tensor | None, si
 
 
 def key_mask(config: Any, hidden: Tensor, valid: Tensor | None, allowed: Tensor | None = None) -> Any:
-    """What the backend takes for [B, K] valid keys and [q, K] allowed pairs; None stands for all."""
+    """What the backend takes for [B, K] valid keys and allowed pairs, [q, K] or [B, 1, q, K]; None stands for all."""
     if valid is not None and is_flash(config):
         return valid
     if valid is not None:
@@ -51,7 +63,7 @@ def key_mask(config: Any, hidden: Tensor, valid: Tensor | None, allowed: Tensor 
         # A query that is itself padding would see nothing and turn into NaN; let it see everything.
         allowed = allowed | ~allowed.any(-1, keepdim=True)
     elif allowed is not None:
-        allowed = allowed[None, None].expand(hidden.shape[0], -1, -1, -1)
+        allowed = allowed.expand(hidden.shape[0], 1, -1, -1)
     if allowed is not None and config._attn_implementation == "eager":
         lowest = torch.finfo(hidden.dtype).min
         return torch.zeros_like(allowed, dtype=hidden.dtype).masked_fill(~allowed, lowest)

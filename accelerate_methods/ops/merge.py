@@ -151,3 +151,24 @@ def group_means(
     shares = sizes.clamp(min=1.0).reciprocal().half()[owners[: len(members)]]
     mean = torch.nn.functional.embedding_bag(members, tokens, bounds[:-1], mode="sum", per_sample_weights=shares)
     return mean, sizes
+
+
+def running_means(anchors: Tensor, tokens: Tensor, owner: Tensor) -> Tensor:
+    """What anchors become that meet one token after the other and are each time replaced by the mean of the two.
+
+    The last token of an anchor weighs one half, the one before a quarter, and so on; the anchor as much as its first.
+
+    Args:
+        anchors: [C, D]; tokens: [T, D], in the order in which they come; owner: [T] the anchor that each comes to.
+
+    Returns:
+        [C, D], computed in float32.
+    """
+    owners, order = torch.sort(owner, stable=True)
+    bounds = torch.searchsorted(owners, torch.arange(len(anchors) + 1, device=owner.device))
+    later = bounds[1:][owners] - torch.arange(1, len(owners) + 1, device=owner.device)
+    weights = torch.exp2(-(later + 1).float())
+    met = torch.nn.functional.embedding_bag(
+        order, tokens.float(), bounds[:-1], mode="sum", per_sample_weights=weights
+    )
+    return (met + anchors.float() * torch.exp2(-bounds.diff().float())[:, None]).to(anchors.dtype)

@@ -2,17 +2,58 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
+PAIRED = 3  # neighbouring pairs of frames that are compared by one product
+
 
 def consecutive_similarity(features: Tensor) -> Tensor:
     """[F-1] cosine similarity of each frame's feature [F, G] with the next frame's, in float32."""
     unit = torch.nn.functional.normalize(features.float(), dim=-1, eps=1e-12)
     return (unit[:-1] * unit[1:]).sum(-1)
+
+
+def window_products(features: Tensor, size: int, step: int) -> Tensor:
+    """Inner products of all frames of a window with each other, at each place: [W, N, size, size] float64.
+
+    Args:
+        features: [F, N, D]; nothing of it gets a gradient.
+        size, step: a window has ``size`` frames and begins ``step`` frames after the one before. Frames that the last
+            one lacks count as zeros.
+
+    One product per window needs no copy of the features, as any product of all windows would. Blocks of the width,
+    summed in float64, make it more exact than an elementwise product in float32, and several times quicker.
+    """
+    frames, per_frame, width = features.shape
+    blocks, products = math.gcd(width, 8), []
+    for start in range(0, max(1, frames - size + step), step):
+        window = features.detach()[start : start + size]
+        part = window.float().unflatten(2, (blocks, -1)).permute(1, 2, 0, 3).flatten(0, 1)  # [N * blocks, size, d]
+        product = (part @ part.mT).unflatten(0, (per_frame, blocks)).sum(1, dtype=torch.float64)
+        missing = size - window.shape[0]
+        products.append(torch.nn.functional.pad(product, (0, missing, 0, missing)) if missing else product)
+    return torch.stack(products)
+
+
+def cosines(inner: Tensor, squares: Tensor) -> Tensor:
+    """Cosine similarities of inner products and the products of both squared lengths; 0 where one has no length.
+
+    The root of the product, not the product of the roots: exactly 1 for equal tokens, so that they tie.
+    """
+    return inner / squares.sqrt().clamp(min=1e-8)
+
+
+def place_similarity(features: Tensor) -> Tensor:
+    """[F-1, N] float64 cosine similarity of each token of [F, N, D] with the same place of the next frame."""
+    products = window_products(features, PAIRED + 1, PAIRED)
+    lengths = products.diagonal(dim1=2, dim2=3)
+    similarity = cosines(products.diagonal(offset=1, dim1=2, dim2=3), lengths[..., :-1] * lengths[..., 1:])
+    return similarity.transpose(1, 2).flatten(0, 1)[: features.shape[0] - 1]
 
 
 def dynamic_segments(features: Tensor, segments: int, threshold: float) -> list[int]:

@@ -8,6 +8,7 @@ from transformers import DynamicCache, Qwen2ForCausalLM
 
 from accelerate_methods import MethodError
 from accelerate_methods.engine.loop import run_decoder
+from accelerate_methods.engine.masks import prefill_mask
 from accelerate_methods.engine.prompt import PromptLayout
 from accelerate_methods.registry.pipeline import Pipeline
 from accelerate_methods.stages.prefill import PrefillMethod, Selection, VisualSpan
@@ -28,6 +29,7 @@ class Acts(PrefillMethod):
 
     before: tuple[int, ...] = ()
     inside: tuple[int, ...] = ()
+    unmasked: tuple[int, ...] = ()
     does: object = None
 
     def prefill_layers(self, num_layers):
@@ -35,6 +37,9 @@ class Acts(PrefillMethod):
 
     def inner_layers(self, num_layers):
         return self.inside
+
+    def unmasked_layers(self, num_layers):
+        return self.unmasked
 
     def prefill(self, step):
         return self.does(step)
@@ -239,3 +244,33 @@ def test_where_rows_stand():
     _, frame, place = PromptLayout(visual, [11], spans, stands=stands).places()
     assert frame[0, 1:7].tolist() == [0, 0, 1, 1, -1, -1], "what is behind the last frame belongs to none"
     assert place[0].tolist() == [-1, 0, 2, 0, 2, -1, -1, -1, 1, 5, -1]
+
+
+def test_rows_of_an_unmasked_layer_see_those_behind_them():
+    asked = one()
+    every = tuple(range(LAYERS))
+    got = run(Acts(unmasked=every), asked).last_hidden_state
+    embeds = asked.inputs["inputs_embeds"]
+    open_mask = torch.zeros(1, 1, embeds.shape[1], embeds.shape[1])
+    expected = decoder().model(inputs_embeds=embeds, attention_mask=open_mask).last_hidden_state
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    causal = run(Acts(), asked).last_hidden_state
+    assert not torch.allclose(got[:, 0], causal[:, 0], atol=1e-3)
+    text = make_prompts([[]], 3, "random", 0)
+    assert torch.equal(run(Acts(unmasked=every), text).last_hidden_state, run(Acts(), text).last_hidden_state)
+
+
+def test_unmasked_layers_of_a_padded_batch_are_those_of_each_sample():
+    method = Acts(before=(2,), unmasked=(1,), does=halves)
+    asked = make_prompts([[("image", 14, False)], [("image", 5, False)], []], 3, "random", 0)
+    got = run(method, asked)
+    for row in range(3):  # what holds no image is none of its business
+        alone = run(method, asked.sample(row)).last_hidden_state[0]
+        torch.testing.assert_close(got.last_hidden_state[row, -len(alone) :], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_an_unmasked_layer_needs_a_backend_that_takes_a_mask():
+    config = decoder().config.__class__(**decoder().config.to_dict())
+    config._attn_implementation = "flash_attention_2"
+    with pytest.raises(MethodError, match="flash-attention"):
+        prefill_mask(config, (True,), torch.zeros(1, 3, 8), None)

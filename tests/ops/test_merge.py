@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from accelerate_methods.ops.contextual import contextual_merge
-from accelerate_methods.ops.merge import AnchorSets, blend_into_anchors, group_means, nearest_anchors
+from accelerate_methods.ops.merge import AnchorSets, blend_into_anchors, group_means, nearest_anchors, running_means
 
 PROBLEMS = [
     AnchorSets(0, 8, 0, 1, 3),  # three pools of one form in a row are one product
@@ -64,3 +64,16 @@ def test_means_have_gradients():
     tokens = randn(9, 4).double().requires_grad_()
     owner = torch.tensor([2, 0, 1, 1, 3, 0, 2, 2, 3])  # the two of owner 3 count for nothing
     assert torch.autograd.gradcheck(lambda x: group_means(x, owner, 3, used=7)[0], tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_running_means_are_taken_one_after_the_other(dtype):
+    anchors, tokens = randn(6, 5).to(dtype), randn(40, 5, seed=1).to(dtype)
+    owner = torch.randint(0, 5, (40,), generator=torch.Generator().manual_seed(2))  # nobody comes to the last one
+    expected = anchors.float().clone()
+    for token, at in zip(tokens.float(), owner.tolist(), strict=True):
+        expected[at] = (expected[at] + token) / 2
+    found = running_means(anchors, tokens, owner)
+    torch.testing.assert_close(found, expected.to(dtype))
+    assert torch.equal(found[5], anchors[5]) and found.dtype == dtype
+    assert torch.equal(running_means(anchors, tokens[:0], owner[:0]), anchors)
