@@ -303,7 +303,7 @@ def _choosing(asked: list[Choice], args: argparse.Namespace) -> dict[str, Any]:
     pipelines = [accelerate_methods.resolve(choice.method, **dict(choice.params)) for choice in named]
     samplers = [sampler for sampler in map(frame_sampler, pipelines) if sampler is not None]
     if len({sampler.method for sampler in samplers}) > 1:
-        raise InputError("several methods choose the frames, each others: draw them one by one.")
+        raise InputError("several methods choose the frames, each its own: draw them one by one.")
     return {"sampler": samplers[0], "question": args.question} if samplers else {}
 
 
