@@ -62,7 +62,7 @@ class SparseVLM(PrefillMethod):
             or, where a decoder has no such layers, those at the same depth.
         tokens_per_image: which row of the published table: the mean over the 32 layers of the paper's model. Counts
             between the rows (192, 128, 96, 64 of 576) are interpolated and scaled with the number of tokens.
-        retention_ratio: the same as a share of the tokens.
+        retention_ratio: the same as a share of the tokens; 1 leaves everything as it is.
         budgets: how many of an image's tokens stay behind each pruning layer instead, merged ones not counted.
         scale, bias: version 1.0: int(rank * scale + bias) tokens stay.
         heads: version 2.0: attention heads that are asked.
@@ -150,17 +150,25 @@ class SparseVLM(PrefillMethod):
         else:
             stage = self.layers(step.num_layers).index(step.layer - 1)
             budgets = [self.keep_count(spans, stage) for spans in step.spans]
-            stay = [max(0, min(budget, n - 1)) for budget, n in zip(budgets, prompt.counts, strict=True)]
+            stay = [
+                n if budget is None else max(0, min(budget, n - 1))
+                for budget, n in zip(budgets, prompt.counts, strict=True)
+            ]
         return [k if tail else n for k, n, tail in zip(stay, prompt.counts, prompt.tails, strict=True)]
 
-    def keep_count(self, spans: Sequence[VisualSpan], stage: int) -> int:
-        """Tokens of a sample's images that stay behind the pruning layer number ``stage``, merged ones apart."""
+    def keep_count(self, spans: Sequence[VisualSpan], stage: int) -> int | None:
+        """Tokens of a sample's images that stay behind the pruning layer number ``stage``, merged ones apart.
+
+        None for all of them: where as many are asked for as there are.
+        """
         total, items = sum(span.length for span in spans), len({span.item for span in spans})
         if self.budgets is not None:
             return self.budgets[stage] * items
         ratio = self.retention_ratio
         if ratio is None:
             ratio = self.tokens_per_image * items / max(total, 1)
+        if ratio >= 1:
+            return None
         budget = published_budgets(ratio * _TABLE_TOKENS, self.version)[stage]
         return max(1, round(budget * total / _TABLE_TOKENS))
 

@@ -9,7 +9,6 @@ OVERRIDES = {
     "holitom": {"k": 2},
     "pdrop": {"layer_list": (1, 2)},
     "prunevid": {"selected_layer": 1},
-    "sparsevlm": {"pruning_layers": (0, 2), "budgets": (4, 2)},
     "streamingllm": {"start_size": 3, "recent_size": 20},  # prompts are short
     "v2drop": {"layer_list": (1, 3)},
 }
