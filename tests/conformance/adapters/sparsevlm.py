@@ -31,7 +31,7 @@ class _Recorded(vocabulary.RecordedStep):
         weights = torch.zeros(heads, len(hidden), len(hidden))
         weights[:, -tail:, start : start + count] = paid
         super().__init__(hidden, start, count, weights, inputs.get("position_ids", [None])[0])
-        self.layer, self.cuts, self.memory = layer, 0, {}
+        self.layer, self.num_layers, self.cuts, self.memory = layer, 32, 0, {}
         self.text = ~self.block
         raters = torch.zeros(1, tail, dtype=torch.bool)
         raters[:, inputs["rater_index"]] = True
