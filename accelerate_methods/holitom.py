@@ -45,7 +45,8 @@ class HoliTom(CompressMethod, PrefillMethod):
         neighbours: of the density estimate, at most as many as there are peaks.
         max_window_size: frames that a window has at most.
         inner: whether rows are merged in the LLM, too; without it, it is the paper's "w/o M".
-        k: decoder layer before which they are; r: share of them that is merged into the others.
+        k: decoder layer before which they are.
+        r: share of the rows, newlines counted, that is merged into the others.
         causal_score_layer: False lets every row of decoder layer k - 1 see those behind it, as the released code does.
     """
 
