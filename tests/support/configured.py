@@ -6,6 +6,7 @@ from accelerate_methods.stages.method import Method
 
 #: parameters without which a method does not fit a decoder of four layers, or has nothing to do
 OVERRIDES = {
+    "flashvid": {"pruning_layer": 2},
     "holitom": {"k": 2},
     "pdrop": {"layer_list": (1, 2)},
     "prunevid": {"selected_layer": 1},
@@ -32,6 +33,11 @@ VARIANTS = {
     "holitom": [{"inner": False}, {"tau": 0.2, "r": 0.8, "k": 1, "causal_score_layer": False}],
     "hiprune": [{"neighbours": "grid", "alpha": 1.0}, {"exclude": "released"}, {"tokens_per_image": 7}],
     "fastv": [{"k": 0}, {"k": 1}],
+    "flashvid": [
+        {"pruning_layer": 28, "min_segment_num": 2, "trees": "mean"}, {"token_selection_method": "attn", "alpha": 0.0},
+        {"do_segment": False, "temporal_threshold": 0.0, "token_selection_method": "attn_div"}, {"alpha": 1.0},
+    ],
+    "vidcom2": [{"exact": True}],
     "fastvid": [{"c": 2, "tau": 0.5, "d": 1.0}],
     "pdrop": [{"image_token_ratio_list": (0.5, 0.0)}, {"layer_list": (1,)}, {"tokens_per_image": 2}],
     "prumerge": [{"retention_ratio": None}, {"reduction_ratio": 0.125}],
