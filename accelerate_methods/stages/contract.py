@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from accelerate_methods.stages.views import Views
 
 
+ORDERS = ("layout", "given")
+NEWLINES = ("closing", "all", "behind", "last")
+
+
 def check_compressed(method: str, compressed: Any, item: VisualItem) -> None:
     """
     Raises:
@@ -31,6 +35,12 @@ def check_compressed(method: str, compressed: Any, item: VisualItem) -> None:
     else:  # chosen rows that are not copied yet
         _tokens(where, source[0], width)
         count = source[1].shape[0]
+    if not count:
+        raise MethodError(f"{where}: nothing is left of the {item.modality}; at least one token has to stay.")
+    for name, allowed in (("order", ORDERS), ("newlines", NEWLINES)):
+        value = getattr(compressed, name)
+        if value not in allowed:
+            raise MethodError(f"{where}: {name} {value!r} is none of {', '.join(map(repr, allowed))}.")
     _indices(where, "positions", compressed.positions, (count,), item.length, "rows of the item's layout")
     _owner(where, compressed.owner, (item.num_frames, item.tokens_per_frame), count)
 
@@ -42,8 +52,8 @@ def check_kept(kept: Any, total: int) -> None:
     """
     where = "selection()"
     count = kept.shape[0] if isinstance(kept, Tensor) and kept.ndim == 1 else 1
-    what = "indices frame*N + token; of a mask: mask.flatten().nonzero().squeeze(1)"
-    _indices(where, "kept", kept, (count,), total, what)
+    hint = "; of a mask: mask.flatten().nonzero().squeeze(1)"
+    _indices(where, "kept", kept, (count,), total, "indices frame*N + token", hint=hint)
     if kept.device.type == "cpu" and torch.unique(kept).shape[0] != count:
         raise MethodError(f"{where}: kept names a token twice.")
 
@@ -75,7 +85,7 @@ def check_selection(method: str, selection: Any, batch: int, length: int) -> Non
     if valid is not None and not _is_mask(valid, indices.shape):
         shape = list(indices.shape)
         raise MethodError(f"{where}: valid must be a bool tensor {shape} like indices, got {_what(valid)}.")
-    if selection.order not in ("layout", "given"):
+    if selection.order not in ORDERS:
         raise MethodError(f"{where}: order {selection.order!r} is neither 'layout' nor 'given'.")
     if selection.owner is not None:
         what = "rows that go on, -1 where none holds one of the layer"
@@ -161,10 +171,12 @@ def _tokens(where: str, tokens: Any, width: int) -> int:
     return tokens.shape[0]
 
 
-def _indices(where: str, name: str, value: Any, shape: tuple[int, ...], end: int, what: str, low: int = 0) -> None:
+def _indices(
+    where: str, name: str, value: Any, shape: tuple[int, ...], end: int, what: str, low: int = 0, hint: str = ""
+) -> None:
     whole = isinstance(value, Tensor) and not (value.is_floating_point() or value.dtype == torch.bool)
     if not whole or tuple(value.shape) != shape:
-        raise MethodError(f"{where}: {name} must be integers {list(shape)} ({what}), got {_what(value)}.")
+        raise MethodError(f"{where}: {name} must be integers {list(shape)} ({what}{hint}), got {_what(value)}.")
     if value.device.type == "cpu" and value.numel() and not bool(((value >= low) & (value < end)).all()):
         first = value[(value < low) | (value >= end)][0].item()
         raise MethodError(f"{where}: {name} holds {first}; {what} are counted from {low} to {end - 1}.")

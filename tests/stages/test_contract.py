@@ -85,6 +85,9 @@ def test_selection_of_a_compress_method(kept, says):
         (dataclasses.replace(GOOD, owner=GOOD.owner.flatten()), r"owner must be integers \[2, 5\].*got int64 \[10\]"),
         (dataclasses.replace(GOOD, owner=GOOD.owner + 1), "owner holds 2; output tokens"),
         (Compressed(None, None, None), "tokens must be floating point .*got None"),
+        (dataclasses.replace(GOOD, order="any"), r"order 'any' is none of 'layout', 'given'"),
+        (dataclasses.replace(GOOD, newlines="some"), "newlines 'some' is none of 'closing'"),
+        (selection(ITEM, torch.zeros(0, dtype=torch.long)), "nothing is left of the video; at least one token"),
     ],
 )
 def test_what_compress_gives_back(value, says):
