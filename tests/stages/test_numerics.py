@@ -196,7 +196,10 @@ def work(method, layout, frames=32, side=6):
     return lambda: assemble(item, method.compress(item))
 
 
-UNREAD = ("dycoke", "visionzip", "fastervlm", "fastv", "random", "uniform", "pool", "downsample")
+UNREAD = (
+    *("dycoke", "visionzip", "fastervlm", "fastv", "pdrop", "dart", "v2drop"),
+    *("random", "uniform", "pool", "downsample"),
+)
 #: reads of a prompt, of methods held to them: how many tokens there are depends on these (with several newlines also on
 #: which survive: one more). A method that is not named here may read what it needs.
 READS = {"fastvid": ["cpu"], "prunevid": ["tolist", "tolist"], **{name: [] for name in UNREAD}}

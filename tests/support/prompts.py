@@ -122,3 +122,28 @@ def assert_decodes(model, pipeline, inputs, cache, batch, steps=2):
         out = run_decoder(model.model, pipeline, inputs_embeds=new, attention_mask=mask, past_key_values=cache)
         assert torch.isfinite(out.last_hidden_state).all()
         assert [cache.get_seq_length(i) for i in range(LAYERS)] == [n + step for n in lengths], "the cache stays whole"
+
+
+def by_layers(model, embeds, choose, compact=False):
+    """A prompt [1, L, D] layer after layer, without a cache, and with rows leaving before layers.
+
+    Args:
+        choose: called as choose(layer, hidden, before, positions), ``before`` being what entered the layer before;
+            gives the rows that go on, or None for all.
+        compact: whether rows that go on are numbered anew.
+
+    Returns:
+        rows of the prompt that are left, and their states behind the last norm, [1, K, D].
+    """
+    hidden, before, kept = embeds, None, torch.arange(embeds.shape[1])
+    positions = kept
+    for index, layer in enumerate(model.model.layers):
+        rows = choose(index, hidden, before, positions)
+        if rows is not None:
+            hidden, kept = hidden[:, rows], kept[rows]
+            positions = torch.arange(len(rows)) if compact else positions[rows]
+        before, rope = hidden, model.model.rotary_emb(hidden, positions[None])
+        mask = torch.full((len(kept),) * 2, -torch.inf).triu(1)[None, None]
+        out = layer(hidden, attention_mask=mask, position_embeddings=rope, past_key_values=None)
+        hidden = out[0] if isinstance(out, tuple) else out
+    return kept, model.model.norm(hidden)
