@@ -104,7 +104,7 @@ class FlashVID(CompressMethod, PrefillMethod):
         kept, merged = self.budgets(per_frame)
         info: dict[str, object] = {"newline_behind": item.layout == "one_token"}
         if kept + merged >= per_frame:
-            return _closed(selection(item, torch.arange(item.num_tokens, device=device), info), item)
+            return selection(item, torch.arange(item.num_tokens, device=device), info)
         states, _ = finite_rows(item.features)
         means = states.mean(1)
         sizes = self.segments(means)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from accelerate_methods.fastvid import NEIGHBOURS
-from accelerate_methods.ops.density import density_peak_scores, dpc_knn, squared_distances
+from accelerate_methods.ops.density import alike, density_peak_scores, dpc_knn, squared_distances
 from accelerate_methods.ops.select import top_indices
 
 
@@ -107,3 +107,18 @@ def test_padded_sets_are_clustered_as_each_alone(kind, noise):
         part = None if drawn is None else drawn[row : row + 1, :size]
         own_labels, own_centres = dpc_knn(tokens[None], count, 5, part, exact=True)
         assert torch.equal(labels[row, :size], own_labels[0]) and torch.equal(centres[row, :count], own_centres[0])
+
+
+@pytest.mark.parametrize("counts", [[20, 20, 20], [20, 12, 5]])
+def test_each_set_has_neighbours_of_its_own(counts):
+    sets = [torch.randn(n, 8, generator=torch.Generator().manual_seed(n + row)) for row, n in enumerate(counts)]
+    padded = torch.stack([torch.cat([x, x[-1:].expand(20 - len(x), -1)]) for x in sets])
+    near = [7, 2, 4]
+    labels, _ = dpc_knn(padded, [6, 2, 4], near, counts=counts)
+    for row, (tokens, number, count) in enumerate(zip(sets, near, [6, 2, 4], strict=True)):
+        assert torch.equal(labels[row, : len(tokens)], dpc_knn(tokens[None], count, number)[0][0])
+
+
+def test_sets_of_about_one_size_are_a_batch():
+    assert alike([10, 100, 90, 79, 9, 0]) == [[1, 2], [3], [0, 4], [5]]
+    assert alike([]) == []

@@ -78,6 +78,9 @@ def cut(dense: Dense, sample: int, items: list[tuple[Tensor, VisualItem]], metho
             pieces += [(row, row, dense.embeds[sample, row]) for row in rows.tolist()]
             continue
         compressed = method.compress(item)
+        if not compressed.frame_marks:
+            marks = _around(rows.tolist())
+            pieces = [piece for piece in pieces if piece[1] not in marks]
         stands = rows[compressed.positions].tolist()
         keys = stands if compressed.order == "layout" else sorted(stands)
         pieces += list(zip(keys, stands, compressed.tokens, strict=True))
@@ -92,6 +95,13 @@ def cut(dense: Dense, sample: int, items: list[tuple[Tensor, VisualItem]], metho
         added=[part[sample, source] for part in dense.added],
         following=int(dense.positions[:, sample, -1].max()) + 1 if original else len(source),
     )
+
+
+def _around(rows: list[int]) -> set[int]:
+    """Rows in front of and behind every run of ``rows``, if there are several: each frame of Qwen3-VL has its marks."""
+    starts = [row for row in rows if row - 1 not in rows]
+    ends = [row for row in rows if row + 1 not in rows]
+    return {row - 1 for row in starts} | {row + 1 for row in ends} if len(starts) > 1 else set()
 
 
 @torch.no_grad()

@@ -44,6 +44,8 @@ COMPRESSING = {
     "fastvid": {"variant": "qwen2_5_vl", "c": 2, "retention_ratio": 0.4},
     "dycoke": {"dp": False},
     "prunevid": {"selection": False},
+    "flashvid": {"pruning_layer": 28, "min_segment_num": 2},
+    "vidcom2": {},
 }
 
 
