@@ -48,6 +48,7 @@ VARIANTS = {
         {"start_size": 3, "recent_size": 2, "pos_shift": False}, {"policy": "for_space", "recent_size": 2},
         {"start_size": None, "recent_size": None, "budget": 0.4},
     ],
+    "scope": [{"alpha": 0.0}, {"combine": "add", "alpha": 2.0}, {"tokens_per_image": 7}],
     "v2drop": [
         {"keep_ratio_list": (0.5, 0.0)}, {"keep_ratio_list": (0.5, 0.0), "keep_one": False},
         {"layer_list": (2, 3), "metric": "cosine"}, {"tokens_per_image": 2, "metric": "l1"},
