@@ -42,8 +42,8 @@ class EVS(CompressMethod):
 
     title: ClassVar[str] = "EVS"
     paper: ClassVar[str] = "arXiv 2510.14624"
-    code: ClassVar[str] = "vllm-project/vllm@v0.32.0"
-    licence: ClassVar[str] = "Apache-2.0"
+    code: ClassVar[str] = "vllm-project/vllm@d750efb1"
+    licence: ClassVar[str] = "Apache-2.0; the file has a notice of NVIDIA that reserves all rights"
     modalities: ClassVar[frozenset[str]] = frozenset({"video"})
     needs_grid: ClassVar[bool] = True
     positions: ClassVar[str] = "compact"
@@ -94,7 +94,8 @@ def vllm_positions(ids: Tensor, media: Sequence[Tensor], vision_start: int) -> t
         ids: [L] the prompt that is left.
         media: of each image or video, in order, the rows (t, h, w, text) [4, R] of Qwen2.5-VL (only tokens that are
             left; the text behind them starts at the last row's ``text``), or (t, h, w, is vision start, is a video
-            token) [5, R] of Qwen3-VL (from the first timestamp to the last vision end; text follows the largest).
+            token) [5, R] of Qwen3-VL (of a video from the first timestamp to the last vision end, of an image only its
+            tokens; text follows the largest).
         vision_start: id of the token in front of a medium.
 
     Returns:
@@ -106,8 +107,8 @@ def vllm_positions(ids: Tensor, media: Sequence[Tensor], vision_start: int) -> t
     done = 0  # rows that are final; those behind count up from there
     for rows in media:
         marker = next(at for at in starts if at >= done)
-        timestamps = 0 if len(rows) == 4 else int(rows[3].long().argmax())
-        begin = marker + 1 if len(rows) == 4 else marker - timestamps
+        marked = len(rows) == 5 and bool(rows[3].any())  # the marker is among the rows, behind the timestamps
+        begin = marker - int(rows[3].argmax()) if marked else marker + 1
         done = begin + rows.shape[1]
         base = int(out[0, begin - 1]) + 1 if begin else 0
         out[:, begin:done] = rows[:3] + base

@@ -67,6 +67,12 @@ def test_vllms_positions_of_a_prompt_that_begins_with_a_video():
     assert positions[:, :6].tolist() == media[:3].tolist() and positions[:, 6].tolist() == [4] * 3 and delta == -2
 
 
+def test_vllms_positions_of_an_image_of_qwen3():
+    image = torch.tensor([[0] * 4, [0, 0, 1, 1], [0, 1, 0, 1], [0] * 4, [0] * 4])
+    positions, delta = vllm_positions(torch.tensor([9, 1, 5, 5, 5, 5, 2, 7]), [image], 1)
+    assert positions[1].tolist() == [0, 1, 2, 2, 3, 3, 4, 5] and delta == -2
+
+
 @pytest.mark.parametrize("wrong", [{"pruning_rate": 1}, {"pruning_rate": -0.1}, {"retention_ratio": 0.3}])
 def test_refuses(wrong):
     with pytest.raises(MethodError, match="evs"):
