@@ -44,7 +44,8 @@ class FlashVID(CompressMethod, PrefillMethod):
     """Hyper-parameters of FlashVID, defaults as the released wrapper has them.
 
     Attributes:
-        retention_ratio: r, tokens that the decoder layers see on average; ``expansion`` times as many enter the LLM.
+        retention_ratio: r, tokens that the decoder layers see on average; ``expansion`` times as many enter the LLM. 1
+            changes nothing.
         tokens_per_frame: B, tokens per frame that enter the LLM, as a count instead.
         expansion: tokens that enter the LLM, relative to r.
         alpha: share of a frame's tokens that is kept as it is; the rest is merged.
@@ -95,7 +96,7 @@ class FlashVID(CompressMethod, PrefillMethod):
 
     def count(self, shape: ItemShape) -> int | None:
         salient, merged = self.budgets(shape.tokens_per_frame)
-        if salient + merged >= shape.tokens_per_frame:
+        if self.retention_ratio == 1 or salient + merged >= shape.tokens_per_frame:
             return shape.num_tokens
         return None if merged else salient * shape.num_frames
 
@@ -103,7 +104,7 @@ class FlashVID(CompressMethod, PrefillMethod):
         per_frame, device = item.tokens_per_frame, item.features.device
         kept, merged = self.budgets(per_frame)
         info: dict[str, object] = {"newline_behind": item.layout == "one_token"}
-        if kept + merged >= per_frame:
+        if self.retention_ratio == 1 or kept + merged >= per_frame:
             return selection(item, torch.arange(item.num_tokens, device=device), info)
         states, _ = finite_rows(item.features)
         means = states.mean(1)
@@ -156,6 +157,8 @@ class FlashVID(CompressMethod, PrefillMethod):
         return (self.pruning_layer,) if self.pruning_layer < num_layers else ()
 
     def prefill(self, step: PrefillStep) -> Selection | None:
+        if self.retention_ratio == 1:
+            return None
         visual, totals = candidates(step)
         kept = [math.ceil(total * self.llm_retention_ratio) for total in totals]
         if kept == totals:

@@ -60,6 +60,8 @@ VARIANTS = {
 
 #: methods whose tokens are sums that overlap: provenance names one of those that hold a token
 OVERLAPPING = frozenset({"prumerge", "prumerge_plus"})
+#: methods of which two tokens can stand at one place
+SHARING = frozenset({"flashvid"})
 
 
 def configured(name: str, ratio: float = 0.3, **params: object) -> Method:
