@@ -229,7 +229,8 @@ def test_a_full_budget_is_the_uncompressed_model(method, name, model):
 # -- compressed prompts ------------------------------------------------------------------------------------------------
 
 COMPRESSING = [m for m in FITTING if "compress" in method_class(m).class_stages()]
-OFF = {"dycoke": {"dp": False}, "prunevid": {"selection": False}}  # stages inside the decoder
+#: without what they do inside the decoder
+OFF = {"dycoke": {"dp": False}, "holitom": {"inner": False}, "prunevid": {"selection": False}}
 
 
 @pytest.mark.parametrize("mode", ["average", "max"])

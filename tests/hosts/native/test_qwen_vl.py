@@ -37,6 +37,8 @@ COMPRESSING = {
     "visionzip": {},
     "fastervlm": {},
     "divprune": {},
+    "evs": {"pruning_rate": 0.6},
+    "holitom": {"tau": 0.2, "inner": False},
     "vispruner": {},
     "prumerge": {},
     "prumerge_plus": {},
