@@ -21,7 +21,10 @@ from torch import Tensor
 from accelerate_methods.registry import register
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.fields import integer, integers, reals, share
-from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection, VisualSpan
+from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection, VisualSpan, same_depth
+
+#: the released layers, of a decoder of 32
+_LAYERS = (8, 16, 24)
 
 
 @register("pdrop")
@@ -33,7 +36,8 @@ class PyramidDrop(PrefillMethod):
     n visual rows (the newlines inside an image or video are among them) go on.
 
     Attributes:
-        layer_list: decoder layers (0-based) before which tokens go.
+        layer_list: decoder layers (0-based) before which tokens go; None for the released ones, 8, 16, 24, or, where a
+            decoder has no such layers, those at the same depth.
         image_token_ratio_list: for each of them the share of the n rows that goes on, int(n * share); shares of the
             whole, not of what the stage before has left.
         retention_ratio: the share that is left in the last stage instead, at least one row; every stage leaves the same
@@ -46,20 +50,21 @@ class PyramidDrop(PrefillMethod):
     code: ClassVar[str] = "Cooperx521/PyramidDrop@6444f304"
     licence: ClassVar[str] = "see its LICENSE file"
 
-    layer_list: tuple[int, ...] = integers((8, 16, 24), low=1)
+    layer_list: tuple[int, ...] | None = integers(None, low=1)
     image_token_ratio_list: tuple[float, ...] | None = reals((0.5, 0.25, 0.125), low=0, high=1, budget=True)
     retention_ratio: float | None = share(None, budget=True)
     tokens_per_image: int | None = integer(None, low=1, budget=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_rising("layer_list", self.layer_list)
+        if self.layer_list is not None:
+            self.check_rising("layer_list", self.layer_list)
         shares = self.image_token_ratio_list
         if shares is None:
             return
-        if len(shares) != len(self.layer_list):
+        if len(shares) != self.num_drops:
             raise MethodError(
-                f"{self.name}: {len(self.layer_list)} layers in layer_list need as many shares in "
+                f"{self.name}: {self.num_drops} layers in layer_list need as many shares in "
                 f"image_token_ratio_list, got {len(shares)}."
             )
         if list(shares) != sorted(shares, reverse=True):
@@ -67,12 +72,22 @@ class PyramidDrop(PrefillMethod):
                 f"{self.name}: image_token_ratio_list {list(shares)} must not rise: shares are of all visual tokens."
             )
 
+    def layers(self, num_layers: int) -> tuple[int, ...]:
+        """Decoder layers before which tokens go."""
+        layers = self.layer_list or same_depth(_LAYERS, num_layers)
+        self.check_depth("layer_list", layers, num_layers)
+        return layers
+
+    @property
+    def num_drops(self) -> int:
+        """How often tokens go."""
+        return len(self.layer_list or _LAYERS)
+
     def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
-        self.check_depth("layer_list", self.layer_list, num_layers)
-        return self.layer_list
+        return self.layers(num_layers)
 
     def prefill(self, step: PrefillStep) -> Selection | None:
-        left, stage = step.left().block, self.layer_list.index(step.layer)
+        left, stage = step.left().block, self.layers(step.num_layers).index(step.layer)
         kept = [min(n, self.keep_count(spans, stage)) for n, spans in zip(left, step.spans, strict=True)]
         if kept == left:
             return None
@@ -88,7 +103,7 @@ class PyramidDrop(PrefillMethod):
         ratio = self.retention_ratio
         if ratio is None:
             ratio = min(1.0, self.tokens_per_image * len({span.item for span in spans}) / total)
-        return max(1, round(total * ratio ** ((stage + 1) / len(self.layer_list))))
+        return max(1, round(total * ratio ** ((stage + 1) / self.num_drops)))
 
 
 def upcoming_scores(step: PrefillStep) -> Tensor:

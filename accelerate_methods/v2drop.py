@@ -21,7 +21,10 @@ from torch.nn import functional
 from accelerate_methods.registry import register
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.fields import choice, flag, integer, integers, reals, share
-from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection, VisualSpan
+from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection, VisualSpan, same_depth
+
+#: the released layers, of a decoder of 32
+_LAYERS = (3, 17, 22)
 
 
 @register("v2drop")
@@ -33,7 +36,8 @@ class V2Drop(PrefillMethod):
     newlines inside an image or video are among them) go on.
 
     Attributes:
-        layer_list: decoder layers (0-based) before which tokens go.
+        layer_list: decoder layers (0-based) before which tokens go; None for the released ones, 3, 17, 22, or, where a
+            decoder has no such layers, those at the same depth.
         keep_ratio_list: for each of them the share of the rows still there that goes on, int(n * share).
         retention_ratio: the share of all rows that is left behind the last of the layers instead; every one of them
             leaves the same share of what is there.
@@ -49,7 +53,7 @@ class V2Drop(PrefillMethod):
     licence: ClassVar[str] = "Apache-2.0"
     positions: ClassVar[str] = "original"
 
-    layer_list: tuple[int, ...] = integers((3, 17, 22), low=1)
+    layer_list: tuple[int, ...] | None = integers(None, low=1)
     keep_ratio_list: tuple[float, ...] | None = reals((0.5, 0.5, 0.0), low=0, high=1, budget=True)
     retention_ratio: float | None = share(None, budget=True)
     tokens_per_image: int | None = integer(None, low=1, budget=True)
@@ -58,19 +62,30 @@ class V2Drop(PrefillMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_rising("layer_list", self.layer_list)
-        if self.keep_ratio_list is not None and len(self.keep_ratio_list) != len(self.layer_list):
+        if self.layer_list is not None:
+            self.check_rising("layer_list", self.layer_list)
+        if self.keep_ratio_list is not None and len(self.keep_ratio_list) != self.num_drops:
             raise MethodError(
-                f"{self.name}: {len(self.layer_list)} layers in layer_list need as many shares in keep_ratio_list, "
+                f"{self.name}: {self.num_drops} layers in layer_list need as many shares in keep_ratio_list, "
                 f"got {len(self.keep_ratio_list)}."
             )
 
+    def layers(self, num_layers: int) -> tuple[int, ...]:
+        """Decoder layers before which tokens go."""
+        layers = self.layer_list or same_depth(_LAYERS, num_layers)
+        self.check_depth("layer_list", layers, num_layers)
+        return layers
+
+    @property
+    def num_drops(self) -> int:
+        """How often tokens go."""
+        return len(self.layer_list or _LAYERS)
+
     def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
-        self.check_depth("layer_list", self.layer_list, num_layers)
-        return self.layer_list
+        return self.layers(num_layers)
 
     def prefill(self, step: PrefillStep) -> Selection | None:
-        left, stage = step.left().block, self.layer_list.index(step.layer)
+        left, stage = step.left().block, self.layers(step.num_layers).index(step.layer)
         kept = [self.keep_count(n, spans, stage) for n, spans in zip(left, step.spans, strict=True)]
         if kept == left:
             return None
@@ -87,7 +102,7 @@ class V2Drop(PrefillMethod):
         ratio = self.retention_ratio
         if ratio is None:
             ratio = min(1.0, self.tokens_per_image * len({span.item for span in spans}) / total)
-        return min(left, max(least, round(total * ratio ** ((stage + 1) / len(self.layer_list)))))
+        return min(left, max(least, round(total * ratio ** ((stage + 1) / self.num_drops))))
 
 
 def variation(before: Tensor, after: Tensor, metric: str = "l2") -> Tensor:
@@ -97,7 +112,7 @@ def variation(before: Tensor, after: Tensor, metric: str = "l2") -> Tensor:
         before, after: [..., D] what entered the layer and what came out of it, residual stream included.
         metric: "l2" or "l1", the norm of the difference; "cosine", the negative similarity.
     """
-    before, after = before.detach().float(), after.detach().float()
+    before, after = before.detach(), after.detach().float()
     if metric == "cosine":
-        return -functional.cosine_similarity(after, before, dim=-1)
+        return -functional.cosine_similarity(after, before.float(), dim=-1)
     return torch.linalg.vector_norm(after - before, ord=2 if metric == "l2" else 1, dim=-1)

@@ -252,6 +252,16 @@ class PrefillStep:
         return self.layer - 1
 
 
+def same_depth(layers: Sequence[int], num_layers: int, *, depth: int = 32) -> tuple[int, ...]:
+    """Rising layers >= 1 that were chosen for a decoder of ``depth``, in one of ``num_layers``.
+
+    As they are where it has them; in a shallower one those at the same depth, each behind the one before.
+    """
+    if layers[-1] < num_layers or num_layers <= len(layers):
+        return tuple(layers)
+    return tuple(max(layer * num_layers // depth, number) for number, layer in enumerate(layers, 1))
+
+
 class PrefillMethod(Method):
     """Acts between decoder layers during prefill, or inside them.
 

@@ -37,7 +37,7 @@ def spans(*lengths):
 
 def test_defaults_are_those_of_every_official_script():
     method = get("pdrop")
-    assert method.layer_list == (8, 16, 24) and method.image_token_ratio_list == (0.5, 0.25, 0.125)
+    assert method.prefill_layers(32) == (8, 16, 24) and method.image_token_ratio_list == (0.5, 0.25, 0.125)
     assert [method.keep_count(spans(576), stage) for stage in range(3)] == [288, 144, 72]
 
 
@@ -78,8 +78,19 @@ def test_what_is_refused(params, says):
 
 def test_a_layer_that_does_not_exist_is_refused():
     with pytest.raises(MethodError, match=r"layer_list=24 is outside the allowed range \[0, 23\]"):
-        PyramidDrop().prefill_layers(24)
-    assert PyramidDrop().prefill_layers(25) == (8, 16, 24)
+        PyramidDrop(layer_list=(8, 16, 24)).prefill_layers(24)
+
+
+@pytest.mark.parametrize(
+    ("layers", "wanted"), [(25, (8, 16, 24)), (24, (6, 12, 18)), (6, (1, 3, 4)), (5, (1, 2, 3)), (4, (1, 2, 3))]
+)
+def test_the_released_layers_stand_as_deep_in_a_shallower_decoder(layers, wanted):
+    assert PyramidDrop().prefill_layers(layers) == wanted
+
+
+def test_a_decoder_with_fewer_layers_than_stages_is_refused():
+    with pytest.raises(MethodError, match="the decoder has 3 layers"):
+        PyramidDrop().prefill_layers(3)
 
 
 # -- in a decoder ------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def counts(method, total, items=1):
     """What is left at each layer of the list."""
     spans = [VisualSpan(0, total // items, "image", total // items, item=i) for i in range(items)]
     left = [total]
-    for stage in range(len(method.layer_list)):
+    for stage in range(method.num_drops):
         left.append(method.keep_count(left[-1], spans, stage))
     return left[1:]
 
@@ -81,7 +81,8 @@ def test_what_is_refused(params, says):
 
 def test_a_layer_that_does_not_exist_is_refused():
     with pytest.raises(MethodError, match=r"layer_list=22 is outside the allowed range \[0, 5\]"):
-        V2Drop().prefill_layers(6)
+        V2Drop(layer_list=(3, 17, 22)).prefill_layers(6)
+    assert [V2Drop().prefill_layers(n) for n in (28, 6, 4)] == [(3, 17, 22), (1, 3, 4), (1, 2, 3)]
 
 
 # -- scores ------------------------------------------------------------------------------------------------------------

@@ -133,6 +133,7 @@ def test_hosts_know_no_method_by_name():
         f"{source.shown}:{line}: {found[0]!r} in {text[:60]!r}"
         for name in ("accelerate_methods.engine", "accelerate_methods.hosts", "llava")
         for source in room(name)
+        if source.shown != "llava/left_out.py"  # names of other trees' modules, some of which are called after a method
         for line, text in words(source)
         if (found := method.search(text))
     ]

@@ -31,7 +31,7 @@ class _Recorded(vocabulary.RecordedStep, PrefillStep):
     def __init__(self, inputs: dict[str, Tensor], params: dict[str, Any]):
         hidden = inputs["hidden"]
         super().__init__(hidden, params["image_start"], params["image_len"], torch.zeros(1, len(hidden)))
-        self.layer, self.cuts, self.memory = params["layer"], 0, {}
+        self.layer, self.num_layers, self.cuts, self.memory = params["layer"], params["layer"] + 1, 0, {}
         self.before = inputs["prev_hidden"][None]
 
     def entered(self) -> Tensor:
