@@ -4,6 +4,7 @@ import collections
 import os
 
 from tests.support.paths import GOLDEN
+from tests.support.shares import left_out, pytest_addoption  # noqa: F401 (pytest finds it here)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -18,7 +19,12 @@ CHECKPOINTS = GOLDEN / "checkpoints"
 
 
 def pytest_collection_modifyitems(config, items):
-    """In several processes (scripts/test.sh) the files that take long come first, so that none is left for the end."""
+    """Without ``--thorough`` products are run in part. In several processes (scripts/test.sh) the files that take long
+    come first, so that none is left for the end."""
+    gone = set() if config.getoption("--thorough") else left_out(items)
+    if gone:
+        config.hook.pytest_deselected(items=list(gone))
+        items[:] = [item for item in items if item not in gone]
     if not hasattr(config, "workerinput"):
         return
     slow = {item.path for item in items if item.get_closest_marker("slow")}

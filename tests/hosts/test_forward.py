@@ -99,6 +99,7 @@ def labels_of(asked):
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.share(3, each=("method",))
 @pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 @each_host
@@ -111,6 +112,7 @@ def test_a_full_budget_gives_the_rows_of_the_model(method, name, host, left, mod
     torch.testing.assert_close(logits[real], plain[real], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.share(2, each=("method",))
 @pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 @each_host
@@ -425,6 +427,7 @@ def text_without_a_method(host, name):
     return {way: model_of(host, name)(**call) for way, call in text_calls().items()}
 
 
+@pytest.mark.share(3, each=("method",))
 @pytest.mark.usefixtures("no_grad")
 @each_host
 @pytest.mark.parametrize(("method", "name"), [(m, n) for m, n in PAIRS if m is not None])

@@ -39,6 +39,7 @@ def asked(tiny, name):
     return model, inputs(model, ASKED[name])
 
 
+@pytest.mark.share(2, each=("names",))
 @each_case
 def test_look_ups_give_the_greedy_answer(asked, names):
     model, given = asked

@@ -274,6 +274,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.share(3, each=("method", "name"))
 @pytest.mark.parametrize(("method", "name", "question"), CASES)
 def test_request(method, name, question, model, dense):
     twice = question not in ("video of 5", "video of 8", "two videos", "two anyres images", "two images")
@@ -303,6 +304,7 @@ def test_request(method, name, question, model, dense):
         assert sample.visual_tokens_before == plain.samples[0].visual_tokens_before
 
 
+@pytest.mark.share(2, each=("method",))
 @each_pair
 def test_text_alone(method, name, model, dense):
     ids, logits, _ = dense(model, TEXT)
@@ -347,6 +349,7 @@ def test_batch_equals_each_alone(method, name, model, dense):
     check_records(method, requests[0], [dense(model, q)[2].samples[0] for q in questions], questions)
 
 
+@pytest.mark.share(2, each=("method",))
 @each_pair
 def test_second_turn_is_a_fresh_request(method, name, model):
     """The harness sends the whole conversation again: nothing of the first turn may live on."""
@@ -387,6 +390,7 @@ def fingerprint(model):
     }
 
 
+@pytest.mark.share(2, each=("method",))
 @each_pair
 def test_nothing_is_left_on_the_model(method, name, model):
     question = small(method, name)
@@ -403,6 +407,7 @@ def test_nothing_is_left_on_the_model(method, name, model):
     assert torch.equal(state, torch.get_rng_state()), "attaching used the global random state"
 
 
+@pytest.mark.share(2, each=("method",))
 @each_pair
 def test_nesting(method, name, model):
     question = small(method, name)
@@ -426,6 +431,7 @@ def test_nesting(method, name, model):
 # -- dtypes and attention implementations ------------------------------------------------------------------------------
 
 
+@pytest.mark.share(2, each=("method",))
 @each_pair
 def test_bfloat16(method, name, variant, dense):
     model, method, question = variant(name, "bfloat16"), configured(method, RATIO), QUESTIONS[name][MAIN[name]]
@@ -436,6 +442,7 @@ def test_bfloat16(method, name, variant, dense):
     check_records(method, requests[0], dense(model, question)[2].samples, [question])
 
 
+@pytest.mark.share(2, each=("method",))
 @each_pair
 def test_eager_attention_keeps_the_same_tokens(method, name, model, variant):
     question, eager, answers, records = QUESTIONS[name][MAIN[name]], variant(name, "float32", "eager"), [], []
@@ -465,6 +472,7 @@ COMPOSED = {
         {"method": "dycoke", "dp": False}, {"method": "prunevid", "merging": False, "selected_layer": 2}
     ),
     "uniform+random_prefill": ({"method": "uniform", "retention_ratio": 0.5}, {"method": "random_prefill"}),
+    "visionzip+dart": ({"method": "visionzip", "retention_ratio": 0.4}, {"method": "dart", "retention_ratio": 0.5}),
     "downsample+fastv": ({"method": "downsample", "retention_ratio": 0.5}, {"method": "fastv"}),
 }  # fmt: skip
 
@@ -474,6 +482,8 @@ def second_keeps(second, sample):
     rows, contents = [len(i.positions) for i in sample.items], [i.tokens_after for i in sample.items]
     if second.name == "fastv":  # of all visual rows together
         return round(sum(rows) * (1 - second.r))
+    if second.name == "dart":
+        return max(1, round(sum(rows) * second.retention_ratio))
     if second.name == "random_prefill":  # of all visual tokens together; newlines stay
         return max(1, int(sum(contents) * second.retention_ratio)) + sum(rows) - sum(contents)
     assert second.name == "prunevid"  # of each video; images and newlines stay

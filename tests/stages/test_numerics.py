@@ -56,6 +56,7 @@ def test_forward_under_every_gradient_mode(method, name, model):
     assert logits.requires_grad and torch.equal(logits, expected)
 
 
+@pytest.mark.share(2, each=("method",))
 @each_pair
 def test_training_mode_and_backward(method, name, model):
     """The loss reaches the projector through what stays; nothing that only chooses is in its graph."""
@@ -70,6 +71,7 @@ def test_training_mode_and_backward(method, name, model):
     model.zero_grad()
 
 
+@pytest.mark.share(2, each=("method",))
 @pytest.mark.parametrize(("method", "name"), NATIVE)
 def test_native_models_under_every_gradient_mode(method, name):
     model, question = native_questions.native(name), native_questions.MAIN[name]
@@ -107,6 +109,7 @@ def check_compressed(compressed, shape):
     assert kept > 0
 
 
+@pytest.mark.share(3, each=("method",))
 @pytest.mark.parametrize("where", ["token", "all"])
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -145,6 +148,7 @@ def test_views_that_are_not_finite(method, bad):
         assert first.patch.min() >= -1 and first.patch.max() < views.tokens_per_view
 
 
+@pytest.mark.share(2, each=("method",))
 @each_pair
 @pytest.mark.parametrize("bad", ["nan", "inf"])
 def test_pixels_that_are_not_finite(method, name, bad, model):

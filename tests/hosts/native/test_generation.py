@@ -329,6 +329,7 @@ def assert_same(got, wanted):
             assert torch.equal(got[name], value), name
 
 
+@pytest.mark.share(3, each=("client", "names"))
 @pytest.mark.parametrize("names", FULL)
 @pytest.mark.parametrize("client", CLIENTS)
 @pytest.mark.parametrize("where", MODELS)
@@ -344,6 +345,7 @@ def test_a_full_budget_is_the_untouched_model(where, client, names):
         assert_same(run(model, asked), wanted)
 
 
+@pytest.mark.share(3, each=("client",))
 @pytest.mark.parametrize(
     "client", ["greedy", "ends", "beams", "beams that end", "several samples", "no cache", "eager"]
 )
@@ -356,6 +358,7 @@ def test_padded_batches_at_a_full_budget(where, client):
         assert_same(without_caches(CLIENTS[client](model, asked)), without_caches(wanted))
 
 
+@pytest.mark.share(3, each=("client",))
 @pytest.mark.parametrize("client", REFUSED)
 @pytest.mark.parametrize("where", MODELS)
 def test_what_is_refused_is_one_error(where, client):

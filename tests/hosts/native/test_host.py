@@ -53,6 +53,7 @@ def fingerprint(model):
 # -- on and off --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.share(2, each=("method",))
 @pytest.mark.parametrize(("method", "name"), [pair for pair in PAIRS if pair[0] is not None])
 def test_nothing_is_left_on_the_model(method, name, model, tmp_path):
     asked = question(name)

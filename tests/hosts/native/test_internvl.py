@@ -198,6 +198,7 @@ def test_at_full_retention_every_number_is_that_of_the_model(model, names, metho
     assert torch.equal(after[real], before[real])
 
 
+@pytest.mark.share(2, each=("method",))
 @pytest.mark.parametrize("name", QUESTIONS)
 @pytest.mark.parametrize("method", COMPRESSING)
 def test_a_compressed_prompt_is_the_hand_cut_one(model, method, name):
@@ -212,6 +213,7 @@ def test_a_compressed_prompt_is_the_hand_cut_one(model, method, name):
     assert generated[0].tolist() == ids
 
 
+@pytest.mark.share(2, each=("method",))
 @pytest.mark.parametrize("method", COMPRESSING)
 def test_a_padded_batch_equals_its_samples(model, method):
     method, asked = configured(method), inputs(*BATCH)

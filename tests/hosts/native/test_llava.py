@@ -105,11 +105,13 @@ def compare(models, method, name, question):
 CASES = [pytest.param(m, n, q, id=f"{m}-{n.removeprefix('tiny-')}-{q}") for m, n in PAIRS for q in QUESTIONS[n]]
 
 
+@pytest.mark.share(3, each=("method", "name"))
 @pytest.mark.parametrize(("method", "name", "question"), CASES)
 def test_same_as_the_tree(method, name, question, models):
     compare(models, built(method), name, QUESTIONS[name][question])
 
 
+@pytest.mark.share(2, each=("method", "params"))
 @pytest.mark.parametrize(
     ("method", "params", "name"),
     [(m, p, n) for m, p in variants() for n in NAMES if p and (m, n) in PAIRS],

@@ -210,6 +210,7 @@ def test_without_a_method_nothing_changes(name, model):
     assert requests[0].samples[0].dense_length == asked["input_ids"].shape[1]
 
 
+@pytest.mark.share(3, each=("method",))
 @pytest.mark.parametrize("name", QUESTIONS)
 @pytest.mark.parametrize("method", [m for m in FITTING if "retention_ratio" in method_class(m).parameters()])
 def test_a_full_budget_is_the_uncompressed_model(method, name, model):
@@ -233,6 +234,7 @@ COMPRESSING = [m for m in FITTING if "compress" in method_class(m).class_stages(
 OFF = {"dycoke": {"dp": False}, "holitom": {"inner": False}, "prunevid": {"selection": False}}
 
 
+@pytest.mark.share(2, each=("method",))
 @pytest.mark.parametrize("mode", ["average", "max"])
 @pytest.mark.parametrize("name", ["video", "two videos"])
 @pytest.mark.parametrize("method", COMPRESSING)

@@ -114,6 +114,7 @@ def test_detaching_leaves_nothing_behind(model):
 # -- compression equals a prompt that was cut by hand ------------------------------------------------------------------
 
 
+@pytest.mark.share(3, each=("method",))
 @pytest.mark.parametrize("question", QUESTIONS)
 @pytest.mark.parametrize("method", COMPRESSING)
 def test_a_compressed_prompt_is_the_hand_cut_one(model, method, question):
@@ -131,6 +132,7 @@ def test_a_compressed_prompt_is_the_hand_cut_one(model, method, question):
     assert generated[0].tolist() == ids
 
 
+@pytest.mark.share(2, each=("method",))
 @pytest.mark.parametrize("method", COMPRESSING)
 def test_a_padded_batch_equals_its_samples(model, method):
     method = compressing(method)
