@@ -84,6 +84,9 @@ class FlashVID(CompressMethod, PrefillMethod):
     pruning_layer: int = integer(20, low=1)
     llm_retention_ratio: float = share(0.3)
 
+    def stages_off(self) -> tuple[str, ...]:
+        return ("prefill",) if 1 in (self.retention_ratio, self.llm_retention_ratio) else ()
+
     # -- before the LLM ----------------------------------------------------------------------------------------------
 
     def budgets(self, per_frame: int) -> tuple[int, int]:
@@ -157,8 +160,6 @@ class FlashVID(CompressMethod, PrefillMethod):
         return (self.pruning_layer,) if self.pruning_layer < num_layers else ()
 
     def prefill(self, step: PrefillStep) -> Selection | None:
-        if self.retention_ratio == 1:
-            return None
         visual, totals = candidates(step)
         kept = [math.ceil(total * self.llm_retention_ratio) for total in totals]
         if kept == totals:

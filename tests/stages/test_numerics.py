@@ -21,7 +21,7 @@ from accelerate_methods.stages.compress import CompressMethod, ViewCompressMetho
 from accelerate_methods.stages.errors import MethodError
 from tests.methods.test_every_method import OV, PAIRS, V15, inputs, small
 from tests.support import host_reads, native_questions
-from tests.support.configured import configured
+from tests.support.configured import SHARING, configured
 from tests.support.host_reads import HostReads
 from tests.support.items import LAYOUTS, acts_on, make_item, make_views
 
@@ -130,7 +130,7 @@ def test_features_and_signals_that_are_not_finite(method, dtype, bad, where):
         check_compressed(first, item.positions.shape)
         assert torch.equal(first.positions, again.positions) and torch.equal(first.owner, again.owner)
         assert first.positions.min() >= 0 and first.positions.max() < item.length
-        assert len(first.positions.unique()) == len(first.positions)
+        assert method.name in SHARING or len(first.positions.unique()) == len(first.positions)
         assemble(item, first)
 
 

@@ -8,6 +8,7 @@ from accelerate_methods.stages.method import Method
 OVERRIDES = {
     "flashvid": {"pruning_layer": 2},
     "holitom": {"k": 2},
+    "mmtok": {"question": "prompt"},  # without a tokenizer
     "pdrop": {"layer_list": (1, 2)},
     "prunevid": {"selected_layer": 1},
     "streamingllm": {"start_size": 3, "recent_size": 20},  # prompts are short
@@ -34,7 +35,7 @@ VARIANTS = {
     "hiprune": [{"neighbours": "grid", "alpha": 1.0}, {"exclude": "released"}, {"tokens_per_image": 7}],
     "fastv": [{"k": 0}, {"k": 1}],
     "flashvid": [
-        {"pruning_layer": 28, "min_segment_num": 2, "trees": "mean"}, {"token_selection_method": "attn", "alpha": 0.0},
+        {"llm_retention_ratio": 1.0, "min_segment_num": 2, "trees": "mean"}, {"token_selection_method": "attn", "alpha": 0.0},
         {"do_segment": False, "temporal_threshold": 0.0, "token_selection_method": "attn_div"}, {"alpha": 1.0},
     ],
     "vidcom2": [{"exact": True}],
@@ -48,6 +49,7 @@ VARIANTS = {
         {"start_size": 3, "recent_size": 2, "pos_shift": False}, {"policy": "for_space", "recent_size": 2},
         {"start_size": None, "recent_size": None, "budget": 0.4},
     ],
+    "mmtok": [{"alpha": 0.0}, {"tokens_per_view": 3, "exclude_padding": False}],
     "scope": [{"alpha": 0.0}, {"combine": "add", "alpha": 2.0}, {"tokens_per_image": 7}],
     "v2drop": [
         {"keep_ratio_list": (0.5, 0.0)}, {"keep_ratio_list": (0.5, 0.0), "keep_one": False},
