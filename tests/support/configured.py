@@ -35,7 +35,8 @@ VARIANTS = {
     "hiprune": [{"neighbours": "grid", "alpha": 1.0}, {"exclude": "released"}, {"tokens_per_image": 7}],
     "fastv": [{"k": 0}, {"k": 1}],
     "flashvid": [
-        {"llm_retention_ratio": 1.0, "min_segment_num": 2, "trees": "mean"}, {"token_selection_method": "attn", "alpha": 0.0},
+        {"llm_retention_ratio": 1.0, "min_segment_num": 2, "trees": "mean"},
+        {"token_selection_method": "attn", "alpha": 0.0},
         {"do_segment": False, "temporal_threshold": 0.0, "token_selection_method": "attn_div"}, {"alpha": 1.0},
     ],
     "vidcom2": [{"exact": True}],
