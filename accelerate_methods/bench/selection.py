@@ -20,7 +20,7 @@ from accelerate_methods.bench.features import video_like_features
 from accelerate_methods.engine.cached_keys import gather_keys, gather_rows
 from accelerate_methods.stages.compress import CompressMethod, VisualItem
 from accelerate_methods.stages.encode import EncodeStep
-from accelerate_methods.stages.prefill import VisualSpan
+from accelerate_methods.stages.prefill import PrefillStep, VisualSpan
 from accelerate_methods.stages.signals import Signal
 from accelerate_methods.stages.views import Views
 
@@ -68,7 +68,11 @@ def _of_other_layers(
     found = {}
     for name in method.signals:
         asked = Signal(name)
-        if asked.name == "key_states":
+        if name == "question_rows":
+            found[name] = _random(12, 4096 if tokens < 1000 else 3584, device=device, dtype=dtype)
+        elif name == "encoder_tokens":
+            found[name] = _random(sets, tokens, 1024, device=device, dtype=dtype)
+        elif asked.name == "key_states":
             width = 1024 if asked.heads == "joined" else 64
             found[name] = _random(sets, tokens, width, device=device, dtype=dtype)
         elif name.endswith("_embeds"):
@@ -162,6 +166,32 @@ def fastv_row(device: torch.device, dtype: torch.dtype) -> Work:
     )  # fmt: skip
     method, random = accelerate_methods.get("fastv", k=2, r=0.5), accelerate_methods.get("fastv", k=0, r=0.5)
     return Work(lambda: method.prefill(step), _bytes(row), {"random": lambda: random.prefill(step)})
+
+
+class _States(PrefillStep):
+    """A prefill step whose keys and states are given: 6310 rows of width 3584, 6272 of them visual, 4 key heads."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.block = torch.zeros(1, 6310, dtype=torch.bool, device=device)
+        self.block[:, 14:6286] = True
+        self.hidden_states, before = (_random(1, 6310, 3584, device=device, dtype=dtype) for _ in range(2))
+        self.spans, self.lengths = [[VisualSpan(14, 6272, "video", 6272)]], [6310]
+        self.layer, self.num_layers, self.valid, self.rows, self.cuts, self.memory = 2, 28, None, None, 0, {}
+        keys = _random(1, 4, 6310, 128, device=device, dtype=dtype)
+        self.keys, self.entered = lambda: keys, lambda: before
+        self.final_normed, self.tails = lambda: self.hidden_states, lambda: [24]
+
+
+def from_states(method: str, **params: object):
+    """The prefill stage of a method that reads states, not attention."""
+
+    def make(device: torch.device, dtype: torch.dtype) -> Work:
+        step, instance = _States(device, dtype), accelerate_methods.get(method, **params)
+        random = accelerate_methods.get("fastv", k=0, r=0.5)
+        plain = {"random": lambda: random.prefill(step)}
+        return Work(lambda: (step.memory.clear(), instance.prefill(step)), _bytes(step.hidden_states), plain)
+
+    return make
 
 
 def gather_half(device: torch.device, dtype: torch.dtype) -> Work:
@@ -284,6 +314,9 @@ CASES = [
     Case("scope", "576x1024, 64", views("scope", 1, tokens_per_view=64)),
     Case("scope", "576x1024, 192", views("scope", 1, tokens_per_view=192)),
     Case("scope", "5x576x1024, 32 a view", views("scope", 5, tokens_per_view=32)),
+    Case("mmtok", "576x4096, 64", video("mmtok", 1, 576, 4096, tokens_per_view=64)),
+    Case("mmtok", "576x4096, 192", video("mmtok", 1, 576, 4096, tokens_per_view=192)),
+    Case("mmtok", "1296x3584, 259", video("mmtok", 1, 1296, 3584, tokens_per_view=259)),
     Case("fastervlm", "5x576x1024, 58 a view", views("fastervlm", 5, tokens_per_view=58)),
     Case("holitom", "outer 32x196x3584, 10 %", video("holitom", 32, 196, 3584, retention_ratio=0.1, tau=0.65)),
     Case("holitom", "outer 64x169x3584, 15 %", video("holitom", 64, 169, 3584, retention_ratio=0.15)),
@@ -293,6 +326,8 @@ CASES = [
     Case("dycoke", "DP choice, 28 heads, 3200 keys", dycoke_choice),
     Case("dycoke", "DP gather of a layer, 3200 -> 1032", dycoke_gather),
     Case("fastv", "choice from a row of 28x6310", fastv_row),
+    Case("dart", "6272 of 6310x3584, 10 %", from_states("dart", max_num=627)),
+    Case("v2drop", "6272 of 6310x3584, half", from_states("v2drop", layer_list=(2,), keep_ratio_list=(0.5,))),
     Case("fastv", "gather 6310x3584 -> half", gather_half),
     Case("pool", "32x196x3584, 10 % (baseline)", video("pool", 32, 196, 3584, retention_ratio=0.1)),
     Case("random", "32x196x3584, 10 % (baseline)", video("random", 32, 196, 3584, retention_ratio=0.1)),

@@ -5,11 +5,12 @@ import torch
 from transformers import DynamicCache
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
-from accelerate_methods import MethodError, get
+from accelerate_methods import MethodError, accelerate, get, record
 from accelerate_methods.engine.loop import run_decoder
 from accelerate_methods.pdrop import PyramidDrop
 from accelerate_methods.registry.pipeline import Pipeline
 from accelerate_methods.stages.prefill import VisualSpan
+from tests.methods.test_every_method import BATCH, OV, answer, assert_close
 from tests.support.prompts import LAYERS, by_layers, decoder, make_prompts
 
 
@@ -155,3 +156,16 @@ def test_shares_are_of_the_prompt_where_another_method_has_dropped_tokens():
     ]
     _, request, _ = run(method, asked, get("fastv", k=2, r=0.9))  # fewer are left than the share
     assert request.layer_lengths(0) == [text[0] + n for n in (40, 30, 3, 3)]
+
+
+@pytest.mark.parametrize("first", ["visionzip", "fastervlm", "uniform"])
+def test_behind_a_method_that_compresses_shares_are_of_what_it_has_left(first, tiny):
+    model, questions = tiny(OV), BATCH[OV]
+    methods = [get(first, retention_ratio=0.4), get("pdrop", layer_list=(2, 4), image_token_ratio_list=(0.5, 0.2))]
+    with accelerate(model, methods), record() as requests:
+        together, alone = answer(model, *questions), [answer(model, question) for question in questions]
+    for row, (question, one) in enumerate(zip(questions, alone, strict=True)):
+        assert_close((together[0][row], together[1][row]), (one[0][0], one[1][0]), 1e-4)
+        rows = sum(len(item.positions) for item in requests[0].samples[row].items)
+        left = [question.text + n for n in (rows, int(rows * 0.5), int(rows * 0.2))]
+        assert requests[0].layer_lengths(row) == [n for n in left for _ in range(2)]
