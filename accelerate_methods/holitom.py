@@ -328,6 +328,7 @@ def merge_into_nearest(hidden: Tensor, best: Tensor, rest: Tensor) -> tuple[Tens
     Returns:
         [K, D] what the rows become; [M] the number (0..K-1) of the one that each is merged into.
     """
-    unit = directions(hidden)[0]
-    into = (unit[rest] @ unit[best].T).max(1).indices
-    return running_means(hidden[best], hidden[rest], into), into
+    keeps, goes = hidden[best], hidden[rest]
+    # the length of a row that is merged does not matter to whom it is most similar
+    into = (goes.detach().float() @ directions(keeps)[0].T).max(1).indices
+    return running_means(keeps, goes, into), into
