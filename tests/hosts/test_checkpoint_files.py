@@ -89,7 +89,8 @@ def test_damaged_file(folder, file, content, reason):
 def test_cut_and_missing_shards(folder):
     shard = folder / SHARDS[1]
     shard.write_bytes(shard.read_bytes()[:-40])
-    assert re.match(rf"cannot read {re.escape(str(shard))}: it is damaged or not complete", refused(check_files, folder))
+    said = refused(check_files, folder)
+    assert re.match(rf"cannot read {re.escape(str(shard))}: it is damaged or not complete", said)
     shard.unlink()
     assert f"{shard}: no such file, and {INDEX} names it" in refused(check_files, folder)
 

@@ -12,7 +12,7 @@ from accelerate_methods.engine.encoder_blocks import BlockRun
 from accelerate_methods.evit import keep_rate_at, left_of, reorganize
 from accelerate_methods.stages.encode import EncodeStep, TokenMap
 from tests.conformance.adapters import whole_models
-from tests.conformance.adapters.tome import enlarged, one_block, WatchedMlps, weights_of
+from tests.conformance.adapters.tome import WatchedMlps, enlarged, one_block, weights_of
 from tests.support.tiny_vit import TinyViT
 
 
