@@ -113,7 +113,7 @@ def test_every_method_shares_the_setting_of_the_model_unless_it_says_so():
         assert (given if isinstance(given, str) else given["name"]) == name.partition("/")[2]
         if isinstance(given, dict):
             changed[name] = given
-    assert list(changed) == ["fastvid/qwen2_5_vl"]
+    assert list(changed) == ["fastvid/qwen2_5_vl", "flashvid/llava_video"]
 
 
 def test_configs_cite_what_a_reader_can_open():
