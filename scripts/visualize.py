@@ -218,7 +218,8 @@ class Looker:
         more = {} if prepared.kind == "plain" else {"modalities": [prepared.kind] * len(prepared.panels)}
         if prepared.sizes:
             more["image_sizes"] = prepared.sizes
-        with accelerate_methods.accelerate(self.model, pipeline) as acceleration, torch.inference_mode():
+        attached = accelerate_methods.accelerate(self.model, pipeline, tokenizer=self.tokenizer)
+        with attached as acceleration, torch.inference_mode():
             with accelerate_methods.record() as requests:
                 output = self.model.generate(
                     ids,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from accelerate_methods.engine.devices import moved
+from accelerate_methods.ops.select import on_device
 from accelerate_methods.registry.pipeline import Pipeline
 from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.signals import OF_QUESTION
 
 if TYPE_CHECKING:
     from accelerate_methods.hosts.text_tower import TextTower
@@ -84,7 +87,7 @@ class PromptText:
 
 def asks(pipeline: Pipeline, wanted: frozenset[str]) -> bool:
     """Whether a question has to be known for every prompt; ``wanted``: signals that the methods get."""
-    return "text_embeds" in wanted or any(method.needs_question for method in pipeline.methods)
+    return bool(OF_QUESTION & wanted) or any(method.needs_question for method in pipeline.methods)
 
 
 def per_prompt(questions: Any, prompts: int) -> list[str] | None:
@@ -113,28 +116,87 @@ def missing(pipeline: Pipeline) -> MethodError:
     )
 
 
+def word_ids(words: Sequence[str], tokenizer: Any) -> list[int]:
+    """Ids of the words without special tokens; the first one alone (BOS) where there are no words.
+
+    Each is tokenised by itself. A word of a sentencepiece vocabulary carries its mark of a blank, as behind another
+    word; one of a byte-level vocabulary stands at the beginning and carries none.
+    """
+
+    def ids_of(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    front = ids_of("a")
+    marked = any("\u2581" in token for token in tokenizer.convert_ids_to_tokens(ids_of("a a")))
+    found = [id for word in words for id in (ids_of(f"a {word}")[len(front) :] if marked else ids_of(word))]
+    return found or [id for id in (tokenizer.bos_token_id,) if id is not None]
+
+
+def question_reader(
+    pipeline: Pipeline, wanted: frozenset[str], tokenizer: Any, table: torch.nn.Module
+) -> Callable[[str], Tensor] | None:
+    """What gives signal "question_rows" of a question; None where it is not ``wanted``.
+
+    Raises:
+        MethodError: there is no tokenizer.
+    """
+    if "question_rows" not in wanted:
+        return None
+    method = next(method for method in pipeline.methods if "question_rows" in method.signals)
+    if tokenizer is None:
+        raise MethodError(
+            f"{method.name} reads the question in the language model's own words, for which the tokenizer is needed: "
+            "accelerate(model, method, tokenizer=...)."
+        )
+
+    def read(question: str) -> Tensor:
+        ids = torch.tensor(word_ids(method.words(question), tokenizer), dtype=torch.long)
+        with torch.no_grad():
+            return table(on_device(ids, table.weight.device))
+
+    return read
+
+
 def prompt_texts(
-    questions: Sequence[str] | None, means: Tensor | None, tower: TextTower | None, count: int
+    questions: Sequence[str] | None,
+    of_prompt: Mapping[str, Tensor],
+    tower: TextTower | None,
+    count: int,
+    read: Callable[[str], Tensor] | None = None,
 ) -> list[PromptText]:
     """One for each of ``count`` prompts.
 
     Args:
-        means: [B, D] signal "prompt_mean", or None.
+        of_prompt: signals of all prompts (:func:`signals_of_prompts`).
         tower: gives signal "text_embeds", or None. Prompts with the same question share the work.
+        read: gives signal "question_rows" (:func:`question_reader`), or None.
     """
     embeds: dict[str, Tensor] = {}
+    rows: dict[str, Tensor] = {}
     out = []
     for number in range(count):
         question = None if questions is None else questions[number]
-        signals: dict[str, Tensor] = {}
-        if means is not None:
-            signals["prompt_mean"] = means[number]
+        signals = {name: value[number] for name, value in of_prompt.items()}
         if tower is not None and question is not None:
             if question not in embeds:
                 embeds[question] = tower.embed(question)
             signals["text_embeds"] = embeds[question]
+        if read is not None and question is not None:
+            if question not in rows:
+                rows[question] = read(question)
+            signals["question_rows"] = rows[question]
         out.append(PromptText(question, signals))
     return out
+
+
+def signals_of_prompts(embeds: Tensor, text: Tensor, wanted: frozenset[str]) -> dict[str, Tensor]:
+    """Those of "prompt_mean" [B, D] and "prompt_rows" [B, L, D] that are ``wanted``; arguments as below."""
+    found = {}
+    if "prompt_mean" in wanted:
+        found["prompt_mean"] = mean_embedding(embeds, text)
+    if "prompt_rows" in wanted:
+        found["prompt_rows"] = embeds.detach().masked_fill(~text[..., None], 0)
+    return found
 
 
 def mean_embedding(embeds: Tensor, text: Tensor) -> Tensor:

@@ -84,6 +84,10 @@ class Method:
         """Stages that the parameters switch off; a method with such switches overrides this."""
         return ()
 
+    def words(self, question: str) -> list[str]:
+        """The words of a question whose embeddings are signal "question_rows", for methods that leave some out."""
+        return question.split()
+
     @classmethod
     def parameters(cls) -> dict[str, Any]:
         """Hyper-parameter names with their defaults (``dataclasses.MISSING`` where required)."""

@@ -24,11 +24,18 @@ SIGNALS = {
     "image_embeds": "[F, N, C] patches in the image-text space of CLIP (post_layernorm and visual_projection, float32)",
     "text_embeds": "[M, C] the question in that space, one row per 77 ids of it",
     "prompt_mean": "[D] mean embedding of the prompt's text tokens, as the language model gets them",
+    "prompt_rows": "[L, D] embeddings of the prompt's text tokens, zeros in the rows of all others",
+    "question_rows": "[M, D] the question's words (Method.words) as rows of the language model's embedding table",
+    "encoder_tokens": "[F, N, C] tokens as they enter the projector, patches that make one averaged; if they are kept",
 }
 #: what compares images with text, for which a CLIP checkpoint with its text tower is needed
 IMAGE_TEXT = frozenset({"image_embeds", "text_embeds"})
-#: what every host gives, whatever its vision encoder
-ANYWHERE = frozenset({"prompt_mean"})
+#: what every host gives, whatever its vision encoder; "encoder_tokens" those that keep them: a method does without
+ANYWHERE = frozenset({"prompt_mean", "prompt_rows", "question_rows", "encoder_tokens"})
+#: what is said of the text of a whole prompt
+OF_PROMPT = frozenset({"prompt_mean", "prompt_rows"})
+#: what can be said of a question alone
+OF_QUESTION = frozenset({"text_embeds", "question_rows"})
 
 
 #: those that are read in a layer of the vision encoder, with keys and queries of several heads

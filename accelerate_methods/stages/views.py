@@ -34,6 +34,7 @@ class Views(ShapesShown):
         project: the model's projector, [..., M] -> [..., D], for a method that compares tokens as the language model
             would get them.
         question: what the user asks about the image, None if nobody said.
+        size: (width, height) of an image of one view that was padded to a square; None if it was not, or nobody said.
     """
 
     features: Tensor
@@ -44,6 +45,7 @@ class Views(ShapesShown):
     uncompressed: Callable[[], Any] | None = None
     project: Callable[[Tensor], Tensor] | None = None
     question: str | None = None
+    size: tuple[int, int] | None = None
 
     @property
     def num_views(self) -> int:

@@ -16,18 +16,19 @@ from accelerate_methods.hosts.pooling_head import SiglipPoolingHead
 from accelerate_methods.hosts.questions import (
     PromptText,
     asks,
-    mean_embedding,
     missing,
     per_prompt,
     prompt_texts,
     question_in,
+    question_reader,
+    signals_of_prompts,
 )
 from accelerate_methods.hosts.text_tower import TextTower, text_tower_name, text_tower_of
 from accelerate_methods.registry import families
 from accelerate_methods.registry.pipeline import ModelFacts, Pipeline
 from accelerate_methods.stages.compress import ViewCompressMethod, VisualItem
 from accelerate_methods.stages.errors import MethodError
-from accelerate_methods.stages.signals import ANYWHERE, IMAGE_TEXT, resolve_signal
+from accelerate_methods.stages.signals import ANYWHERE, IMAGE_TEXT, OF_PROMPT, resolve_signal
 from accelerate_methods.stages.views import Views
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.splice import Prompts
@@ -84,21 +85,24 @@ class LlavaAcceleration:
             MethodError: nobody says what the question is.
         """
         needed = asks(self.pipeline, self._names)
-        if not (needed or ANYWHERE & self._names):
+        by_rows = OF_PROMPT & self._names
+        if not (needed or by_rows):
             return None
         ids, mask = prompts.input_ids, prompts.attention_mask
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         given = per_prompt(prompts.questions, ids.shape[0])
-        if given is None and self.tokenizer is not None:
+        if needed and given is None and self.tokenizer is not None:
             rows = [(row[keep], row[keep] == IMAGE_TOKEN_INDEX) for row, keep in zip(ids, real, strict=True)]
             given = [question_in(*row, self.tokenizer) for row in rows]
         if needed and (given is None or not all(given)):
             raise missing(self.pipeline)
-        means = None
-        if ANYWHERE & self._names:
+        of_prompt = {}
+        if by_rows:
             text = real & (ids != IMAGE_TOKEN_INDEX)
-            means = mean_embedding(model.get_model().embed_tokens(ids.masked_fill(~text, 0)), text)
-        return prompt_texts(given, means, self._text, ids.shape[0])
+            embeds = model.get_model().embed_tokens(ids.masked_fill(~text, 0))
+            of_prompt = signals_of_prompts(embeds, text, by_rows)
+        read = question_reader(self.pipeline, self._names, self.tokenizer, model.get_model().embed_tokens)
+        return prompt_texts(given, of_prompt, self._text, ids.shape[0], read)
 
     def acts_on_views(self, kind: str) -> bool:
         """Whether an item of this kind is compressed before the projector."""
@@ -123,14 +127,17 @@ class LlavaAcceleration:
         """One image before the projector, for a method that acts there; ``features`` [V, P, M] are the projector's."""
         rows = math.isqrt(encoded.patches.shape[1])
         special, tower_size = encoded.special, self._tower.image_size
+        tiles = None if visual.kind == "plain" else tile_grid(len(features), visual.size, tower_size, self._config)
+        padded = tiles is None and getattr(self._config, "image_aspect_ratio", None) == "pad"
         return Views(
             features=encoded.patches.to(features.dtype),
             special=None if special is None else special.to(features.dtype),
             grid=(rows, rows),
-            tiles=None if visual.kind == "plain" else tile_grid(len(features), visual.size, tower_size, self._config),
+            tiles=tiles,
             signals=self.view_signals(encoded),
             uncompressed=lambda: model.lay_out(model.project(features), visual.kind, visual.size),
             project=model.project,
+            size=visual.size if padded else None,
         )
 
     def view_signals(self, encoded: Encoded) -> dict[str, Tensor]:

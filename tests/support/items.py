@@ -57,7 +57,8 @@ def make_item(layout, frames, side, kind, dtype, seed):
     count, per_frame = item.num_frames, item.tokens_per_frame
     shapes = {
         "frame_features": (count, 8), "key_states": (count, per_frame, 8), "image_embeds": (count, per_frame, 8),
-        "text_embeds": (2, 8), "prompt_mean": (WIDTH,),
+        "text_embeds": (2, 8), "prompt_mean": (WIDTH,), "question_rows": (3, WIDTH),
+        "prompt_rows": (7, WIDTH), "encoder_tokens": (count, per_frame, 8),
     }  # fmt: skip
     item.signals = {
         name: features_of(kind, shapes.get(name, (count, per_frame)), generator).to(dtype) for name in SIGNALS
@@ -100,6 +101,7 @@ def make_views(tiles, side, special, kind, dtype, seed):
             for name, size in {  # fmt: skip
                 "cls_attention": shape, "received_attention": shape, "key_states": (*shape, 8),
                 "image_embeds": (*shape, 8), "text_embeds": (2, 8), "prompt_mean": (WIDTH,),
+                "question_rows": (3, WIDTH), "prompt_rows": (7, WIDTH),
             }.items()
         },
         project=lambda tokens: tokens,

@@ -31,11 +31,19 @@ from accelerate_methods.hosts.native.family import Call, Family, read_prompt
 from accelerate_methods.hosts.native.prompt import CutPrompt, PromptItem, cut_prompt
 from accelerate_methods.hosts.native.watching import Forward, VisionWatch
 from accelerate_methods.hosts.native.wrapping import Wrappers
-from accelerate_methods.hosts.questions import asks, mean_embedding, missing, per_prompt, prompt_texts, question_in
+from accelerate_methods.hosts.questions import (
+    asks,
+    missing,
+    per_prompt,
+    prompt_texts,
+    question_in,
+    question_reader,
+    signals_of_prompts,
+)
 from accelerate_methods.registry.pipeline import Pipeline
 from accelerate_methods.stages.compress import ViewCompressMethod, VisualItem
 from accelerate_methods.stages.errors import MethodError
-from accelerate_methods.stages.signals import ANYWHERE, resolve_signal
+from accelerate_methods.stages.signals import OF_PROMPT, resolve_signal
 
 _REQUEST = "accelerate_request"  # attribute of a cache: the record of its request
 
@@ -294,8 +302,8 @@ class NativeAcceleration:
         Raises:
             MethodError: nobody says what the question is.
         """
-        needed, by_mean = asks(self.pipeline, self._wanted), bool(ANYWHERE & self._wanted)
-        if not items or not (needed or by_mean):
+        needed, by_rows = asks(self.pipeline, self._wanted), OF_PROMPT & self._wanted
+        if not items or not (needed or by_rows):
             return
         count = call.embeds.shape[0]
         given = per_prompt(questions, count)
@@ -308,8 +316,9 @@ class NativeAcceleration:
             given = [question_in(ids[keep], here[keep], self.tokenizer) for ids, here, keep in rows]
         if needed and (given is None or not all(given)):
             raise missing(self.pipeline)
-        means = mean_embedding(call.embeds, real & ~visual) if by_mean else None
-        texts = prompt_texts(given, means, self.family.text_tower, count)
+        of_prompt = signals_of_prompts(call.embeds, real & ~visual, by_rows)
+        read = question_reader(self.pipeline, self._wanted, self.tokenizer, self.model.get_input_embeddings())
+        texts = prompt_texts(given, of_prompt, self.family.text_tower, count, read)
         for found in items:
             texts[found.sample].tell(found.item)
 

@@ -59,6 +59,7 @@ class QwenVL(Family):
         self.windowed, self.whole = full is not None, full
         self._blocks, self._names, self._merging = [len(self.attentions) - 1], [], False
         self._inputs: ContextVar[dict[int, Any]] = ContextVar("accelerate_block_inputs", default={})  # noqa: B039
+        self._keeps_tokens = False
         self.sees_frames = not self.windowed or config.depth - 1 in full
         if not self.sees_frames:
             self.signal_limits = "Its last vision block attends to windows only, which says nothing of a frame."
@@ -69,6 +70,7 @@ class QwenVL(Family):
 
     def prepare(self, wanted: frozenset[str]) -> None:
         self._names = sorted(self._asked(wanted))
+        self._keeps_tokens = "encoder_tokens" in wanted
         self._blocks = sorted({*self._asked(wanted).values(), len(self.attentions) - 1})
 
     def _asked(self, wanted: frozenset[str]) -> dict[str, int]:
@@ -78,21 +80,28 @@ class QwenVL(Family):
         return asked | {name: last for name in wanted & {"pooling_attention"}}
 
     def watch(self, seen: Any) -> list[Any]:
-        """``seen`` gets {block: what its attention got} of the blocks that signals come from."""
+        """``seen`` gets {block: what its attention got} of the blocks that signals come from; under the number behind
+        the last one what the merger got, if a method asks for it."""
         last = self._blocks[-1]
+        behind = len(self.attentions)
 
         def hook_of(index: int) -> Any:
             def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
                 states = args[0] if args else kwargs["hidden_states"]
                 got = AttentionInput(states.detach(), kwargs["position_embeddings"])
                 inputs = {**self._inputs.get(), index: got}
-                self._inputs.set({} if index == last else inputs)
+                self._inputs.set({} if index == last and not self._keeps_tokens else inputs)
                 if index == last:
                     seen(inputs)
 
             return hook
 
-        return [self.attentions[i].register_forward_pre_hook(hook_of(i), with_kwargs=True) for i in self._blocks]
+        def merger_hook(module: nn.Module, args: tuple) -> None:
+            self._inputs.get()[behind] = args[0].detach()
+            self._inputs.set({})
+
+        kept = [self.model.model.visual.merger.register_forward_pre_hook(merger_hook)] if self._keeps_tokens else []
+        return kept + [self.attentions[i].register_forward_pre_hook(hook_of(i), with_kwargs=True) for i in self._blocks]
 
     def take_over(self, method: EncodeMethod, wrappers: Wrappers, seen: Any, seeing: Any) -> None:
         """``seen`` gets where the tokens of each image and video are, None where every patch is in its place."""
@@ -102,6 +111,7 @@ class QwenVL(Family):
                 f"{method.name} merges tokens there."
             )
         self._merging, visual = True, self.model.model.visual
+        self._keeps_tokens = False  # those that are left have no grid
         run = QwenRun(
             visual.blocks, method, whole=self.whole, unit=self.unit, shape_of=self._shape,
             keep=getattr(visual, "deepstack_visual_indexes", ()),
@@ -195,14 +205,28 @@ class QwenVL(Family):
         """Per item [T, N, ...] over its merged tokens."""
         out: list[dict[str, Tensor]] = [{} for _ in shapes]
         asked = self._asked(wanted)
-        if not asked:
+        if not asked and not self._keeps_tokens:
             return out
         (inputs,) = seen.encoded
+        if self._keeps_tokens:
+            self._add_encoder_tokens(out, inputs[len(self.attentions)], shapes)
         for block in sorted(set(asked.values())):
             names = [name for name, index in asked.items() if index == block]
             for found, more in zip(out, self._of_block(block, inputs[block], shapes, lengths, names), strict=True):
                 found |= more
         return out
+
+    def _add_encoder_tokens(
+        self, out: list[dict[str, Tensor]], states: Tensor, shapes: list[tuple[int, int, int]]
+    ) -> None:
+        """Signal "encoder_tokens" of what the merger got, [S, C] of all patches."""
+        tokens = states.view(-1, self.unit, states.shape[-1]).float().mean(1)
+        parts = tokens.split([frames * rows * columns for frames, rows, columns in shapes])
+        for found, part, (frames, rows, columns) in zip(out, parts, shapes, strict=True):
+            own = part.unflatten(0, (frames, -1))
+            if self.windowed:
+                own = own[:, torch.argsort(self._window_order(rows, columns)).to(own.device)]
+            found["encoder_tokens"] = own
 
     def _of_block(
         self,

@@ -61,7 +61,8 @@ class LlavaAccelerated(Accelerated):
         self.conv_template = self.args.conv_template or self.default_template()
         if self.conv_template not in conv_templates:
             raise UnknownNameError("conv_template", self.conv_template, conv_templates)
-        return accelerate(self.model, self.args.pipeline) if self.args.pipeline.methods else None
+        pipeline = self.args.pipeline
+        return accelerate(self.model, pipeline, tokenizer=loaded.tokenizer) if pipeline.methods else None
 
     def normalisation(self) -> tuple[Any, Any]:
         return self.image_processor.image_mean, self.image_processor.image_std

@@ -121,7 +121,8 @@ class HfAccelerated(Accelerated):
         self._template = None if args.chat_template is None else _template(args.chat_template)
         if self._template is None and not (self.processor.chat_template or self.tokenizer.chat_template):
             raise MethodError(f"{args.pretrained} has no chat template; give one with chat_template=FILE.")
-        return accelerate(self.model, args.pipeline)  # a dense run too: what it costs is measured there
+        # a dense run too: what it costs is measured there
+        return accelerate(self.model, args.pipeline, tokenizer=loaded.tokenizer)
 
     def normalisation(self) -> tuple[Any, Any]:
         return [0.0] * 3, [1.0] * 3
