@@ -73,7 +73,11 @@ def cut(dense: Dense, sample: int, items: list[tuple[Tensor, VisualItem]], metho
     visual = {row for rows, _ in items for row in rows.tolist()}
     text = [r for r in dense.mask[sample].nonzero().flatten().tolist() if r not in visual]
     pieces = [(row, row, dense.embeds[sample, row]) for row in text]
+    said = torch.zeros_like(dense.embeds[sample])
+    said[text] = dense.embeds[sample, text]
     for rows, item in items:
+        if method is not None and "prompt_rows" in method.signals:
+            item.signals["prompt_rows"] = said
         if method is None or item.modality not in method.modalities:
             pieces += [(row, row, dense.embeds[sample, row]) for row in rows.tolist()]
             continue

@@ -136,6 +136,24 @@ def naive_signals(model: Any, pixels: Tensor, grid: Tensor) -> list[dict[str, Te
 
 
 @torch.no_grad()
+def encoder_tokens(model: Any, pixels: Tensor, grid: Tensor) -> list[Tensor]:
+    """Per item [T, N, C]: what the merger gets, four patches averaged, windows undone by transformers' function."""
+    tower, caught = model.model.visual, []
+    hook = tower.merger.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+    tower(pixels, grid_thw=grid)
+    hook.remove()
+    tokens = caught[0].unflatten(0, (-1, 4)).mean(1)
+    if "Qwen2_5" in type(model).__name__:
+        from transformers.vision_utils import get_vision_window_index
+
+        config = model.config.vision_config
+        order, _ = get_vision_window_index(grid, config.spatial_merge_size, config.window_size, config.patch_size)
+        tokens = tokens[torch.argsort(order.cpu())]
+    parts = tokens.split([frames * rows * columns // 4 for frames, rows, columns in grid.tolist()])
+    return [part.unflatten(0, (int(frames), -1)) for part, frames in zip(parts, grid[:, 0], strict=True)]
+
+
+@torch.no_grad()
 def signals_of_block(model: Any, pixels: Tensor, grid: Tensor, index: int) -> list[dict[str, Tensor]]:
     """Per item [T, N, ...]: full attention maps of one vision block, windows undone by transformers' function."""
     tower, caught = model.model.visual, {}

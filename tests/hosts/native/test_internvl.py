@@ -30,7 +30,7 @@ WHERE = {"image": (2,), "tiled image": (1,), "two images": (1, 3), "frames": (2,
 BATCH = ("two images", "text", "image", "frames")
 COMPRESSING = (
     *("random", "uniform", "pool", "visionzip", "fastervlm"),
-    *("divprune", "vispruner", "prumerge", "prumerge_plus", "hiprune"),
+    *("divprune", "vispruner", "prumerge", "prumerge_plus", "hiprune", "scope", "mmtok"),
 )
 
 

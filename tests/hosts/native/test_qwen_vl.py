@@ -20,6 +20,7 @@ from tests.support.qwen_inputs import (
     QWEN25,
     TEXT,
     Visual,
+    encoder_tokens,
     inputs,
     items,
     naive_signals,
@@ -40,6 +41,8 @@ COMPRESSING = {
     "evs": {"pruning_rate": 0.6},
     "holitom": {"tau": 0.2, "inner": False},
     "vispruner": {},
+    "scope": {},
+    "mmtok": {},
     "prumerge": {},
     "prumerge_plus": {},
     "hiprune": {},
@@ -72,7 +75,14 @@ def by_hand(model, questions, method):
     """The hand-cut prompt of every sample."""
     asked = inputs(model, *questions)
     dense = dense_inputs(model, asked)
-    return [cut(dense, b, items(model, asked, dense, b, list(questions)), method) for b in range(len(questions))]
+    found = [items(model, asked, dense, b, list(questions)) for b in range(len(questions))]
+    if "encoder_tokens" in method.signals:
+        for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            own = [item for sample in found for _, item in sample if item.modality == kind]
+            tokens = encoder_tokens(model, asked[pixels], asked[f"{kind}_grid_thw"]) if own else []
+            for item, value in zip(own, tokens, strict=True):
+                item.signals["encoder_tokens"] = value
+    return [cut(dense, b, sample, method) for b, sample in enumerate(found)]
 
 
 def acts(method, question):
