@@ -27,7 +27,6 @@ from llava.model.splice import Prompts, Spliced, splice
 from llava.model.targets import Targets
 from llava.model.vision import brings_images, has_images
 
-
 _VISUAL = ("images", "image_sizes", "modalities", "questions")
 
 

@@ -98,7 +98,7 @@ def make_views(tiles, side, special, kind, dtype, seed):
         tiles=tiles,
         signals={
             name: features_of(kind, size, generator).to(dtype)
-            for name, size in {  # fmt: skip
+            for name, size in {
                 "cls_attention": shape, "received_attention": shape, "key_states": (*shape, 8),
                 "image_embeds": (*shape, 8), "text_embeds": (2, 8), "prompt_mean": (WIDTH,),
                 "question_rows": (3, WIDTH), "prompt_rows": (7, WIDTH),

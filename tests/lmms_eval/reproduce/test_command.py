@@ -253,7 +253,7 @@ def test_values_are_split_as_lmms_eval_splits_them():
         assert arguments.split_arguments(text) == utils._smart_comma_split(text)
     read = arguments.pairs("model_name=/x/b=c,max_frames_num=8,force_sample=True,until=[a,b],x=1e-3")
     assert read == {"model_name": "/x/b=c", "max_frames_num": 8, "force_sample": True, "until": "[a,b]", "x": 0.001}
-    with pytest.raises(MethodError, match="bracket .* is not closed"):
+    with pytest.raises(MethodError, match=r"bracket .* is not closed"):
         arguments.pairs("until=[,x=1e-3")  # lmms-eval takes all of "[,x=1e-3" for the value
     assert arguments.pairs("a=1e-3,b=none") == {"a": 0.001, "b": "none"}
     assert arguments.written("model_base", "/x/b=c") == "/x/b=c"
