@@ -51,7 +51,8 @@ def test_every_config_is_usable(name):
     assert ("conv_template" in config["model"]) == (config["model"]["family"] != "hf")
     for level in config.get("levels", []):
         changed = resolve(path, **level).methods[0]
-        assert all(getattr(changed, name) == value for name, value in level.items())
+        own = {name: tuple(value) if isinstance(value, list) else value for name, value in level.items()}
+        assert all(getattr(changed, name) == value for name, value in own.items())
 
 
 def test_scripts_name_existing_configs():

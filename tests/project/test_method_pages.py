@@ -60,10 +60,10 @@ def test_cited_steps_are_on_the_page():
 def test_examples_name_methods_and_parameters_that_are_there(page):
     asked = []
 
-    def accelerate(_, name, **params):
+    def accelerate(_, name, tokenizer=None, **params):
         asked.append(resolve(name, **params))
 
-    known = {"model": object(), "accelerate_methods": SimpleNamespace(accelerate=accelerate)}
+    known = {"model": object(), "tokenizer": object(), "accelerate_methods": SimpleNamespace(accelerate=accelerate)}
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     for block in blocks:
         exec(block, known)
