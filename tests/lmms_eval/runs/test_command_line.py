@@ -23,7 +23,7 @@ MODEL = "llava_onevision_fastvid"
 
 
 def options(*more: str, model: str = MODEL):
-    return own_options(["--model", model, "--tasks", "t", *more])
+    return own_options(["--model", model, "--tasks", "mme", *more])
 
 
 @pytest.mark.slow
@@ -109,7 +109,7 @@ def test_what_would_be_ignored_or_passed_by_is_one_line(words, says, capsys, tmp
 def test_options_go_through_as_they_are():
     own, passed = options("--limit", "3", "--output_path", "D", "--resume", "-n", "2", "--num_fewshot", "0")
     assert passed[4:] == ["--limit", "3", "-n", "2", "--num_fewshot", "0"]
-    assert (own.output_path, own.resume, own.model, own.tasks, own.limit) == ("D", True, MODEL, "t", 3.0)
+    assert (own.output_path, own.resume, own.model, own.tasks, own.limit) == ("D", True, MODEL, "mme", 3.0)
     assert options("--limit", "0.25")[0].limit == 0.25 and options("--limit", "-1")[0].limit == -1
     # models of lmms-eval itself read what they read
     assert own_options(["--model", "llava", "--tasks", "t", "--gen_kwargs", "guidance_scale=2"])[0].model == "llava"
