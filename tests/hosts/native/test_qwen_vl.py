@@ -76,7 +76,7 @@ def by_hand(model, questions, method):
     asked = inputs(model, *questions)
     dense = dense_inputs(model, asked)
     found = [items(model, asked, dense, b, list(questions)) for b in range(len(questions))]
-    if "encoder_tokens" in method.signals:
+    if method is not None and "encoder_tokens" in method.signals:
         for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
             own = [item for sample in found for _, item in sample if item.modality == kind]
             tokens = encoder_tokens(model, asked[pixels], asked[f"{kind}_grid_thw"]) if own else []
