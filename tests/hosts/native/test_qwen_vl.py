@@ -9,6 +9,7 @@ import torch
 import accelerate_methods
 from accelerate_methods import MethodError, accelerate, detach, record
 from accelerate_methods.stages.compress import CompressMethod, selection
+from accelerate_methods.stages.signals import Signal
 from tests.conformance.adapters.visionzip import qwen_vl_prune
 from tests.support.configured import configured
 from tests.support.hand_cut import cut, dense_inputs, language_model, layer_by_layer
@@ -314,8 +315,12 @@ class Probe(CompressMethod):
 
     name: ClassVar[str] = "probe"
     signals: ClassVar[frozenset[str]] = frozenset(
-        {"received_attention", "pooling_attention", "key_states", "frame_features"}
-    )
+        {
+            "received_attention", "pooling_attention", "key_states", "frame_features",
+            Signal("received_attention", 0.375), Signal("received_attention", "next", "joined"),
+            Signal("key_states", "next", "joined"),
+        }
+    )  # fmt: skip
     given: list = dataclasses.field(default_factory=list)
 
     def compress(self, item):
