@@ -12,6 +12,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 import accelerate_methods
 from accelerate_methods import MethodError, accelerate, detach, record
 from accelerate_methods.stages.compress import CompressMethod, VisualItem, selection
+from accelerate_methods.stages.signals import Signal
 from tests.support.configured import configured
 from tests.support.hand_cut import cut, dense_inputs, language_model, layer_by_layer
 
@@ -221,7 +222,7 @@ def test_a_padded_batch_equals_its_samples(model, method):
         logits, generated = model(**asked).logits[:, -1], greedy(model, asked)
     for sample, expected in enumerate(by_hand(model, BATCH, method)):
         wanted, ids = language_model(model, expected, NEW)
-        torch.testing.assert_close(logits[sample], wanted[0], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(logits[sample], wanted[0], atol=5e-5, rtol=1e-4)
         assert generated[sample].tolist() == ids
 
 
@@ -277,7 +278,12 @@ class Probe(CompressMethod):
     """Keeps everything and remembers what it was given."""
 
     name: ClassVar[str] = "probe"
-    signals: ClassVar[frozenset[str]] = frozenset({"cls_attention", "received_attention", "key_states"})
+    signals: ClassVar[frozenset[str]] = frozenset(
+        {
+            "cls_attention", "received_attention", "key_states", Signal("received_attention", 0.375),
+            Signal("cls_attention", "next", "joined"), Signal("key_states", "next", "joined"),
+        }
+    )  # fmt: skip
     given: list = dataclasses.field(default_factory=list)
 
     def compress(self, item):
@@ -295,7 +301,7 @@ def test_signals_are_those_of_full_attention_maps(model):
     for got, wanted in zip(probe.given, expected, strict=True):
         assert got.grid == (4, 4)
         torch.testing.assert_close(got.features, wanted.features, atol=0, rtol=0)
-        assert set(got.signals) == probe.signals
+        assert set(got.signals) == probe.signals >= set(wanted.signals)
         for name, value in wanted.signals.items():
             torch.testing.assert_close(got.signals[name], value, atol=1e-5, rtol=1e-4)
 
