@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import accelerate_methods
+from accelerate_methods.registry import names as registry
 from tests.support.paths import ROOT
 
 DOCUMENTS = [
@@ -170,12 +171,22 @@ def _source(path: Path) -> str:
 # -- Python ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def _same_methods():
+    """Examples that register a method do so for the length of a test."""
+    known = dict(registry._registered)
+    yield
+    registry._registered.clear()
+    registry._registered.update(known)
+
+
 @pytest.fixture
-def names(tiny):
+def names(tiny, loaded):
     """What the blocks take for granted."""
     # methods that act in a deep layer are only attached: as many layers as in a 7B model
     model = tiny("tiny-llava-onevision", num_hidden_layers=28)
-    return {"accelerate_methods": accelerate_methods, "model": model}
+    tokenizer = loaded("tiny-llava-onevision")[0]
+    return {"accelerate_methods": accelerate_methods, "model": model, "tokenizer": tokenizer}
 
 
 @pytest.mark.parametrize(("path", "code"), blocks("python"))
