@@ -246,6 +246,7 @@ class _Loop:
     def _select(self, acting: Numbered, index: int, inside: bool = False) -> bool:
         """Let a prefill method act before layer ``index``, or inside it; whether it dropped anything."""
         number, method = acting
+        self.memories[number] = moved(self.memories[number], self.rows.hidden.device)
         selection = method.prefill(PrefillStep(self, index, number=number, inside=inside))
         if selection is None:
             return False
