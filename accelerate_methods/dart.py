@@ -40,7 +40,8 @@ class DART(PrefillMethod):
 
     Attributes:
         k: K, number of decoder layers that see everything.
-        pivot_image_token: visual tokens that are pivots; pivot_text_token: those of the text behind the last image.
+        pivot_image_token: visual tokens that are pivots.
+        pivot_text_token: rows of the text behind the last image that are pivots.
         max_num: number for each image or video of which every pivot takes an equal part, rounded down; visual pivots
             come on top, as in the release for LLaVA.
         reduction_ratio: share that is dropped instead, the rest divided likewise, as in the release for Qwen2.5-VL.

@@ -30,7 +30,7 @@ from accelerate_methods.ops.select import by_score, mask_to_indices, on_device, 
 from accelerate_methods.registry import register
 from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem, selection
 from accelerate_methods.stages.fields import flag, integer, real, share
-from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection
+from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection, same_depth
 
 
 @register("holitom")
@@ -45,7 +45,7 @@ class HoliTom(CompressMethod, PrefillMethod):
         neighbours: of the density estimate, at most as many as there are peaks.
         max_window_size: frames that a window has at most.
         inner: whether rows are merged in the LLM, too; without it, it is the paper's "w/o M".
-        k: decoder layer before which they are.
+        k: decoder layer before which they are; None for the released one, 18 of 28, or that at the same depth.
         r: share of the rows, newlines counted, that is merged into the others.
         causal_score_layer: False lets every row of decoder layer k - 1 see those behind it, as the released code does.
     """
@@ -65,7 +65,7 @@ class HoliTom(CompressMethod, PrefillMethod):
     neighbours: int = integer(7, low=1)
     max_window_size: int = integer(1024, low=1)
     inner: bool = flag(True)
-    k: int = integer(18, low=1, aliases=("holitom_k",))
+    k: int | None = integer(None, low=1, aliases=("holitom_k",))
     r: float = real(0.5, low=0, high=1, aliases=("holitom_r",))
     causal_score_layer: bool = flag(True)
 
@@ -125,11 +125,12 @@ class HoliTom(CompressMethod, PrefillMethod):
     # -- inside the LLM ----------------------------------------------------------------------------------------------
 
     def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
-        self.check_depth("k", (self.k,), num_layers)
-        return (self.k,)
+        layers = same_depth((18,), num_layers, depth=28) if self.k is None else (self.k,)
+        self.check_depth("k", layers, num_layers)
+        return layers
 
     def unmasked_layers(self, num_layers: int) -> tuple[int, ...]:
-        return () if self.causal_score_layer or self.retention_ratio == 1 else (self.k - 1,)
+        return () if self.causal_score_layer or self.retention_ratio == 1 else (self.prefill_layers(num_layers)[0] - 1,)
 
     def prefill(self, step: PrefillStep) -> Selection | None:
         left = step.left().block

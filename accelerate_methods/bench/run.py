@@ -78,7 +78,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def chosen(words: str, retention: float, family: str, modality: str, asked: float | None = None) -> list[Setting]:
-    """The settings of ``words``, dense first. "all" leaves out methods that do nothing with this kind of input.
+    """The settings of ``words``, dense first. "all" leaves out methods that do nothing with this kind of input, and
+    those that need the words of a question, which it has not.
 
     Args:
         asked: a retention ratio that the user gave, see :func:`settings_of`.
@@ -89,9 +90,11 @@ def chosen(words: str, retention: float, family: str, modality: str, asked: floa
     named = settings_of(rest, retention, {}, family) if rest.strip(" ,\t\n") else []
 
     def acts(setting: Setting) -> bool:
-        return setting.method is None or any(
-            modality in m.modalities for m in resolve(setting.method, **dict(setting.params)).methods
-        )
+        if setting.method is None:
+            return True
+        methods = resolve(setting.method, **dict(setting.params)).methods
+        asking = any(m.needs_question or "question_rows" in m.signals for m in methods)
+        return not asking and any(modality in m.modalities for m in methods)
 
     return list(dict.fromkeys(s for s in settings if s in named or acts(s)))
 

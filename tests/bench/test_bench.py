@@ -90,14 +90,16 @@ def test_result_file(tmp_path, capsys):
     }  # fmt: skip
     rows = {row["label"]: row for row in content["rows"]}
     assert next(iter(rows)) == "dense"
-    assert {name.split("@")[0] for name in rows} >= set(accelerate_methods.available())
+    every = set(accelerate_methods.available()) - {"mmtok"}  # which needs the words of a question
+    assert {name.split("@")[0] for name in rows} >= every
     for row in rows.values():
         assert row["status"] == "ok", row
         assert set(row["samples"]) == set(measure.SAMPLES)
         assert all(len(values) == 2 and min(values) > 0 for values in row["samples"].values()), row["label"]
         assert row["kv_cache_bytes"] > 0 and len(row["prompt_tokens"]["layers"]) == 12
         assert {"tower", "llm_prefill", "method", "llm_prefill_papers"} <= row["tflops"].keys()
-        if row["method"]:
+        assert row["tflops"]["llm_prefill"] <= row["tflops"]["llm_prefill_dense"]
+        if "@" in row["label"]:  # a share of the tokens was asked for
             assert row["tflops"]["llm_prefill"] < row["tflops"]["llm_prefill_dense"]
             assert row["visual_tokens"]["per_layer"] < row["visual_tokens"]["before"]
     assert rows["fastvid@0.25"]["params"] == {"retention_ratio": 0.25}
@@ -174,8 +176,8 @@ def test_images(tmp_path, name):
     tokens = {"llava-1.5-7b": 16, "llava-next-7b": 16 + 64}[name]
     assert rows["dense"].facts["visual_tokens"]["before"] == tokens
     assert rows["fastvid@0.25"].status.startswith("error: fastvid leaves images alone")
-    good = [row for label, row in rows.items() if label not in ("fastvid@0.25", "prunevid")]
-    assert all(row.ok for row in good), [row.status for row in good]
+    good = [row for label, row in rows.items() if label not in ("fastvid@0.25", "prunevid", "mmtok@0.25")]
+    assert all(row.ok for row in good), {row.setting.label: row.status for row in good if not row.ok}
     # a method that acts on views projects only what stays
     assert rows["visionzip@0.25"].facts["tflops"]["projector"] < rows["dense"].facts["tflops"]["projector"] / 2
     compared = against_transformers.compare(model, inputs, 1, 0)

@@ -191,7 +191,15 @@ def test_training_says_how_many_labels_are_lost(model, clip, told):
 # -- recorded ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [None, *PREFILL])
+#: those that are given the whole prompt, and only between layers
+BETWEEN = [
+    name
+    for name in PREFILL
+    if "compress" not in configured(name).stages and not configured(name).inner_layers(6)
+]
+
+
+@pytest.mark.parametrize("method", [None, *BETWEEN])
 def test_a_cut_prompt_is_recorded_as_what_is_left_of_it(model, clip, method):
     with torch.no_grad():
         if method is None:

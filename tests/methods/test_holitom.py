@@ -167,7 +167,8 @@ def test_where_it_acts():
     assert HoliTom().prefill_layers(28) == (18,) and HoliTom().unmasked_layers(28) == ()
     assert HoliTom(k=4, causal_score_layer=False).unmasked_layers(28) == (3,)
     with pytest.raises(MethodError, match=r"k=18 is outside the allowed range \[0, 17\]"):
-        HoliTom().prefill_layers(18)
+        HoliTom(k=18).prefill_layers(18)
+    assert HoliTom().prefill_layers(18) == (11,), "at the same depth"
 
 
 @pytest.mark.parametrize("wrong", [{"retention_ratio": 0}, {"k": 0}, {"r": 1.5}, {"tau": 2}, {"neighbours": 0}])

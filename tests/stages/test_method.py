@@ -6,7 +6,6 @@ import pytest
 
 import accelerate_methods
 from accelerate_methods.registry import method_class
-from accelerate_methods.stages.budget import BudgetedMethod
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from accelerate_methods.stages.signals import SIGNALS, Signal
 
@@ -18,7 +17,7 @@ def test_description_of_every_method(name):
     assert cls.__dataclass_params__.frozen
     assert {Signal(name).name for name in cls.signals} <= set(SIGNALS) and cls.modalities <= {"image", "video"}
     assert cls.positions in ("original", "compact")
-    needed = {"retention_ratio": 0.5} if issubclass(cls, BudgetedMethod) else {}
+    needed = {"retention_ratio": 0.5} if "retention_ratio" in cls.parameters() else {}
     method = accelerate_methods.get(name, **needed)
     assert method.stages and method == accelerate_methods.resolve(method.to_dict()).methods[0]
     assert hash(method) is not None

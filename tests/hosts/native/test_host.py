@@ -238,7 +238,7 @@ def test_wrong_number_of_placeholders(off):
     [
         ({"output_attentions": True}, "output_attentions is not available while visionzip is attached"),
         ({"output_hidden_states": True}, "output_hidden_states is not available while visionzip is attached"),
-        ({"input_ids": None}, "images and videos need input_ids"),
+        ({"input_ids": None}, "cannot act on a prompt given as inputs_embeds"),
         ({"attention_mask": "4d"}, "2-D attention_mask"),
         ({"vision_feature_layer": -1}, "vision_feature_layer=-1: only that of the checkpoint"),
         ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy='full': only that of"),

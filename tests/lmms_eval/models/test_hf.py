@@ -34,6 +34,7 @@ from accelerate_methods.engine.flops import prefill_macs
 from accelerate_methods.hosts.native.host import class_names, family_class
 from accelerate_methods.registry import compatibility, families
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
+from accelerate_methods.stages.signals import IMAGE_TEXT
 from tests.support import native_processors
 from tests.support.lmms_tasks import (
     answers,
@@ -268,7 +269,7 @@ def test_system_prompt_and_template(folder, checkpoints, monkeypatch, tmp_path) 
     message = [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}]
 
     def text(name: str, more: str = "") -> str:
-        return model_of(checkpoints(name), more)._question(message, ("t", 0), "here").text
+        return model_of(checkpoints(name), more)._question(message, ("t", 0, "test"), "here").text
 
     assert text(QWEN).startswith("<user>Why?")
     assert text(QWEN, ",system_prompt=Be brief.").startswith("<system>Be brief.<user>Why?")
@@ -454,7 +455,7 @@ def test_the_table_says_what_the_hosts_give(name, checkpoints) -> None:
     model = model_of(checkpoints(name)).model
     (row,) = [f for f in compatibility.FAMILIES if type(model).__name__ in f.classes]
     family = family_class(model)(model)
-    assert row.signals == family.signals and row.key == "hf"
+    assert row.signals - IMAGE_TEXT == family.signals - IMAGE_TEXT and row.key == "hf"  # a text tower is a checkpoint's
 
 
 def test_every_class_with_a_host_is_in_the_table(monkeypatch) -> None:
@@ -464,7 +465,7 @@ def test_every_class_with_a_host_is_in_the_table(monkeypatch) -> None:
 
 def test_scripts_need_a_checkpoint_and_say_so() -> None:
     scripts = sorted((ROOT / "scripts" / "eval").glob("*_qwen2_5_vl.sh"))
-    assert len(scripts) == 6
+    assert len(scripts) > 20
     environment = {k: v for k, v in os.environ.items() if k != "PRETRAINED"}
     for script in scripts:
         done = subprocess.run(["bash", script], capture_output=True, text=True, env=environment)
