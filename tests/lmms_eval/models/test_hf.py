@@ -269,7 +269,9 @@ def test_system_prompt_and_template(folder, checkpoints, monkeypatch, tmp_path) 
     message = [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}]
 
     def text(name: str, more: str = "") -> str:
-        return model_of(checkpoints(name), more)._question(message, ("t", 0, "test"), "here").text
+        model = model_of(checkpoints(name), more)
+        model.task_dict = {"t": {"test": [{}]}}
+        return model._question(message, ("t", 0, "test"), "here").text
 
     assert text(QWEN).startswith("<user>Why?")
     assert text(QWEN, ",system_prompt=Be brief.").startswith("<system>Be brief.<user>Why?")
