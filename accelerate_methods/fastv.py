@@ -21,11 +21,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from accelerate_methods.ops.select import random_mask, right_aligned_indices, top_mask
+from accelerate_methods.ops.select import random_mask, top_mask
 from accelerate_methods.registry import register
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.fields import integer, real, share
-from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection
+from accelerate_methods.stages.prefill import (
+    PrefillMethod,
+    PrefillStep,
+    Selection,
+    counted_selection,
+    last_token_scores,
+)
 
 
 @register("fastv")
@@ -78,13 +84,7 @@ class FastV(PrefillMethod):
             keep = ~step.block | random_mask(step.block, totals, kept, self.seed)
         else:
             keep = keep_best(last_token_scores(step), step.block, kept)
-        if step.valid is not None:
-            keep &= step.valid
-        if step.rows is not None:  # rows have gone since the prompt: only the device knows how many
-            return Selection.from_mask(keep)
-        lengths = [length - n + m for length, n, m in zip(step.lengths, totals, kept, strict=True)]
-        indices, valid = right_aligned_indices(keep, lengths)
-        return Selection(indices=indices, valid=valid)
+        return counted_selection(step, keep, totals, kept)
 
     def keep_count(self, total: int, items: int = 1) -> int:
         """How many of the ``total`` visual rows of some items go on, 0 <= count <= total."""
@@ -100,13 +100,6 @@ def visual_rows(step: PrefillStep) -> list[int]:
     if step.rows is not None:  # rows have gone since the prompt: only the device knows which
         return step.block.sum(1).tolist()
     return [sum(span.length for span in sample) for sample in step.spans]
-
-
-def last_token_scores(step: PrefillStep) -> Tensor:
-    """[B, L] float32: attention of the last prompt token in the layer before, mean over the query heads."""
-    length = step.block.shape[1]
-    last = torch.arange(length - 1, length, device=step.block.device)
-    return step.attention(last)[:, :, 0].float().mean(1)
 
 
 def keep_best(scores: Tensor, block: Tensor, kept: Sequence[int]) -> Tensor:

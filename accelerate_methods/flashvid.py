@@ -27,12 +27,18 @@ from accelerate_methods.ops.density import alike, dpc_knn
 from accelerate_methods.ops.diversity import farthest_first_sets, finite_rows
 from accelerate_methods.ops.merge import group_means
 from accelerate_methods.ops.segment import consecutive_similarity, segment_sizes
-from accelerate_methods.ops.select import by_score, mask_to_indices, on_device, right_aligned_indices, top_mask
+from accelerate_methods.ops.select import by_score, mask_to_indices, on_device, top_mask
 from accelerate_methods.ops.trees import links_to_previous, roots_of, tree_values
 from accelerate_methods.registry import register
 from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem, selection
 from accelerate_methods.stages.fields import choice, flag, integer, real, share
-from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection
+from accelerate_methods.stages.prefill import (
+    PrefillMethod,
+    PrefillStep,
+    Selection,
+    counted_selection,
+    last_token_scores,
+)
 from accelerate_methods.stages.shapes import ItemShape
 
 NEIGHBOURS = 7  # k of the density estimate, a constant of the released code
@@ -164,16 +170,8 @@ class FlashVID(CompressMethod, PrefillMethod):
         kept = [math.ceil(total * self.llm_retention_ratio) for total in totals]
         if kept == totals:
             return None
-        last = torch.arange(visual.shape[1] - 1, visual.shape[1], device=visual.device)
-        scores = step.attention(last)[:, :, 0].float().mean(1)
-        keep = ~visual | top_mask(scores.masked_fill(~visual, -torch.inf), kept)
-        if step.valid is not None:
-            keep &= step.valid
-        if step.rows is not None:  # rows have gone since the prompt: only the device knows how many
-            return Selection.from_mask(keep)
-        lengths = [length - n + m for length, n, m in zip(step.lengths, totals, kept, strict=True)]
-        indices, valid = right_aligned_indices(keep, lengths)
-        return Selection(indices=indices, valid=valid)
+        best = top_mask(last_token_scores(step).masked_fill(~visual, -torch.inf), kept)
+        return counted_selection(step, ~visual | best, totals, kept)
 
 
 def _closed(compressed: Compressed, item: VisualItem) -> Compressed:

@@ -22,7 +22,7 @@ from accelerate_methods.ops.merge import group_means
 from accelerate_methods.ops.select import mask_to_indices, pick_rows, right_aligned_indices, top_mask
 from accelerate_methods.registry import register
 from accelerate_methods.stages.fields import integer, real, share
-from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection
+from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection, last_token_scores
 
 
 @register("framefusion")
@@ -127,8 +127,7 @@ class FrameFusion(PrefillMethod):
             sample.prunes = False
             sample.take(sample.count - kept)
             counts.append(kept)
-        last = torch.arange(kinds.shape[1] - 1, kinds.shape[1], device=kinds.device)
-        scores = step.attention(last)[:, :, 0].float().mean(1).masked_fill(kinds < 0, -torch.inf)
+        scores = last_token_scores(step).masked_fill(kinds < 0, -torch.inf)
         return (kinds >= 0) & ~top_mask(scores, counts)
 
 

@@ -30,7 +30,7 @@ from accelerate_methods.ops.select import by_score, mask_to_indices, on_device, 
 from accelerate_methods.registry import register
 from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem, selection
 from accelerate_methods.stages.fields import flag, integer, real, share
-from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection, same_depth
+from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection, last_token_scores, same_depth
 
 
 @register("holitom")
@@ -138,9 +138,7 @@ class HoliTom(CompressMethod, PrefillMethod):
         if kept == left or self.retention_ratio == 1:
             return None
         length, device = step.block.shape[1], step.block.device
-        last = torch.arange(length - 1, length, device=device)
-        scores = step.attention(last)[:, :, 0].float().mean(1).masked_fill(~step.block, -torch.inf)
-        order = by_score(scores)
+        order = by_score(last_token_scores(step).masked_fill(~step.block, -torch.inf))
         goes_on = step.text.clone()
         hidden, owner = step.hidden_states.clone(), torch.arange(length, device=device).repeat(len(left), 1)
         for sample, (count, total) in enumerate(zip(kept, left, strict=True)):

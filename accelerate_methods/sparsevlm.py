@@ -29,7 +29,7 @@ from accelerate_methods.ops.select import by_score, mask_to_indices, on_device, 
 from accelerate_methods.registry import register
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.fields import choice, integer, integers, real, share
-from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection, VisualSpan
+from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection, VisualSpan, same_depth
 
 #: tokens of 576 that a published setting stands for -> how many are kept behind layers 2, 6 and 15, merged ones apart
 _BUDGETS = {
@@ -41,8 +41,6 @@ _RANKS = {192: (13.5, 0.0), 128: (9.0, 6.0), 64: (0.8, 0.0)}
 #: to what number of tokens per image all of these refer
 _TABLE_TOKENS = 576
 _LAYERS = {"1.5": (2, 6, 15), "2.0": (2, 6, 15), "1.0": (2, 6, 15, 19)}
-#: layers of the decoder that they were chosen for
-_DEPTH = 32
 #: share of the tokens that go which are merged, and how many of them make up a cluster
 _RECYCLED, _PER_CLUSTER = 0.3, 10
 #: by how much a row must be above the mean to be more than rounding
@@ -84,8 +82,8 @@ class SparseVLM(PrefillMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pruning_layers is not None and list(self.pruning_layers) != sorted(set(self.pruning_layers)):
-            raise MethodError(f"{self.name}: pruning_layers {list(self.pruning_layers)} must rise.")
+        if self.pruning_layers is not None:
+            self.check_rising("pruning_layers", self.pruning_layers)
         if self.version == "1.0":
             if self.scale is None and self.tokens_per_image not in _RANKS:
                 known = ", ".join(map(str, _RANKS))
@@ -105,10 +103,7 @@ class SparseVLM(PrefillMethod):
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
         """Decoder layers behind which tokens go."""
-        layers = self.pruning_layers or _LAYERS[self.version]
-        if self.pruning_layers is None and layers[-1] >= num_layers >= len(layers):
-            scaled = [layer * num_layers // _DEPTH for layer in layers]
-            layers = tuple(max(layer, number) for number, layer in enumerate(scaled))
+        layers = self.pruning_layers or same_depth(_LAYERS[self.version], num_layers, first=0)
         if layers[-1] >= num_layers:
             raise MethodError(
                 f"{self.name}: pruning layer {layers[-1]} is outside the allowed range [0, {num_layers - 1}]: "

@@ -19,17 +19,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from accelerate_methods.registry import register
-from accelerate_methods.stages.errors import MethodError
-from accelerate_methods.stages.fields import choice, flag, integer, integers, reals, share
-from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection, VisualSpan, same_depth
-
-#: the released layers, of a decoder of 32
-_LAYERS = (3, 17, 22)
+from accelerate_methods.stages.fields import choice, flag, integer, reals, share
+from accelerate_methods.stages.prefill import PrefillStep, Selection, VisualSpan
+from accelerate_methods.stages.staged import StagedPrefillMethod
 
 
 @register("v2drop")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class V2Drop(PrefillMethod):
+class V2Drop(StagedPrefillMethod):
     """Hyper-parameters of V2Drop, defaults as released for LLaVA-1.5 (203 of 576 tokens as a mean over 32 layers).
 
     Exactly one of ``keep_ratio_list``, ``retention_ratio`` and ``tokens_per_image`` says how many visual rows (the
@@ -52,8 +49,8 @@ class V2Drop(PrefillMethod):
     code: ClassVar[str] = "xuyang-liu16/V2Drop@219e03ed"
     licence: ClassVar[str] = "Apache-2.0"
     positions: ClassVar[str] = "original"
+    released_layers: ClassVar[tuple[int, ...]] = (3, 17, 22)
 
-    layer_list: tuple[int, ...] | None = integers(None, low=1)
     keep_ratio_list: tuple[float, ...] | None = reals((0.5, 0.5, 0.0), low=0, high=1, budget=True)
     retention_ratio: float | None = share(None, budget=True)
     tokens_per_image: int | None = integer(None, low=1, budget=True)
@@ -62,30 +59,11 @@ class V2Drop(PrefillMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layer_list is not None:
-            self.check_rising("layer_list", self.layer_list)
-        if self.keep_ratio_list is not None and len(self.keep_ratio_list) != self.num_drops:
-            raise MethodError(
-                f"{self.name}: {self.num_drops} layers in layer_list need as many shares in keep_ratio_list, "
-                f"got {len(self.keep_ratio_list)}."
-            )
-
-    def layers(self, num_layers: int) -> tuple[int, ...]:
-        """Decoder layers before which tokens go."""
-        layers = self.layer_list or same_depth(_LAYERS, num_layers)
-        self.check_depth("layer_list", layers, num_layers)
-        return layers
-
-    @property
-    def num_drops(self) -> int:
-        """How often tokens go."""
-        return len(self.layer_list or _LAYERS)
-
-    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
-        return self.layers(num_layers)
+        if self.keep_ratio_list is not None:
+            self.check_shares("keep_ratio_list", self.keep_ratio_list)
 
     def prefill(self, step: PrefillStep) -> Selection | None:
-        left, stage = step.left().block, self.layers(step.num_layers).index(step.layer)
+        left, stage = step.left().block, self.stage_of(step)
         kept = [self.keep_count(n, spans, stage) for n, spans in zip(left, step.spans, strict=True)]
         if kept == left:
             return None
@@ -96,13 +74,7 @@ class V2Drop(PrefillMethod):
         least = min(left, int(self.keep_one))
         if self.keep_ratio_list is not None:
             return max(least, int(left * self.keep_ratio_list[stage]))  # the product in float64, truncated
-        total = sum(span.length for span in spans)
-        if not total:
-            return 0
-        ratio = self.retention_ratio
-        if ratio is None:
-            ratio = min(1.0, self.tokens_per_image * len({span.item for span in spans}) / total)
-        return min(left, max(least, round(total * ratio ** ((stage + 1) / self.num_drops))))
+        return min(left, max(least, self.rows_behind(stage, spans)))
 
 
 def variation(before: Tensor, after: Tensor, metric: str = "l2") -> Tensor:

@@ -252,14 +252,39 @@ class PrefillStep:
         return self.layer - 1
 
 
-def same_depth(layers: Sequence[int], num_layers: int, *, depth: int = 32) -> tuple[int, ...]:
-    """Rising layers >= 1 that were chosen for a decoder of ``depth``, in one of ``num_layers``.
+def last_token_scores(step: PrefillStep, *, upcoming: bool = False) -> Tensor:
+    """[B, L] float32: what the last prompt token pays to every row, mean over the query heads.
+
+    In the layer that has last attended, or in the upcoming one; see :meth:`PrefillStep.attention`.
+    """
+    length = step.block.shape[1]
+    last = torch.arange(length - 1, length, device=step.block.device)
+    paid = step.attention(last, upcoming=True) if upcoming else step.attention(last)
+    return paid[:, :, 0].float().mean(1)
+
+
+def counted_selection(step: PrefillStep, keep: Tensor, totals: Sequence[int], kept: Sequence[int]) -> Selection:
+    """The rows ``keep`` [B, L] of a step: ``kept`` of ``totals`` candidates in each sample, and everything else.
+
+    Reads the device only where rows have gone since the prompt.
+    """
+    if step.valid is not None:
+        keep = keep & step.valid
+    if step.rows is not None:  # only the device knows how many there are
+        return Selection.from_mask(keep)
+    lengths = [length - n + m for length, n, m in zip(step.lengths, totals, kept, strict=True)]
+    indices, valid = right_aligned_indices(keep, lengths)
+    return Selection(indices=indices, valid=valid)
+
+
+def same_depth(layers: Sequence[int], num_layers: int, *, depth: int = 32, first: int = 1) -> tuple[int, ...]:
+    """Rising layers >= ``first`` that were chosen for a decoder of ``depth``, in one of ``num_layers``.
 
     As they are where it has them; in a shallower one those at the same depth, each behind the one before.
     """
-    if layers[-1] < num_layers or num_layers <= len(layers):
+    if layers[-1] < num_layers or num_layers < len(layers) + first:
         return tuple(layers)
-    return tuple(max(layer * num_layers // depth, number) for number, layer in enumerate(layers, 1))
+    return tuple(max(layer * num_layers // depth, number) for number, layer in enumerate(layers, first))
 
 
 class PrefillMethod(Method):
