@@ -7,6 +7,9 @@ import accelerate_methods
 from accelerate_methods import accelerate, record
 from accelerate_methods.evit import left_of, quarters, reorganize
 from accelerate_methods.stages.errors import MethodError
+from tests.support.items import pixels
+
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def method(**params):
@@ -48,17 +51,6 @@ def test_refuses(wrong):
 
 
 # -- on models ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
-
-
-def pixels(model, views):
-    side = model.get_vision_tower().image_size
-    return torch.randn(views, 3, side, side, generator=torch.Generator().manual_seed(views))
 
 
 @pytest.mark.parametrize("fuse", [False, True])

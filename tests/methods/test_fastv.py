@@ -19,12 +19,7 @@ from llava.mm_utils import get_anyres_image_grid_shape
 IMAGE = -200
 OV, V15, V16 = "tiny-llava-onevision", "tiny-llava-1.5", "tiny-llava-1.6"
 LAYERS, LENGTH = 4, 30
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture(scope="module")

@@ -2,31 +2,15 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from accelerate_methods import MethodError, accelerate, get, record
-from accelerate_methods.engine.loop import run_decoder
 from accelerate_methods.pdrop import PyramidDrop
-from accelerate_methods.registry.pipeline import Pipeline
 from accelerate_methods.stages.prefill import VisualSpan
 from tests.methods.test_every_method import BATCH, OV, answer, assert_close
-from tests.support.prompts import LAYERS, by_layers, decoder, make_prompts
+from tests.support.prompts import LAYERS, by_layers, decoder, make_prompts, run
 
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
-
-
-def run(method, asked, *more):
-    model = decoder()
-    cache, request = DynamicCache(config=model.config), asked.record()
-    pipeline = Pipeline((method, *more))
-    pipeline.check_layers(LAYERS)
-    out = run_decoder(model.model, pipeline, **asked.inputs, request=request, past_key_values=cache, use_cache=True)
-    return out, request, cache
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def spans(*lengths):

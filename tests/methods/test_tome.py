@@ -9,6 +9,9 @@ import accelerate_methods
 from accelerate_methods import accelerate, record
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.tome import match, match_every, match_random, merge_mean, schedule_for, schedule_of
+from tests.support.items import pixels
+
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def method(**params):
@@ -109,17 +112,6 @@ def test_refuses(wrong):
 # -- on models ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
-
-
-def pixels(model, views):
-    side = model.get_vision_tower().image_size
-    return torch.randn(views, 3, side, side, generator=torch.Generator().manual_seed(views))
-
-
 def test_proportional_attention_is_that_of_every_copy(tiny):
     """One block on merged tokens equals the block on all of them, each repeated as often as its size says."""
     from accelerate_methods.engine.encoder_block import BlockAttention, ClipBlock
@@ -127,6 +119,7 @@ def test_proportional_attention_is_that_of_every_copy(tiny):
 
     block = ClipBlock(tiny("tiny-llava-onevision").get_vision_tower().vision_tower.encoder.layers[0])
     hidden, sizes = torch.randn(1, 6, 32), torch.tensor([[1.0, 3, 1, 2, 4, 1]])
+    hidden[:, 1] = hidden[:, 0]  # two tokens that differ by what they stand for only
     every = hidden.repeat_interleave(sizes[0].long(), dim=1)
     index = torch.arange(6)[None]
     few = BlockAttention(block, block.project(hidden, TokenMap(index, index)), sizes.log(), 0, 1, None)
@@ -134,6 +127,7 @@ def test_proportional_attention_is_that_of_every_copy(tiny):
     torch.testing.assert_close(few.output().repeat_interleave(sizes[0].long(), dim=1), many.output())
     got = few.received_attention()[0] * 6
     assert (got[1] > got[0]), "a token that stands for three is attended to as three"
+    torch.testing.assert_close(got[1], 3 * got[0])
 
 
 def test_the_count_is_exact_and_the_record_adds_up(tiny):

@@ -2,29 +2,13 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 from accelerate_methods import MethodError, get
-from accelerate_methods.engine.loop import run_decoder
-from accelerate_methods.registry.pipeline import Pipeline
 from accelerate_methods.stages.prefill import VisualSpan
 from accelerate_methods.v2drop import V2Drop, variation
-from tests.support.prompts import LAYERS, by_layers, decoder, make_prompts
+from tests.support.prompts import LAYERS, by_layers, decoder, make_prompts, run
 
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
-
-
-def run(method, asked, *more):
-    model = decoder()
-    cache, request = DynamicCache(config=model.config), asked.record()
-    pipeline = Pipeline((method, *more))
-    pipeline.check_layers(LAYERS)
-    out = run_decoder(model.model, pipeline, **asked.inputs, request=request, past_key_values=cache, use_cache=True)
-    return out, request, cache
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 # -- parameters --------------------------------------------------------------------------------------------------------

@@ -26,6 +26,12 @@ def features_of(kind, shape, generator):
     return values.sign() if kind == "ties" else values * 30 if kind == "large" else values
 
 
+def pixels(model, views):
+    """[views, 3, S, S] of the size that the model's tower takes; the same for the same number."""
+    side = model.get_vision_tower().image_size
+    return torch.randn(views, 3, side, side, generator=torch.Generator().manual_seed(views))
+
+
 def of_other_layers(signals, generator):
     """The same signals, shuffled, as those of the encoder layers that any method asks for."""
     asked = {s for n in accelerate_methods.available() for s in method_class(n).signals if Signal(s) != Signal(s).name}

@@ -6,7 +6,7 @@ import functools
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from accelerate_methods.engine.loop import run_decoder
 from accelerate_methods.engine.prompt import PromptLayout
@@ -110,6 +110,16 @@ def in_llm(name, ratio, params, stage):
     """A pipeline of one method, where its stage is on."""
     method = configured(name, ratio, **params)
     return Pipeline((method,)) if stage in method.stages else None
+
+
+def run(method, asked, *more):
+    """Prompts through the decoder under the methods, with a cache: the loop's output, the record, the cache."""
+    model = decoder()
+    cache, request = DynamicCache(config=model.config), asked.record()
+    pipeline = Pipeline((method, *more))
+    pipeline.check_layers(LAYERS)
+    out = run_decoder(model.model, pipeline, **asked.inputs, request=request, past_key_values=cache, use_cache=True)
+    return out, request, cache
 
 
 def assert_decodes(model, pipeline, inputs, cache, batch, steps=2):
