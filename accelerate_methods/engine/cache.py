@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from accelerate_methods.engine.cache_state import CacheState
-from accelerate_methods.engine.cache_state import LayerCache as LayerCache  # for whoever cuts rows
 from accelerate_methods.engine.cached_keys import cached_length
 from accelerate_methods.engine.devices import moved
 from accelerate_methods.stages.errors import MethodError

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from accelerate_methods.engine.cached_keys import cached_length, check_in_reach, check_whole, gather_keys
+from accelerate_methods.engine.cached_keys import (
+    cached_length,
+    check_in_reach,
+    check_whole,
+    gather_keys,
+    replace_entries,
+)
 from accelerate_methods.engine.devices import moved
 from accelerate_methods.stages.errors import MethodError
 
@@ -276,9 +282,7 @@ class CacheState:
             device = entry.keys.device
             check_whole(entry.keys, known.visual.shape[1])
             here = moved(picked, device)
-            entry.keys, entry.values = gather_keys(entry.keys, here), gather_keys(entry.values, here)
-            if hasattr(entry, "cumulative_length"):  # a sliding-window layer counts what it has seen
-                entry.cumulative_length = here.shape[1]
+            replace_entries(entry, gather_keys(entry.keys, here), gather_keys(entry.values, here))
             known.valid, known.visual, known.rows = moved((left.valid, left.visual, left.rows), device)
 
     def carried(self, keep: Tensor, below: int, index: int) -> Tensor:

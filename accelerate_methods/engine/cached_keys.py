@@ -55,6 +55,13 @@ def check_whole(keys: Tensor, length: int) -> None:
         )
 
 
+def replace_entries(layer: Any, keys: Tensor, values: Tensor) -> None:
+    """Other entries [B, G, S, d] for one layer of a cache."""
+    layer.keys, layer.values = keys, values
+    if hasattr(layer, "cumulative_length"):  # a sliding-window layer counts what it has seen
+        layer.cumulative_length = keys.shape[2]
+
+
 def grown(mask: Tensor, total: int, new: int, fill: bool) -> Tensor:
     """A mask over a layer's cache, extended to ``total`` keys: those cached since, and this call's ``new`` ones."""
     mask = mask[:, : total - new]  # generate may have cropped the cache

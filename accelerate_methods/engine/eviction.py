@@ -19,7 +19,14 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from accelerate_methods.engine.cache_state import CacheState, MovedUp
-from accelerate_methods.engine.cached_keys import cached_length, check_in_reach, check_whole, gather_keys, grown
+from accelerate_methods.engine.cached_keys import (
+    cached_length,
+    check_in_reach,
+    check_whole,
+    gather_keys,
+    grown,
+    replace_entries,
+)
 from accelerate_methods.engine.devices import moved
 from accelerate_methods.engine.layers import DecoderLayers, rotated
 from accelerate_methods.stages.contract import check_stays
@@ -206,9 +213,7 @@ class Evictions:
             entry, known = self._cache.layers[index], self.state.layers[index]
             check_whole(entry.keys, step.entries)
             leave = closed_up if self._may_overwrite(step, kept, entry.keys) else remaining
-            entry.keys, entry.values = leave(entry.keys, kept), leave(entry.values, kept)
-            if hasattr(entry, "cumulative_length"):  # a sliding-window layer counts what it has seen
-                entry.cumulative_length = count
+            replace_entries(entry, leave(entry.keys, kept), leave(entry.values, kept))
             known.visual, known.valid = visual, valid
         left = count if valid is None else valid.sum(1, keepdim=True)
         if self._method.cache_positions == "cache" and self.placed:

@@ -200,7 +200,7 @@ class RequestRecord:
         return [int(tokens[sample * (len(tokens) // len(self.samples))]) for tokens in self.layer_tokens]  # beams
 
     def started(self, layers: int) -> None:
-        """Prefill begins, through ``layers`` layers unless :meth:`dropped` says otherwise."""
+        """Prefill begins, through ``layers`` layers unless :meth:`went_on` says otherwise."""
         for sample in self.samples:
             for item in sample.items:
                 item.num_layers = layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ class Rows:
     Attributes:
         hidden: [B, q, D]; position_ids: [B, q] or [R, B, q]; rope: their rotary tables (cos, sin).
         mask: [B, cached + q] padding of the call, or None; valid: [B, q] its part for these rows.
-        masks: which rows are visual to the prefill method ("visual"; "block": with newlines) and to the decode method
-            ("decode"), [B, q] each.
+        masks: which rows are visual to each prefill method, ("visual", its number), or ("block", its number) with
+            newlines; and to the decode method, "decode". [B, q] each.
         added: [B, q, D] each, what is added to the outputs of the first layers.
         kept: [B, q] row of the prompt that each row was, None as long as nothing has been dropped.
         shift: [B, 1] how far positions lie behind those of the prompt, or None.
@@ -34,7 +35,7 @@ class Rows:
     rope: tuple[Tensor, Tensor]
     mask: Tensor | None
     valid: Tensor | None
-    masks: dict[str, Tensor]
+    masks: dict[Any, Tensor]
     added: list[Tensor]
     kept: Tensor | None = None
     shift: Tensor | None = None

@@ -55,7 +55,6 @@ def check_visuals(pipeline: Pipeline, arguments: dict[str, Any], begins: bool) -
     Args:
         begins: whether the call is the first on its cache.
     """
-    refuse_embeddings(pipeline, arguments, begins)
     if arguments.get("input_ids") is None:
         raise MethodError("images and videos need input_ids: their placeholders say where the tokens stand.")
     if not needs_loop(pipeline):

@@ -154,9 +154,9 @@ class NativeAcceleration:
         elif begins:
             now.request = recording.new_request()
         visuals = bool(now.seen) or any(v is not None for k, v in arguments.items() if k.startswith("pixel_values"))
+        refuse_embeddings(self.pipeline, arguments, begins)
         if visuals:
             check_visuals(self.pipeline, arguments, begins)
-        refuse_embeddings(self.pipeline, arguments, begins)
         if needs_loop(self.pipeline):
             refuse_outputs(self.pipeline, arguments, self.model.config, self.family.language.config)
         if now.unseen and needs_loop(self.pipeline):
