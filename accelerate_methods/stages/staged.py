@@ -47,14 +47,18 @@ class StagedPrefillMethod(PrefillMethod):
         """How often tokens go."""
         return len(self.layer_list or self.released_layers)
 
-    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
+    def layers(self, num_layers: int) -> tuple[int, ...]:
+        """Decoder layers before which tokens go."""
         layers = self.layer_list or same_depth(self.released_layers, num_layers)
         self.check_depth("layer_list", layers, num_layers)
         return layers
 
+    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
+        return self.layers(num_layers)
+
     def stage_of(self, step: PrefillStep) -> int:
         """Number of the stage that ends before this step's layer, 0-based."""
-        return self.prefill_layers(step.num_layers).index(step.layer)
+        return self.layers(step.num_layers).index(step.layer)
 
     def rows_behind(self, stage: int, spans: Sequence[VisualSpan]) -> int:
         """Rows of a sample's images and videos behind a stage, of which each leaves the same share.
