@@ -61,20 +61,18 @@ def _probabilities(*shape: int, device: torch.device, dtype: torch.dtype) -> tor
     return _random(*shape, device=device, dtype=torch.float32).mul(2).softmax(-1).to(dtype)
 
 
-def _of_other_layers(
-    method: CompressMethod, sets: int, tokens: int, device: torch.device, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """Signals of the encoder layers that the method names; keys of joined heads have the width of CLIP-L."""
-    found = {}
+def _signals(method: CompressMethod, features: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the method asks for beside ``features`` [F, N, D]; keys of joined heads have the width of CLIP-L."""
+    (sets, tokens, width), device, dtype, found = features.shape, features.device, features.dtype, {}
     for name in method.signals:
         asked = Signal(name)
         if name == "question_rows":
-            found[name] = _random(12, 4096 if tokens < 1000 else 3584, device=device, dtype=dtype)
+            found[name] = _random(12, width, device=device, dtype=dtype)
         elif name == "encoder_tokens":
             found[name] = _random(sets, tokens, 1024, device=device, dtype=dtype)
         elif asked.name == "key_states":
-            width = 1024 if asked.heads == "joined" else 64
-            found[name] = _random(sets, tokens, width, device=device, dtype=dtype)
+            of_keys = 1024 if asked.heads == "joined" else 64
+            found[name] = _random(sets, tokens, of_keys, device=device, dtype=dtype)
         elif name.endswith("_embeds"):
             shape = (sets, tokens, 768) if name == "image_embeds" else (1, 768)
             found[name] = _random(*shape, device=device, dtype=torch.float32)
@@ -101,14 +99,8 @@ def video(method: str, frames: int, tokens: int, width: int, **params: object):
             length=frames * tokens,
             grid=(side, side) if side * side == tokens else None,
         )
-        item.signals = {
-            "frame_features": features.float().mean(1),
-            "pooling_attention": _probabilities(frames, tokens, device=device, dtype=dtype),
-            "received_attention": _probabilities(frames, tokens, device=device, dtype=dtype),
-            "key_states": _random(frames, tokens, 64, device=device, dtype=dtype),
-        }
         instance = accelerate_methods.get(method, **params)
-        item.signals |= _of_other_layers(instance, frames, tokens, device, dtype)
+        item.signals = {"frame_features": features.float().mean(1), **_signals(instance, features)}
         kept = len(instance.compress(item).tokens)
         random = accelerate_methods.get("random", retention_ratio=kept / (frames * tokens))
         plain = {"random": lambda: random.compress(item), "copy": _copy(features.flatten(0, 1), kept)}
@@ -122,18 +114,14 @@ def views(method: str, count: int, **params: object):
 
     def make(device: torch.device, dtype: torch.dtype) -> Work:
         features = video_like_features(count, 576, 1024, scenes=1).to(device, dtype)
+        instance = accelerate_methods.get(method, **params)
         image = Views(
             features=features,
             grid=(24, 24),
             special=_random(count, 1, 1024, device=device, dtype=dtype),
             tiles=(2, 2) if count == 5 else None,
-            signals={
-                "cls_attention": _probabilities(count, 576, device=device, dtype=dtype),
-                "key_states": _random(count, 576, 64, device=device, dtype=dtype),
-            },
+            signals=_signals(instance, features),
         )
-        instance = accelerate_methods.get(method, **params)
-        image.signals |= _of_other_layers(instance, count, 576, device, dtype)
         rows = features.flatten(0, 1)
         kept = len(instance.compress_views(image).tokens)
 
