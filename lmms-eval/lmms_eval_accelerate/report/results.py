@@ -61,15 +61,13 @@ class Run:
     @property
     def started(self) -> str | None:
         claim = self.folder / CLAIM
-        found = _load(claim) if claim.is_file() else None
-        return found.get("started") if isinstance(found, dict) else None
+        return _mapping(claim).get("started") if claim.is_file() else None
 
     @cached_property
     def task_configs(self) -> dict[str, dict[str, Any]]:
         """The harness's own description of each task."""
         found = sorted(self.folder.rglob(f"{self.summary.get('date')}_results.json"))
-        content = _load(found[0]) if found else {}
-        return content.get("configs", {}) if isinstance(content, dict) else {}
+        return _mapping(found[0]).get("configs", {}) if found else {}
 
     def samples(self, task: str, metric: str) -> dict[Any, Sample]:
         """Answers by document; empty if the run kept none."""
@@ -147,9 +145,7 @@ def _take(file: Path, results: Results, named: bool) -> bool:
     if file.name == CLAIM and not (folder / SUMMARY).exists():
         results.left_out.append(f"{folder}: not finished (no {SUMMARY})")
     elif file.name == FAILED:
-        reason = _load(file)
-        reason = reason.get("reason", "no reason given") if isinstance(reason, dict) else "no reason given"
-        results.left_out.append(f"{folder}: failed ({reason})")
+        results.left_out.append(f"{folder}: failed ({_mapping(file).get('reason', 'no reason given')})")
     elif not file.name.endswith("_results.json") and b'"efficiency"' in file.read_bytes()[:4096]:
         content = _load(file)
         if isinstance(content, dict) and content.get("kind") == "efficiency":
@@ -189,6 +185,12 @@ def _fault(summary: Mapping[str, Any]) -> str:
 
 def _load(path: Path) -> Any:
     return read_json(path, ReportError)
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """Empty where the file holds something else."""
+    content = _load(path)
+    return content if isinstance(content, dict) else {}
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
