@@ -10,7 +10,7 @@ where they stand (:mod:`.qwen_vl`, :mod:`.internvl`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -58,14 +58,25 @@ class TakenOver:
         return outputs(number)
 
 
+def layer_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The states that a layer of an encoder was called with."""
+    return (args[0] if args else kwargs["hidden_states"]).detach()
+
+
 def tokens_in_place(
-    features: Tensor, tokens: TokenMap, at: ItemRows, modality: str, grid: tuple[int, int]
+    features: Tensor,
+    tokens: TokenMap,
+    at: ItemRows,
+    modality: str,
+    grid: tuple[int, int],
+    signals: Mapping[str, Tensor] | None = None,
 ) -> PromptItem:
     """What an encode method has left of an image or video whose tokens stay where they stand, in raster order.
 
     Args:
         features: [F, P, D] one for every place, each a copy of the token that holds it.
         tokens: over these places.
+        signals: [F, N, ...] in the order of ``tokens``, or None.
     """
     frames, places, _ = features.shape
     stands, order = tokens.places().sort(dim=1)
@@ -75,5 +86,7 @@ def tokens_in_place(
     item = shortened_item(pick_rows(features, stands), modality, None)
     item.patches = PatchMap.of(TokenMap(owner, tokens.stands.gather(1, order)), grid)
     item.full_tokens = item.full_length = frames * places
+    for name, value in (signals or {}).items():
+        item.signals[name] = pick_rows(value, order) if value.ndim == 3 else value.gather(1, order)
     rows = at.rows.view(frames, places).gather(1, stands).flatten()
     return PromptItem(at.sample, rows, at.start, at.end, item, dense_rows=at.rows)

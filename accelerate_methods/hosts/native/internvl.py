@@ -21,11 +21,11 @@ from accelerate_methods.engine.devices import moved
 from accelerate_methods.engine.encoder_attention import ENCODER_SIGNALS, asked_layers, signals_of_layers
 from accelerate_methods.engine.encoder_block import EncoderBlock
 from accelerate_methods.engine.encoder_blocks import BlockRun, EncodedTokens, acting_blocks
-from accelerate_methods.hosts.native.encoding import TakenOver, tokens_in_place
+from accelerate_methods.hosts.native.encoding import TakenOver, layer_input, tokens_in_place
 from accelerate_methods.hosts.native.family import Call, Family, locate_items
 from accelerate_methods.hosts.native.prompt import PromptItem
 from accelerate_methods.hosts.native.wrapping import Wrappers
-from accelerate_methods.ops.select import on_device, pick_rows
+from accelerate_methods.ops.select import on_device
 from accelerate_methods.registry import families
 from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.encode import EncodeMethod, TokenMap
@@ -79,8 +79,7 @@ class InternVL(Family):
 
         def hook_of(index: int) -> Any:
             def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-                states = (args[0] if args else kwargs["hidden_states"]).detach()
-                inputs = {**self._inputs.get(), index: states}
+                inputs = {**self._inputs.get(), index: layer_input(args, kwargs)}
                 self._inputs.set({} if index == wanted[-1] else inputs)
                 if index == wanted[-1]:
                     seen(inputs)
@@ -97,8 +96,7 @@ class InternVL(Family):
         back = torch.argsort(order)
 
         def run(hidden: Tensor) -> Any:
-            if hidden.shape[1] != 1 + len(order):
-                raise MethodError(f"tiles of {hidden.shape[1] - 1} patches; this checkpoint's have {len(order)}.")
+            self._check_patches(hidden)
             by_block = on_device(order, hidden.device) + 1
             parts = [InternBlock(module, taken.forwards[i]) for i, module in enumerate(self._modules[:blocks])]
             encoded = BlockRun(parts, method, depth=len(self._modules), special=1, unit=unit)(
@@ -111,19 +109,22 @@ class InternVL(Family):
 
         taken = TakenOver(wrappers, self._modules, run)
 
+    def _check_patches(self, states: Tensor) -> None:
+        """MethodError unless [V, 1 + P, M] are states of tiles of the checkpoint's size."""
+        patches, own = states.shape[1] - 1, (self.side * self.factor) ** 2
+        if patches != own:
+            raise MethodError(f"tiles of {patches} patches; this checkpoint's have {own}.")
+
     def items(self, call: Call) -> list[PromptItem]:
         seen, token, per_tile = call.seen["image"], self.config.image_token_id, self.side**2
         (inputs,) = seen.encoded
         merged = inputs if isinstance(inputs, EncodedTokens) else None
-        before = inputs[self.feature] if merged is None else merged.full()
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
             if seen.arguments.get(name) not in (None, getattr(self.config, name)):
                 raise MethodError(f"{name}={seen.arguments[name]!r} is not the model's own; set it in its config.")
-        if len(before[0]) != 1 + per_tile * self.factor**2:
-            raise MethodError(
-                f"tiles of {len(before[0]) - 1} patches; this checkpoint's have {per_tile * self.factor**2}."
-            )
-        tiles = len(before)
+        if merged is None:
+            self._check_patches(inputs[self.feature])
+        tiles = len(inputs[self.feature] if merged is None else merged.hidden)
         lengths = _runs(call.ids, token, tiles * per_tile)
         if any(length % per_tile for length in lengths):
             raise MethodError(f"runs of {lengths} image placeholders are not made of tiles of {per_tile} tokens.")
@@ -135,11 +136,8 @@ class InternVL(Family):
             features = call.embeds[at.sample, at.rows].view(count, per_tile, -1)
             own = {name: value[first : first + count] for name, value in signals.items()}
             if merged is not None and not merged.grid:
-                tokens = moved(merged[first : first + count].tokens, features.device)
-                found = tokens_in_place(features, tokens, at, "image", (self.side, self.side))
-                order = tokens.places().argsort(dim=1)
-                found.item.signals = {name: pick(moved(value, order.device), order) for name, value in own.items()}
-                out.append(found)
+                tokens, own = moved((merged[first : first + count].tokens, own), features.device)
+                out.append(tokens_in_place(features, tokens, at, "image", (self.side, self.side), own))
                 continue
             item = VisualItem(
                 modality="image",
@@ -197,11 +195,6 @@ class InternBlock(EncoderBlock):
 
     def whole(self, hidden: Tensor) -> Tensor:
         return self._forward(hidden)
-
-
-def pick(signal: Tensor, order: Tensor) -> Tensor:
-    """[V, N, ...] in the order [V, N]."""
-    return pick_rows(signal, order) if signal.ndim == 3 else signal.gather(1, order)
 
 
 def _block_order(side: int, factor: int) -> Tensor:

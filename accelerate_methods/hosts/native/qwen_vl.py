@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from accelerate_methods.engine.devices import moved
 from accelerate_methods.engine.encoder_attention import asked_layers, received_per_map
-from accelerate_methods.hosts.native.encoding import TakenOver, tokens_in_place
+from accelerate_methods.hosts.native.encoding import TakenOver, layer_input, tokens_in_place
 from accelerate_methods.hosts.native.family import Call, Family, ItemRows, Seen, locate_items
 from accelerate_methods.hosts.native.prompt import PromptItem
 from accelerate_methods.hosts.native.qwen_encoding import FrameShape, QwenRun, rotated
@@ -87,8 +87,7 @@ class QwenVL(Family):
 
         def hook_of(index: int) -> Any:
             def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-                states = args[0] if args else kwargs["hidden_states"]
-                got = AttentionInput(states.detach(), kwargs["position_embeddings"])
+                got = AttentionInput(layer_input(args, kwargs), kwargs["position_embeddings"])
                 inputs = {**self._inputs.get(), index: got}
                 self._inputs.set({} if index == last and not self._keeps_tokens else inputs)
                 if index == last:

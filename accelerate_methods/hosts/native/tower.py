@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from accelerate_methods.engine.encoder_attention import ENCODER_SIGNALS, Encoded, asked_layers, signals_of_layers
 from accelerate_methods.engine.encoder_blocks import acting_blocks, run_clip
-from accelerate_methods.hosts.native.encoding import TakenOver
+from accelerate_methods.hosts.native.encoding import TakenOver, layer_input
 from accelerate_methods.hosts.native.wrapping import Wrappers
 from accelerate_methods.stages.encode import EncodeMethod
 from accelerate_methods.stages.errors import MethodError
@@ -86,11 +86,11 @@ class ClipTower:
             hidden = output[0] if isinstance(output, tuple) else output
             inputs = self._inputs.get()
             self._inputs.set({})
-            seen(Encoded(hidden, self.special, _states(args, kwargs), inputs))
+            seen(Encoded(hidden, self.special, layer_input(args, kwargs), inputs))
 
         def remember(index: int) -> Callable[..., None]:
             def note(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-                self._inputs.set({**self._inputs.get(), index: _states(args, kwargs)})
+                self._inputs.set({**self._inputs.get(), index: layer_input(args, kwargs)})
 
             return note
 
@@ -121,7 +121,7 @@ class ClipTower:
                 dense=dense(hidden_states.shape[1] - self.special),
             )  # fmt: skip
             seen(encoded)
-            full = encoded.merged.full()
+            full = encoded.merged.full() if encoded.shortened else encoded.hidden
             return lambda number: full
 
         taken = TakenOver(wrappers, self._layers, run)
@@ -132,8 +132,3 @@ class ClipTower:
         if encoded.merged is not None:
             return encoded.merged.signals(self._layers, asked)
         return signals_of_layers(self._layers, encoded.around(self._feature), asked, self.special)
-
-
-def _states(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """What a layer was called with."""
-    return (args[0] if args else kwargs["hidden_states"]).detach()
