@@ -117,7 +117,7 @@ def weight_names(path: str | Path) -> set[str]:
     """
     for index in INDEXES:
         if (found := find_file(path, index)) is not None:
-            return set(_weight_map(found))
+            return set(weight_map(found))
     for single in SINGLE:
         if (found := find_file(path, single)) is not None:
             return _names_in(found)
@@ -127,7 +127,12 @@ def weight_names(path: str | Path) -> set[str]:
     )
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Path) -> dict[str, str]:
+    """Which file of a checkpoint holds each weight, out of its index.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no index.
+    """
     found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
         raise CheckpointError(f"cannot read {index}: it has no 'weight_map' from names of weights to files.")
@@ -183,7 +188,7 @@ def _check_folder(folder: Path, complete: bool) -> None:
     for index in (folder / name for name in INDEXES):
         if not index.is_file():
             continue
-        weights = [folder / name for name in sorted(set(_weight_map(index).values()))]
+        weights = [folder / name for name in sorted(set(weight_map(index).values()))]
         missing = [file for file in weights if not file.is_file()]
         if missing and complete:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -25,7 +25,14 @@ from transformers import (
 )
 
 from accelerate_methods.hosts.checkpoint_files import CheckpointError, read_json
-from accelerate_methods.hosts.tower_files import TowerError, tower_config, tower_file, tower_folder, weight_files
+from accelerate_methods.hosts.tower_files import (
+    TowerError,
+    tower_config,
+    tower_file,
+    tower_folder,
+    weight_files,
+    weights_named,
+)
 from accelerate_methods.stages.errors import MethodError
 
 _CONFIGS = {"clip": CLIPTextConfig, "siglip": SiglipTextConfig}
@@ -49,23 +56,22 @@ class TextTower(nn.Module):
         self.tokenize = tokenize
 
     @classmethod
-    def from_files(cls, name: str, checkpoint: str | None = None) -> TextTower:
-        """Read the text half of the tower ``name`` (or of the checkpoint's ``vision_tower`` folder).
+    def from_files(cls, name: str) -> TextTower:
+        """Read the text half of the tower ``name``, a folder or a name on the hub.
 
         Raises:
             TowerError: there is none, or it cannot be read.
         """
-        path = tower_file(name, checkpoint, "config.json")
+        path = tower_file(name, None, "config.json")
         raw = read_json(path)
         kind = str(raw.get("model_type", ""))
         if kind not in _CONFIGS:
             raise TowerError(f"{path}: model_type {kind!r} has no text tower that is known here (clip, siglip).")
-        weights = _weights(weight_files(name, checkpoint), ("text_model.", "text_projection.", "visual_projection."))
+        weights = weights_named(weight_files(name, None), ("text_model.", "text_projection.", "visual_projection."))
         if not any(key.startswith("text_model.") for key in weights):
             raise TowerError(f"the files of {name!r} hold a vision tower without its text tower.")
-        folder = tower_folder(name, checkpoint)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder or name))
+            tokenizer = AutoTokenizer.from_pretrained(name)
         except Exception as error:
             raise TowerError(f"the tokenizer of text tower {name!r} cannot be loaded: {error}") from error
         return cls.built(kind, dict(raw.get("text_config") or {}), weights, lambda text: tokenizer(text).input_ids)
@@ -143,18 +149,6 @@ def text_chunks(ids: Tensor, width: int, pad: int = 0) -> tuple[Tensor, Tensor, 
     rows = functional.pad(ids, (0, space), value=pad).view(count, width)
     mask = functional.pad(torch.ones_like(ids), (0, space)).view(count, width)
     return rows, mask, rows.argmax(1)
-
-
-def _weights(paths: Sequence[Path], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for path in paths:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as source:
-                found.update({key: source.get_tensor(key) for key in source.keys() if key.startswith(prefixes)})
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            found.update({key: value for key, value in content.items() if key.startswith(prefixes)})
-    return found
 
 
 # -- which one belongs to a model --------------------------------------------------------------------------------------

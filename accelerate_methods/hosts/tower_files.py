@@ -8,13 +8,14 @@ that carries its own tower weights needs no hub access at all.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from transformers import CLIPVisionConfig, SiglipVisionConfig
 
-from accelerate_methods.hosts.checkpoint_files import CheckpointError, find_file, read_json
+from accelerate_methods.hosts.checkpoint_files import INDEXES, SINGLE, CheckpointError, find_file, read_json, weight_map
 
 _KNOWN = Path(__file__).parent / "known_towers"
 _CONFIG_CLASSES = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}
@@ -89,33 +90,36 @@ def tower_config(name: str, checkpoint: str | None) -> VisionConfig:
 def tower_weights(name: str, checkpoint: str | None, prefix: str = "") -> dict[str, torch.Tensor]:
     """Vision weights below ``vision_model.<prefix>``, named relative to ``vision_model.``; safetensors or .bin."""
     wanted = f"vision_model.{prefix}"
-    weights: dict[str, torch.Tensor] = {}
-    for path in weight_files(name, checkpoint):
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as source:
-                weights.update({k: source.get_tensor(k) for k in source.keys() if k.startswith(wanted)})
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            weights.update({k: v for k, v in content.items() if k.startswith(wanted)})
+    weights = weights_named(weight_files(name, checkpoint), (wanted,))
     if not weights:
         raise TowerError(f"the files of vision tower {name!r} hold no weights named {wanted}*.")
     return {k.removeprefix("vision_model."): v for k, v in weights.items()}
 
 
+def weights_named(paths: Sequence[Path], prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """The weights in these files whose names begin with one of ``prefixes``; safetensors or .bin."""
+    found: dict[str, torch.Tensor] = {}
+    for path in paths:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as source:
+                found.update({key: source.get_tensor(key) for key in source.keys() if key.startswith(prefixes)})
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            found.update({key: value for key, value in content.items() if key.startswith(prefixes)})
+    return found
+
+
 def weight_files(name: str, checkpoint: str | None) -> list[Path]:
     """The weight files of a tower, all shards; :class:`TowerError` if there are none."""
     tried = []
-    for index, single in (
-        ("model.safetensors.index.json", "model.safetensors"),
-        ("pytorch_model.bin.index.json", "pytorch_model.bin"),
-    ):
+    for index, single in zip(INDEXES, SINGLE, strict=True):
         try:
             return [tower_file(name, checkpoint, single)]
         except TowerError as error:
             tried.append(str(error))
         try:
-            listing = read_json(tower_file(name, checkpoint, index))
+            listing = tower_file(name, checkpoint, index)
         except TowerError:
             continue
-        return [tower_file(name, checkpoint, shard) for shard in sorted(set(listing["weight_map"].values()))]
+        return [tower_file(name, checkpoint, shard) for shard in sorted(set(weight_map(listing).values()))]
     raise TowerError(tried[0])
