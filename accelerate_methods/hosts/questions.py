@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,12 +108,32 @@ def per_prompt(questions: Any, prompts: int) -> list[str] | None:
     return [plain_question(question) for question in given for _ in range(copies)]
 
 
-def missing(pipeline: Pipeline) -> MethodError:
-    """The error of a request that does not say what is asked."""
-    return MethodError(
-        f"{pipeline.name} looks at the question, and nothing says what it is: give questions=[...], one text per "
-        "prompt, to generate or forward, or attach with accelerate(model, method, tokenizer=...)."
-    )
+def questions_of(
+    pipeline: Pipeline,
+    wanted: frozenset[str],
+    given: Any,
+    prompts: int,
+    tokenizer: Any,
+    read: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+) -> list[str] | None:
+    """The question of each of ``prompts``: as the caller gave it, or out of the ids; None if nobody needs to know.
+
+    Args:
+        given: the caller's, or None; tokenizer: for the ids, or None.
+        read: ids and visual rows of each prompt, as :func:`question_in` takes them; called if they are looked at.
+
+    Raises:
+        MethodError: nothing says what is asked of a prompt, and a method looks at it.
+    """
+    said, needed = per_prompt(given, prompts), asks(pipeline, wanted)
+    if needed and said is None and tokenizer is not None:
+        said = [question_in(ids, visual, tokenizer) for ids, visual in read()]
+    if needed and (said is None or not all(said)):
+        raise MethodError(
+            f"{pipeline.name} looks at the question, and nothing says what it is: give questions=[...], one text per "
+            "prompt, to generate or forward, or attach with accelerate(model, method, tokenizer=...)."
+        )
+    return said
 
 
 def word_ids(words: Sequence[str], tokenizer: Any) -> list[int]:

@@ -115,6 +115,11 @@ class Pipeline:
         return frozenset().union(*(m.signals for m in self.methods))
 
     @property
+    def text_tower(self) -> str | None:
+        """The text tower that a method names, the first one's."""
+        return next((m.text_tower for m in self.methods if m.text_tower is not None), None)
+
+    @property
     def stages(self) -> tuple[str, ...]:
         return tuple(s for s in STAGES if self._at(s) is not None)
 

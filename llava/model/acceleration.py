@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,11 +17,9 @@ from accelerate_methods.hosts.pooling_head import SiglipPoolingHead
 from accelerate_methods.hosts.questions import (
     PromptText,
     asks,
-    missing,
-    per_prompt,
     prompt_texts,
-    question_in,
     question_reader,
+    questions_of,
     signals_of_prompts,
 )
 from accelerate_methods.hosts.text_tower import TextTower, text_tower_name, text_tower_of
@@ -84,18 +83,17 @@ class LlavaAcceleration:
         Raises:
             MethodError: nobody says what the question is.
         """
-        needed = asks(self.pipeline, self._names)
         by_rows = OF_PROMPT & self._names
-        if not (needed or by_rows):
+        if not (by_rows or asks(self.pipeline, self._names)):
             return None
         ids, mask = prompts.input_ids, prompts.attention_mask
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        given = per_prompt(prompts.questions, ids.shape[0])
-        if needed and given is None and self.tokenizer is not None:
-            rows = [(row[keep], row[keep] == IMAGE_TOKEN_INDEX) for row, keep in zip(ids, real, strict=True)]
-            given = [question_in(*row, self.tokenizer) for row in rows]
-        if needed and (given is None or not all(given)):
-            raise missing(self.pipeline)
+
+        def rows() -> Iterator[tuple[Tensor, Tensor]]:
+            for row, keep in zip(ids, real, strict=True):
+                yield row[keep], row[keep] == IMAGE_TOKEN_INDEX
+
+        given = questions_of(self.pipeline, self._names, prompts.questions, len(ids), self.tokenizer, rows)
         of_prompt = {}
         if by_rows:
             text = real & (ids != IMAGE_TOKEN_INDEX)
@@ -171,9 +169,8 @@ class LlavaAcceleration:
 
 def text_tower_named(model: Any, pipeline: Pipeline) -> str | None:
     """Where the text tower of the model is to be had, or the one that a method names; None if nowhere."""
-    named = next((m.text_tower for m in pipeline.methods if m.text_tower is not None), None)
     tower = model.get_vision_tower()
-    return named or text_tower_name(tower.vision_tower_name, tower.checkpoint, tower.hub_config)
+    return pipeline.text_tower or text_tower_name(tower.vision_tower_name, tower.checkpoint, tower.hub_config)
 
 
 def facts_of(model: Any, pipeline: Pipeline = _DENSE) -> ModelFacts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -33,11 +34,9 @@ from accelerate_methods.hosts.native.watching import Forward, VisionWatch
 from accelerate_methods.hosts.native.wrapping import Wrappers
 from accelerate_methods.hosts.questions import (
     asks,
-    missing,
-    per_prompt,
     prompt_texts,
-    question_in,
     question_reader,
+    questions_of,
     signals_of_prompts,
 )
 from accelerate_methods.registry.pipeline import Pipeline
@@ -302,20 +301,20 @@ class NativeAcceleration:
         Raises:
             MethodError: nobody says what the question is.
         """
-        needed, by_rows = asks(self.pipeline, self._wanted), OF_PROMPT & self._wanted
-        if not items or not (needed or by_rows):
+        by_rows = OF_PROMPT & self._wanted
+        if not items or not (by_rows or asks(self.pipeline, self._wanted)):
             return
         count = call.embeds.shape[0]
-        given = per_prompt(questions, count)
         visual = torch.zeros(call.embeds.shape[:2], dtype=torch.bool, device=call.embeds.device)
         for found in items:
             visual[found.sample, found.all_rows] = True
         real = torch.ones_like(visual) if mask is None else mask.bool()
-        if needed and given is None and self.tokenizer is not None:
-            rows = zip(call.ids, visual.cpu(), real.cpu(), strict=True)
-            given = [question_in(ids[keep], here[keep], self.tokenizer) for ids, here, keep in rows]
-        if needed and (given is None or not all(given)):
-            raise missing(self.pipeline)
+
+        def rows() -> Iterator[tuple[Tensor, Tensor]]:
+            for ids, here, keep in zip(call.ids, visual.cpu(), real.cpu(), strict=True):
+                yield ids[keep], here[keep]
+
+        given = questions_of(self.pipeline, self._wanted, questions, count, self.tokenizer, rows)
         of_prompt = signals_of_prompts(call.embeds, real & ~visual, by_rows)
         read = question_reader(self.pipeline, self._wanted, self.tokenizer, self.model.get_input_embeddings())
         texts = prompt_texts(given, of_prompt, self.family.text_tower, count, read)

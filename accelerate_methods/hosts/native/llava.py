@@ -59,8 +59,7 @@ class Llava(Family):
     def text_tower_name(self, pipeline: Pipeline) -> str | None:
         if self.tower.joined or not self.tower.is_clip:
             return None
-        named = next((m.text_tower for m in pipeline.methods if m.text_tower is not None), None)
-        return named or text_tower_name(None, self.config.name_or_path or None, self.tower.config)
+        return pipeline.text_tower or text_tower_name(None, self.config.name_or_path or None, self.tower.config)
 
     def watch(self, seen: Any) -> list[Any]:
         return self.tower.watch(seen)
@@ -127,7 +126,6 @@ class Llava(Family):
                 item.signals = {name: _on_tokens(value, item) for name, value in own.items()}
             out.append(PromptItem(at.sample, at.rows, at.start, at.end, item))
         return out
-
 
     def _without_grid(
         self, encoded: Encoded, layout: VisualItem, at: ItemRows, signals: dict[str, Tensor]
