@@ -38,6 +38,12 @@ class FrameSample:
         return ",".join(f"{second:.2f}s" for second in self.seconds)
 
 
+def evenly_spaced(total_frames: int, num_frames: int, avg_fps: float) -> FrameSample:
+    """`num_frames` frames from the first to the last one, see `uniform_frame_indices`, at their true seconds."""
+    indices = uniform_frame_indices(total_frames, num_frames)
+    return FrameSample(indices, [i / avg_fps for i in indices], total_frames / avg_fps)
+
+
 def sample_frames(
     total_frames: int, avg_fps: float, video_fps: float = 1, frames_upbound: int = 0, force_sample: bool = False
 ) -> FrameSample:
@@ -61,11 +67,9 @@ def sample_frames(
         )
     step = max(1, round(avg_fps / video_fps))  # at least 1: more frames per second than there are means all of them
     indices = list(range(0, total_frames, step))
-    seconds = [i / step for i in indices]
     if frames_upbound > 0 and (force_sample or len(indices) > frames_upbound):
-        indices = uniform_frame_indices(total_frames, frames_upbound)
-        seconds = [i / avg_fps for i in indices]
-    return FrameSample(indices, seconds, total_frames / avg_fps)
+        return evenly_spaced(total_frames, frames_upbound, avg_fps)
+    return FrameSample(indices, [i / step for i in indices], total_frames / avg_fps)
 
 
 # -- by a method -------------------------------------------------------------------------------------------------------
@@ -114,7 +118,7 @@ def chosen_frames(
     """What a model is given of the frames that were selected.
 
     Fewer than ``count`` are discarded, and more are cut at the end, as the releases of such methods do. Times count
-    steps of the rate ``video_fps``, as in :func:`.video_utils.sample_frames`.
+    steps of the rate ``video_fps``, as in :func:`sample_frames`.
 
     Args:
         otherwise: the frames in place of a discarded selection; evenly spaced ones if None.
@@ -123,7 +127,6 @@ def chosen_frames(
     if len(indices) < count:
         if otherwise is not None:
             return otherwise
-        indices = uniform_frame_indices(total_frames, count)
-        return FrameSample(indices, [i / avg_fps for i in indices], total_frames / avg_fps)
+        return evenly_spaced(total_frames, count, avg_fps)
     step = max(1, round(avg_fps / video_fps))
     return FrameSample(indices, [i / step for i in indices], total_frames / avg_fps)

@@ -23,8 +23,9 @@ from llava.frame_choice import (
     FrameSampler,
     Read,
     chosen_frames,
+    evenly_spaced,
     sample_frames,
-    uniform_frame_indices,
+    uniform_frame_indices,  # noqa: F401 (its name here)
 )
 from llava.media_kind import kind_of
 from llava.video_rotation import rotation_of, upright
@@ -100,8 +101,7 @@ def load_video(
 
     def by_count_or_rate(total_frames: int, avg_fps: float) -> FrameSample:
         if fps is None:
-            indices = uniform_frame_indices(total_frames, num_frames)
-            return FrameSample(indices, [i / avg_fps for i in indices], total_frames / avg_fps)
+            return evenly_spaced(total_frames, num_frames, avg_fps)
         return sample_frames(total_frames, avg_fps, fps, num_frames or 0, force_sample)
 
     def pick(total_frames: int, avg_fps: float, read: Read) -> FrameSample:

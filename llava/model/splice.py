@@ -66,6 +66,7 @@ class Spliced(ShapesShown):
         lengths: real tokens per sample; dense_lengths: what they would be without compression and without a limit.
         items: indices of the visual items of each sample; spans: where they stand, of a prompt that was cut only the
             first ones.
+        stands: [B, L] as in :class:`.prompt.PromptLayout`.
         cut: tokens that each sample lost at its end; max_length: the length beyond which they are cut, or None.
     """
 
@@ -114,7 +115,6 @@ def splice(
         embed: maps ids [n] to embeddings [n, D].
         original_positions: position ids of the uncompressed sequence instead of consecutive ones.
         max_length: longer sequences lose their tail, as in the official code (``Spliced.cut``).
-
         dummies: each sample without a placeholder may bring one item, which is skipped: the official training code
             gives text-only samples a dummy image. Without it a picture that no prompt asks for is an error.
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from accelerate_methods.hosts.layouts import flat_item
+from accelerate_methods.hosts.layouts import flat_item, shortened_item
 from accelerate_methods.registry.pipeline import ModelFacts
 from accelerate_methods.stages.compress import VisualItem
 from llava.model.checkpoint import CheckpointError
@@ -152,9 +152,7 @@ class MqtLlavaForCausalLM(LlavaLlamaForCausalLM):
         """Tokens in a row: they are those of queries, which have no place in the picture."""
         if kind != "video":
             return flat_item(tokens.flatten(0, 1)[None], None)
-        frames, count, _ = tokens.shape
-        positions = torch.arange(frames * count, device=tokens.device).view(frames, count)
-        return VisualItem(modality="video", features=tokens, positions=positions, length=frames * count)
+        return shortened_item(tokens, "video", None)
 
     def own_facts(self, facts: ModelFacts) -> ModelFacts:
         """No stage before the resampler and no signal over patches: its tokens are those of queries."""
