@@ -13,7 +13,6 @@ from torch import Tensor
 
 from accelerate_methods import accelerate, record
 from accelerate_methods.hosts.questions import plain_question
-from accelerate_methods.stages.errors import UnknownNameError
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle, conv_templates
 from llava.mm_utils import KeywordsStoppingCriteria, tokenizer_image_token
@@ -59,8 +58,6 @@ class LlavaAccelerated(Accelerated):
         # a task of the run before may have set it where the checkpoint leaves it open
         self.config.image_aspect_ratio = loaded.more["image_aspect_ratio"]
         self.conv_template = self.args.conv_template or self.default_template()
-        if self.conv_template not in conv_templates:
-            raise UnknownNameError("conv_template", self.conv_template, conv_templates)
         pipeline = self.args.pipeline
         return accelerate(self.model, pipeline, tokenizer=loaded.tokenizer) if pipeline.methods else None
 
