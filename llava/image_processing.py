@@ -121,6 +121,18 @@ def load_clip_image_processor(folder: str | os.PathLike[str]) -> Any:
     return transformers.CLIPImageProcessor.from_pretrained(folder, backend="pil")
 
 
+def clip_image_processor(side: int, mean: Sequence[float], std: Sequence[float]) -> Any:
+    """:func:`load_clip_image_processor` for a tower that has no files of its own: square views of ``side`` pixels."""
+    import transformers
+
+    settings = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    settings |= {"image_mean": list(mean), "image_std": list(std), "resample": Image.Resampling.BICUBIC}
+    pil_class = getattr(transformers, "CLIPImageProcessorPil", None)
+    if pil_class is not None:
+        return pil_class(**settings)
+    return transformers.CLIPImageProcessor(**settings, backend="pil")
+
+
 def load_image_processor(folder: str | os.PathLike[str]) -> Any:
     """The processor that a local tower folder's preprocessor_config.json asks for, SigLIP's or CLIP's.
 

@@ -19,7 +19,7 @@ from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model.architectures import architecture_of
 from llava.model.checkpoint import CheckpointError, find_file, load_config, read_config
-from llava.model.decoders import check_model_name, checkpoint_decoder, model_class_of
+from llava.model.decoders import check_model_name, checkpoint_decoder, decoder_of, model_class_of
 from llava.tokenization import load_tokenizer
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -85,10 +85,10 @@ def load_pretrained_model(
     for path in dict.fromkeys((model_path, source)):
         check_files(path)
     raw = read_config(model_path)
-    decoder = checkpoint_decoder(raw, model_path)
+    # asked first: an architecture may have class names of its own, also in what save_pretrained wrote
+    model_class = architecture_of(raw) or model_class_of(checkpoint_decoder(raw, model_path))
     if model_name:
-        check_model_name(model_name, decoder, model_path)
-    model_class = architecture_of(raw) or model_class_of(decoder)
+        check_model_name(model_name, decoder_of(model_class), model_path)
     load = {
         "dtype": resolve_dtype(torch_dtype),
         "attn_implementation": _attention(attn_implementation, device_map),

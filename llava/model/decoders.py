@@ -54,6 +54,12 @@ def checkpoint_decoder(config: dict[str, Any], path: str = "") -> str:
     )
 
 
+def decoder_of(model_class: type) -> str:
+    """Language model (a key of ``DECODERS``) of a class of this tree, that of a trained architecture included."""
+    bases = {base.__name__ for base in model_class.__mro__}
+    return next(decoder for decoder, (class_name, _) in DECODERS.items() if class_name in bases)
+
+
 def check_model_name(name: str, decoder: str, path: str) -> None:
     """Refuse a model name of another decoder than the checkpoint's (the official code would load garbage)."""
     said = named_decoder(name)

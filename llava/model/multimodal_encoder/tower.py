@@ -7,7 +7,7 @@ structure is built right away and ``from_pretrained`` fills it) or from the towe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -39,13 +39,17 @@ class VisionTower(nn.Module):
         self.checkpoint = checkpoint
         self.select_layer = getattr(args, "mm_vision_select_layer", -2)
         self.select_feature = getattr(args, "mm_vision_select_feature", "patch")
-        self.hub_config: VisionConfig = tower_config(name, checkpoint)
+        self.hub_config: VisionConfig = self._read_config(args)
         self.config = self._used_config(self.hub_config)
         self.config._attn_implementation = "sdpa"
         self.is_loaded = False
         self._processor: Any = None
         if not delay_load:
             self.build()
+
+    def _read_config(self, args: Any) -> VisionConfig:
+        """The tower's structure, out of its own files; ``args``: the config of the whole model."""
+        return tower_config(self.vision_tower_name, self.checkpoint)
 
     def _used_config(self, config: VisionConfig) -> VisionConfig:
         return config
@@ -81,7 +85,7 @@ class VisionTower(nn.Module):
 
     def encode(
         self, pixels: Tensor, interpolate: bool = False, keep: Collection[int] = (),
-        method: EncodeMethod | None = None, dense: int | None = None,
+        method: EncodeMethod | None = None, dense: int | None = None, videos: Sequence[int] | None = None,
     ) -> Encoded:  # fmt: skip
         """Run the encoder up to the selected layer.
 
@@ -90,6 +94,7 @@ class VisionTower(nn.Module):
             interpolate: fit the position embeddings to another side than the tower's own.
             keep: encoder layers whose inputs are kept, for signals of them.
             method: acts inside the layers; dense: tokens of a view that the language model gets without it.
+            videos: frames of each video, where the views are those.
         """
         model = self.vision_tower
         # interpolation reads the position table instead of calling its module
@@ -100,7 +105,10 @@ class VisionTower(nn.Module):
         layers = model.encoder.layers[: self._layers_to_run()]
         if method is not None:
             depth = self.hub_config.num_hidden_layers
-            return run_clip(layers, hidden, method, depth=depth, special=self.special_tokens, inputs=keep, dense=dense)
+            return run_clip(
+                layers, hidden, method, depth=depth, special=self.special_tokens, inputs=keep, dense=dense,
+                videos=videos,
+            )  # fmt: skip
         inputs = {}
         for index, layer in enumerate(layers):
             if index in keep:
@@ -136,12 +144,13 @@ class VisionTower(nn.Module):
         return self.select(self.look(images)).to(images.dtype)
 
     def look(
-        self, images: Tensor, keep: Collection[int] = (), method: EncodeMethod | None = None, dense: int | None = None
-    ) -> Encoded:
+        self, images: Tensor, keep: Collection[int] = (), method: EncodeMethod | None = None, dense: int | None = None,
+        videos: Sequence[int] | None = None,
+    ) -> Encoded:  # fmt: skip
         """:meth:`encode` for views of any side, on the tower's device."""
         side = self.hub_config.image_size
         interpolate = tuple(images.shape[-2:]) != (side, side)
-        return self.encode(images.to(self.device), interpolate, keep, method, dense)
+        return self.encode(images.to(self.device), interpolate, keep, method, dense, videos)
 
     def select(self, encoded: Encoded) -> Tensor:
         """[V, P, M] what the projector gets."""
