@@ -16,7 +16,8 @@ def why_not(method: type[Method], family: ModelFamily) -> str | None:
     offered = family.stages | outside_of_models(method)
     stages = [stage for stage in method.class_stages() if stage not in offered]
     if stages:
-        return f"acts at the {stages[0]} stage, which transformers' models do not offer"
+        models = "transformers' models do" if family.classes else "this architecture does"
+        return f"acts at the {stages[0]} stage, which {models} not offer"
     missing = missing_signals(method, family.signals)
     if missing:
         return f"needs {', '.join(missing)}"

@@ -6,46 +6,14 @@ A family of somebody else's is added by :func:`add` (``hosts.native.register_fam
 
 from __future__ import annotations
 
-import dataclasses
+from accelerate_methods.registry.architectures import ARCHITECTURES
+from accelerate_methods.registry.model_family import BOTH_MODALITIES, LATER_STAGES, ModelFamily
 
 _CLS = frozenset({"cls_attention", "received_attention", "key_states"})
 _CLIP = _CLS | {"image_embeds", "text_embeds"}
 _SIGLIP = frozenset({"frame_features", "pooling_attention", "received_attention", "key_states"})
-_IMAGE, _BOTH = frozenset({"image"}), frozenset({"image", "video"})
-_NATIVE_STAGES = frozenset({"compress", "prefill", "decode"})
-_OWN_STAGES = _NATIVE_STAGES | {"encode"}  # of the families here: for one from outside, its host has to say so
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelFamily:
-    """A model family as methods and the harness see it.
-
-    Attributes:
-        name: in tables and errors.
-        signals: what its vision encoder gives (``stages.signals``); modalities: kinds of item that a method can act on.
-        stages: where methods can act.
-        limits: why no more modalities, a sentence for errors.
-        classes: classes of transformers that belong to it, and the ``module`` that defines them; empty for models of
-            the llava tree, whose models are told apart when they are loaded.
-        host: the native host's class, as "module:Class" or itself.
-        key: its models in lmms-eval are ``<key>_<method>``; families may share one.
-        stock_model: lmms-eval's own model id whose prompts and inputs are reproduced ("auto": that of the checkpoint's
-            class); chat: whether tasks ask it in messages.
-        tasks: what is evaluated unless the user says otherwise.
-    """
-
-    name: str
-    signals: frozenset[str]
-    modalities: frozenset[str] = _BOTH
-    stages: frozenset[str] = _NATIVE_STAGES
-    limits: str = ""
-    classes: tuple[str, ...] = ()
-    module: str | tuple[str, ...] = ()
-    host: str | type | None = None
-    key: str = "hf"
-    stock_model: str = "auto"
-    chat: bool = True
-    tasks: str = "videomme"
+_IMAGE, _BOTH = frozenset({"image"}), BOTH_MODALITIES
+_OWN_STAGES = LATER_STAGES | {"encode"}  # of the families here: for one from outside, its host has to say so
 
 
 def _tree(name: str, key: str, stock_model: str, signals: frozenset[str], modalities: frozenset[str]) -> ModelFamily:
@@ -101,10 +69,11 @@ INTERNVL = _native(
     limits="The frames of a video reach an InternVL model as images, which it cannot tell from others.",
 )
 
-#: models of this project's llava package, then those of transformers
+#: models of this project's llava package, those of transformers, then the trained architectures of the llava package
 FAMILIES = (
     *(LLAVA_1_5, LLAVA_NEXT, LLAVA_ONEVISION, LLAVA_VIDEO),
     *(LLAVA_1_5_HF, LLAVA_NEXT_HF, LLAVA_NEXT_VIDEO_HF, LLAVA_ONEVISION_HF, QWEN_VL, INTERNVL),
+    *ARCHITECTURES,
 )
 _added: list[ModelFamily] = []
 

@@ -70,11 +70,6 @@ class Pipeline:
                     f"{method.name} needs the grid of tokens, which {self.encode.name} takes away inside the vision "
                     "encoder; have it put every patch back behind the encoder (unmerge=True), or leave one of them out."
                 )
-        if self.encode is not None and len(self.encode.modalities) < 2:
-            raise MethodError(
-                f"{self.encode.name} acts inside the vision encoder, on images and videos alike; its modalities must "
-                "name both."
-            )
 
     def _at(self, stage: str) -> Method | None:
         return next((m for m in self.methods if stage in m.stages), None)
@@ -91,6 +86,11 @@ class Pipeline:
     def loses_grid(self) -> bool:
         """Whether an encode method leaves tokens of which none has a place in a grid."""
         return self.encode is not None and not self.encode.keeps_grid
+
+    @property
+    def shortens_inside(self) -> bool:
+        """Whether an encode method leaves the language model fewer tokens."""
+        return self.encode is not None and self.encode.shortens
 
     @property
     def compress(self) -> CompressMethod | None:

@@ -26,6 +26,7 @@ from accelerate_methods.hosts.text_tower import TextTower, text_tower_name, text
 from accelerate_methods.registry import families
 from accelerate_methods.registry.pipeline import ModelFacts, Pipeline
 from accelerate_methods.stages.compress import ViewCompressMethod, VisualItem
+from accelerate_methods.stages.encode import EncodeMethod
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.signals import ANYWHERE, IMAGE_TEXT, OF_PROMPT, resolve_signal
 from accelerate_methods.stages.views import Views
@@ -109,6 +110,11 @@ class LlavaAcceleration:
             return False
         return isinstance(method, ViewCompressMethod) and kind != "video" and "image" in method.modalities
 
+    def encode_method(self, kind: str) -> EncodeMethod | None:
+        """What acts inside the tower on an item of this kind."""
+        method, modality = self.pipeline.encode, "video" if kind == "video" else "image"
+        return method if method is not None and modality in method.modalities else None
+
     def resize(self, pixels: Tensor) -> Tensor:
         """[V, 3, S, S] views at the side that the sample stage wants."""
         method = self.pipeline.sample
@@ -149,9 +155,10 @@ class LlavaAcceleration:
     def signals(self, item: VisualItem, encoded: Encoded) -> dict[str, Tensor]:
         """The signals that the attached methods ask for, over the tokens of one item."""
         method = self.pipeline.compress
-        if method is None or item.modality not in method.modalities or not method.signals:
+        acts = method is not None and item.modality in method.modalities
+        if not acts or not (method.signals or encoded.carried):
             return {}
-        out = self.view_signals(encoded)
+        out = self.view_signals(encoded) | encoded.carried
         if self._head is not None:
             if self._head.probe.device != encoded.hidden.device:  # the model was moved after attaching
                 self._head.to(encoded.hidden.device)
@@ -193,6 +200,9 @@ def facts_of(model: Any, pipeline: Pipeline = _DENSE) -> ModelFacts:
         layers=config.num_hidden_layers,
         limits="" if pools_videos else _NO_VIDEO,
     )
+    if model.about is not None:  # a trained architecture says so itself
+        about = model.about
+        facts = ModelFacts(about.name, about.stages, about.signals, about.modalities, facts.layers, about.limits)
     return model.own_facts(facts)
 
 

@@ -45,6 +45,7 @@ from llava.model.acceleration import LlavaHost
 from llava.model.checkpoint import KEY_MAPPING, TOWER_PREFIX, has_tower_weights, load_config
 from llava.model.context import fits_of
 from llava.model.generation import MultimodalGeneration, describe
+from llava.model.inputs import MediaInputs
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import Prompts, Spliced, beside_text, samples_of_items, splice_prompts
@@ -57,7 +58,7 @@ class LlavaMetaModel:
     def __init__(self, config: Any):
         super().__init__(config)
         if getattr(config, "mm_vision_tower", None):
-            self.vision_tower = build_vision_tower(
+            self.vision_tower = self.build_tower(
                 config,
                 delay_load=getattr(config, "delay_load", False),
                 checkpoint=getattr(config, "tower_checkpoint", None) or config.name_or_path or None,
@@ -67,6 +68,11 @@ class LlavaMetaModel:
             self.mm_projector = self.build_projector(config)
             if "unpad" in getattr(config, "mm_patch_merge_type", "flat"):
                 self.image_newline = nn.Parameter(torch.randn(config.hidden_size) * config.hidden_size**-0.5)
+
+    @staticmethod
+    def build_tower(config: Any, **how: Any) -> nn.Module:
+        """``how``: ``delay_load`` and ``checkpoint`` of the tower."""
+        return build_vision_tower(config, **how)
 
     @staticmethod
     def build_projector(config: Any) -> nn.Module:
@@ -105,7 +111,7 @@ class LlavaMetaModel:
         )
 
 
-class LlavaMetaForCausalLM(MultimodalGeneration):
+class LlavaMetaForCausalLM(MediaInputs, MultimodalGeneration):
     """Adds images and videos to a causal LM.
 
     Attributes:
@@ -205,6 +211,10 @@ class LlavaMetaForCausalLM(MultimodalGeneration):
                 items[number] = item
         return items
 
+    def encode_for(self, prompts: Prompts, *visuals: Any) -> list[VisualItem]:
+        """:meth:`encode` for architectures that look at the text already there: an item for every placeholder."""
+        return self.encode(*visuals)
+
     def _encode_together(
         self, pixels: Tensor, visuals: Sequence[VisualInput], request: recording.RequestRecord | None
     ) -> list[VisualItem]:
@@ -215,9 +225,11 @@ class LlavaMetaForCausalLM(MultimodalGeneration):
         with recording.stage(request, "vision", device):
             if acceleration is not None:
                 pixels = acceleration.resize(pixels)
-            method = None if acceleration is None else acceleration.pipeline.encode
+            method = None if acceleration is None else acceleration.encode_method(visuals[0].kind)
             dense = None if method is None else self._dense_tokens(visuals[0].kind, full_side)
-            encoded = tower.look(pixels, () if acceleration is None else acceleration.encoder_layers, method, dense)
+            videos = [v.num_views for v in visuals] if visuals[0].kind == "video" else None
+            keep = () if acceleration is None else acceleration.encoder_layers
+            encoded = tower.look(pixels, keep, method, dense, videos)
             if acceleration is None or not acceleration.encoder_signals:
                 encoded.before = None  # frees its memory
             features = tower.select(encoded).to(pixels.dtype)
@@ -225,22 +237,26 @@ class LlavaMetaForCausalLM(MultimodalGeneration):
         items = []
         for visual, on_views in zip(visuals, early, strict=True):
             # a method that acts on views needs the form of the layout only: one channel is enough
-            tokens = features[visual.views, :, :1] if on_views else projected[visual.views]
-            full = None
-            if pixels.shape[-1] != full_side or encoded.shortened:  # only the shape of what the dense model has
-                full = self.lay_out(meta_tokens(tokens, tower, full_side), visual.kind, visual.size)
+            rows = encoded.rows_of(visual.views)
+            tokens = features[rows, :, :1] if on_views else projected[rows]
+            full, fewer = None, encoded.shortened or encoded.frames is not None
+            if pixels.shape[-1] != full_side or fewer:  # only the shape of what the dense model has
+                dense_tokens = meta_tokens(visual.num_views, tokens.shape[2], tower, full_side)
+                full = self.lay_out(dense_tokens, visual.kind, visual.size)
             if encoded.shortened:
                 newline = None if full.newlines is None else self._newline(tokens)
                 item = shortened_item(tokens, "video" if visual.kind == "video" else "image", newline)
                 item.patches = PatchMap.of(encoded.merged[visual.views].tokens, patch_grid(tower, pixels.shape[-1]))
             else:
                 item = self.lay_out(tokens, visual.kind, visual.size)
+            if encoded.frames is not None:
+                item.tell_frames(encoded.merged[visual.views].frames[0])
             if full is not None:
                 item.full_tokens, item.full_length = full.num_tokens, full.length
             if acceleration is not None:  # what signals cost is the method's cost
                 with recording.stage(request, "compress", device):
                     if on_views:
-                        item.views = acceleration.views(self, visual, encoded[visual.views], features[visual.views])
+                        item.views = acceleration.views(self, visual, encoded[visual.views], features[rows])
                     else:
                         item.signals = acceleration.signals(item, encoded[visual.views])
             items.append(item)
@@ -341,7 +357,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration):
         prompts = moved(prompts, computes_on(self.get_model().embed_tokens))
         prompts.on_host  # noqa: B018 (read before there is anything to wait for)
         texts = None if self.acceleration is None else self.acceleration.texts(self, prompts)
-        items = self.encode(images, modalities, image_sizes, request)
+        items = self.encode_for(prompts, images, modalities, image_sizes, request)
         if texts is not None:
             for item, number in zip(items, samples_of_items(prompts, len(items)), strict=True):
                 texts[number].tell(item)

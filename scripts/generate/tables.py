@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from accelerate_methods.registry.architectures import ARCHITECTURES
 from accelerate_methods.registry.compatibility import adaptation, why_not
 from accelerate_methods.registry.families import FAMILIES, ModelFamily
 from accelerate_methods.registry.names import built_in, method_class
@@ -39,20 +40,24 @@ def licences() -> str:
     """What was re-implemented, from where, under which licence."""
     methods = [m for m in map(method_class, sorted(built_in())) if not m.baseline]
     rows = [_row([f"{m.title} ({m.paper})", m.code, m.licence]) for m in methods]
+    rows += [_row([f"{a.name} ({a.paper})", a.code, a.licence]) for a in ARCHITECTURES]
     return "\n".join([_row(["method", "official code", "licence of that code"]), "|---|---|---|", *rows])
 
 
 def methods_by_models() -> str:
     """Methods (rows) x families (columns): what they act on, or a dash with the reason below.
 
-    One table for the models of the llava package, one for those of transformers.
+    One table for the models of the llava package, one for those of transformers, one for trained architectures.
     """
     methods = sorted((method_class(n) for n in built_in()), key=lambda m: (m.baseline, m.name))
     notes: list[str] = []
-    tree = _table(methods, [f for f in FAMILIES if not f.classes], notes, details=True)
+    plain = [f for f in FAMILIES if not f.classes and f not in ARCHITECTURES]
+    tree = _table(methods, plain, notes, details=True)
     native = _table(methods, [f for f in FAMILIES if f.classes], notes, details=False)
+    trained = _table(methods, list(ARCHITECTURES), notes, details=False)
     explained = "; ".join(f"({i}) {text}" for i, text in enumerate(notes, 1))
-    return "\n".join([*tree, "", "Models of `transformers`:", "", *native, "", explained])
+    titled = ["", "Models of `transformers`:", "", *native, "", "Trained architectures:", "", *trained]
+    return "\n".join([*tree, *titled, "", explained])
 
 
 def _table(methods: list[type[Method]], columns: list[ModelFamily], notes: list[str], details: bool) -> list[str]:

@@ -9,7 +9,6 @@ that is asked without a number draws one at random in every call; here it is 256
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from accelerate_methods.hosts.layouts import flat_item, shortened_item
-from accelerate_methods.registry.pipeline import ModelFacts
+from accelerate_methods.registry.architectures import architecture
 from accelerate_methods.stages.compress import VisualItem
 from llava.model.checkpoint import CheckpointError
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM, LlavaLlamaModel
@@ -130,6 +129,7 @@ class MqtLlavaForCausalLM(LlavaLlamaForCausalLM):
     """
 
     config_class = MqtLlavaConfig
+    about = architecture("mqt")
     weight_names: ClassVar[Mapping[str, str]] = {r"^model\.query_abstractor\.": "model.mm_projector."}
 
     def __init__(self, config: MqtLlavaConfig):
@@ -153,17 +153,6 @@ class MqtLlavaForCausalLM(LlavaLlamaForCausalLM):
         if kind != "video":
             return flat_item(tokens.flatten(0, 1)[None], None)
         return shortened_item(tokens, "video", None)
-
-    def own_facts(self, facts: ModelFacts) -> ModelFacts:
-        """No stage before the resampler and no signal over patches: its tokens are those of queries."""
-        return dataclasses.replace(
-            facts,
-            name="MQT-LLaVA",
-            stages=facts.stages - {"sample", "encode"},
-            signals=frozenset(),
-            modalities=frozenset({"image", "video"}),
-            limits="",
-        )
 
 
 MODEL = MqtLlavaForCausalLM

@@ -1,0 +1,141 @@
+"""Trained architectures, each declared once: models of the llava package that were trained to use few visual tokens.
+
+The tables of the README, the list and the facts on the pages of docs/architectures/, the ids and typed arguments of the
+lmms-eval plugin, the scripts and ``python -m accelerate_methods`` are made from here (docs/adding_an_architecture.md).
+What a model computes stands in ``llava/model/architectures/<file>.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from accelerate_methods.registry.model_family import LATER_STAGES, ModelFamily
+from accelerate_methods.stages.errors import UnknownNameError
+from accelerate_methods.stages.fields import Rule
+
+_NONE: frozenset[str] = frozenset()
+_IMAGE = frozenset({"image"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """A number or word that a user chooses when a model runs: one of ``--model_args`` of lmms-eval.
+
+    Attributes:
+        rule: what it may be (``Rule("integer", low=1, high=256)``, ``Rule("flag")``, ``Rule("choice", options=...)``).
+        default: None where the model then decides.
+        meaning: a sentence for tables.
+        call: whether ``forward`` and ``generate`` take it; the others go to the methods of the model that prepare
+            prompts and media (``llava/model/inputs.py``).
+    """
+
+    name: str
+    rule: Rule
+    default: Any
+    meaning: str
+    call: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture(ModelFamily):
+    """A family of models with an architecture of their own.
+
+    Attributes:
+        file: name of the file in ``llava/model/architectures``, of the docs page, the tests and the golden folder.
+        key: its model id in lmms-eval.
+        paper: "arXiv 2405.19315"; venue: where it was published, with the year.
+        code: repository and commit that ours follows, "owner/name@commit"; licence: of that code.
+        checkpoints: hub names of released weights; the first is what scripts name. Empty: none were released.
+        weights_licence: of the released weights; "" where nobody says.
+        tokens: visual tokens that reach the language model, per image (per frame, per video), a phrase for tables.
+        template: conversation of its prompts, a name in ``llava.conversation``.
+        arguments: what a user chooses at run time.
+        bench: name of its shape in the bench (``bench/architecture_shapes.py``); "" without one.
+    """
+
+    file: str
+    paper: str
+    venue: str = ""
+    code: str
+    licence: str
+    checkpoints: tuple[str, ...] = ()
+    weights_licence: str = ""
+    tokens: str
+    template: str
+    arguments: tuple[Argument, ...] = ()
+    stock_model: str = "llava"
+    chat: bool = False
+    tasks: str = "gqa,mme,pope"
+    bench: str = ""
+
+    def argument(self, name: str) -> Argument:
+        """The argument called ``name``; :class:`UnknownNameError` with the nearest match otherwise."""
+        known = {argument.name: argument for argument in self.arguments}
+        if name not in known:
+            raise UnknownNameError(f"run parameter of {self.name}:", name, known)
+        return known[name]
+
+
+MQT = Architecture(
+    name="MQT-LLaVA",
+    file="mqt",
+    key="mqt_llava",
+    paper="arXiv 2405.19315",
+    venue="NeurIPS 2024",
+    code="gordonhu608/MQT-LLaVA@92c35d06",
+    licence="Apache-2.0",
+    checkpoints=("gordonhu/MQT-LLaVA-7b",),
+    weights_licence="that of Vicuna-7B v1.5 (Llama 2 community licence)",
+    tokens="1 to 256 per image or frame, as asked; 256 by default",
+    template="vicuna_v1",
+    # the tokens are those of queries: no patch has a place among them, so no signal over patches and no encode stage
+    signals=_NONE,
+    stages=LATER_STAGES,
+    arguments=(
+        Argument(
+            "num_visual_tokens",
+            Rule("integer", low=1, high=256),
+            256,
+            "Visual tokens per image or frame: the first so many of the 256 queries.",
+            call=True,
+        ),
+    ),
+)
+
+FASTVLM = Architecture(
+    name="FastVLM",
+    file="fastvlm",
+    key="fastvlm",
+    paper="arXiv 2412.13303",
+    venue="CVPR 2025",
+    code="apple/ml-fastvlm@592b4add",
+    licence="Apple's licence for the repository's code",
+    checkpoints=("apple/FastVLM-7B", "apple/FastVLM-1.5B", "apple/FastVLM-0.5B"),
+    weights_licence="Apple Machine Learning Research Model licence (apple-amlr): research only",
+    tokens="256 per image of 1024 x 1024 pixels, (S / 64)^2 for another side S",
+    template="qwen_2",
+    # convolutions and attention over maps: no encoder layer like CLIP's to act in or to read signals from
+    signals=_NONE,
+    stages=LATER_STAGES | {"sample"},
+)
+
+#: in the order in which a checkpoint's config is shown to them; no two may recognise the same one
+ARCHITECTURES: tuple[Architecture, ...] = (MQT, FASTVLM)
+
+
+def architecture(file: str) -> Architecture:
+    """The entry of ``llava/model/architectures/<file>.py``.
+
+    Raises:
+        UnknownNameError: there is none, with the nearest match.
+    """
+    known = {entry.file: entry for entry in ARCHITECTURES}
+    if file not in known:
+        raise UnknownNameError("architecture", file, known)
+    return known[file]
+
+
+def architecture_named(key: str) -> Architecture | None:
+    """The entry whose model id in lmms-eval is ``key``, None where that is a family of another kind."""
+    return next((entry for entry in ARCHITECTURES if entry.key == key), None)
