@@ -11,7 +11,7 @@ import torch
 from accelerate_methods.ops.select import on_device, random_indices, random_mask
 from accelerate_methods.registry import register
 from accelerate_methods.stages.budget import BudgetedMethod, floor_share
-from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem, selection
+from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem, everything, selection
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.fields import integer, share
 from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection
@@ -92,7 +92,7 @@ class PooledTokens(BudgetedMethod, CompressMethod):
         budget = self.budget(item)
         frames, per_frame = item.num_frames, item.tokens_per_frame
         if budget >= item.num_tokens:
-            return selection(item, torch.arange(item.num_tokens, device=item.features.device))
+            return everything(item)
         if item.grid is None or budget < frames:
             # no common grid, or less than a token per frame: pool the whole row
             owner = torch.arange(item.num_tokens, device=item.features.device) * budget // item.num_tokens

@@ -22,7 +22,8 @@ from torch.nn import functional
 from accelerate_methods.ops.dpp import greedy_map
 from accelerate_methods.ops.select import row_numbers
 from accelerate_methods.registry import register
-from accelerate_methods.stages.compress import Compressed, ViewCompressMethod, VisualItem, selection
+from accelerate_methods.stages.budget import nearest_share
+from accelerate_methods.stages.compress import Compressed, ViewCompressMethod, VisualItem, everything, selection
 from accelerate_methods.stages.fields import choice, integer, share, text
 from accelerate_methods.stages.views import CompressedViews, Views, view_selection
 
@@ -61,7 +62,7 @@ class CDPruner(ViewCompressMethod):
         """m for views or frames of ``per_view`` tokens, 1 <= m <= per_view."""
         if self.visual_token_num is not None:
             return min(self.visual_token_num, per_view)
-        return max(1, int(per_view * self.retention_ratio + 0.5))
+        return nearest_share(per_view, self.retention_ratio)
 
     def compress_views(self, views: Views) -> CompressedViews | None:
         count = self.view_budget(views.tokens_per_view)
@@ -73,7 +74,7 @@ class CDPruner(ViewCompressMethod):
     def compress(self, item: VisualItem) -> Compressed:
         count = self.view_budget(item.tokens_per_frame)
         if count >= item.tokens_per_frame:
-            return selection(item, torch.arange(item.num_tokens, device=item.features.device))
+            return everything(item)
         kept = diverse_tokens(item.features, self._relevance(item.features, item.signals), count)
         return selection(item, row_numbers(kept, item.tokens_per_frame), order="given")  # ascending
 

@@ -15,11 +15,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
-
 from accelerate_methods.ops.select import row_numbers, top_indices
 from accelerate_methods.registry import register
-from accelerate_methods.stages.compress import Compressed, ViewCompressMethod, VisualItem, selection
+from accelerate_methods.stages.budget import nearest_share
+from accelerate_methods.stages.compress import Compressed, ViewCompressMethod, VisualItem, everything, selection
 from accelerate_methods.stages.fields import choice, integer, share
 from accelerate_methods.stages.shapes import ItemShape
 from accelerate_methods.stages.views import CompressedViews, Views, view_selection
@@ -55,7 +54,7 @@ class FasterVLM(ViewCompressMethod):
         """T for views or frames of ``per_view`` tokens, 1 <= T <= per_view."""
         if self.tokens_per_view is not None:
             return min(self.tokens_per_view, per_view)
-        return max(1, int(per_view * self.retention_ratio + 0.5))
+        return nearest_share(per_view, self.retention_ratio)
 
     def count(self, shape: ItemShape) -> int | None:
         budget = self.view_budget(shape.tokens_per_frame)
@@ -76,6 +75,6 @@ class FasterVLM(ViewCompressMethod):
         per_frame = item.tokens_per_frame
         count = self.view_budget(per_frame)
         if count >= per_frame:
-            return selection(item, torch.arange(item.num_tokens, device=item.features.device))
+            return everything(item)
         kept = top_indices(item.signal("cls_attention", "received_attention"), count)
         return selection(item, row_numbers(kept, per_frame), order="given")  # ascending

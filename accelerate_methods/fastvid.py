@@ -28,7 +28,7 @@ from accelerate_methods.ops.segment import consecutive_similarity, segment_sizes
 from accelerate_methods.ops.select import counted_to_indices, mask_to_indices, on_device, top_mask
 from accelerate_methods.registry import register
 from accelerate_methods.stages.budget import floor_share
-from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem, selection
+from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem, everything
 from accelerate_methods.stages.fields import choice, integer, real, share
 
 VARIANTS = ("onevision", "llava_video", "qwen2_5_vl")
@@ -76,7 +76,7 @@ class FastVID(CompressMethod):
         per_frame = item.tokens_per_frame
         quota = self.frame_budget(per_frame)
         if quota >= per_frame:
-            return selection(item, torch.arange(item.num_tokens, device=item.features.device))
+            return everything(item)
         variant = self.variant if self.variant != "auto" else "llava_video" if item.layout == "grid" else "onevision"
         # The one read: how the frames are cut decides every size that follows.
         similarity = consecutive_similarity(item.signal("frame_features")).cpu()

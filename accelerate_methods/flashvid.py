@@ -30,7 +30,7 @@ from accelerate_methods.ops.segment import consecutive_similarity, segment_sizes
 from accelerate_methods.ops.select import by_score, mask_to_indices, on_device, top_mask
 from accelerate_methods.ops.trees import links_to_previous, roots_of, tree_values
 from accelerate_methods.registry import register
-from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem, selection
+from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem, everything, selection
 from accelerate_methods.stages.fields import choice, flag, integer, real, share
 from accelerate_methods.stages.prefill import (
     PrefillMethod,
@@ -110,11 +110,11 @@ class FlashVID(CompressMethod, PrefillMethod):
         return None if merged else salient * shape.num_frames
 
     def compress(self, item: VisualItem) -> Compressed:
-        per_frame, device = item.tokens_per_frame, item.features.device
+        per_frame = item.tokens_per_frame
         kept, merged = self.budgets(per_frame)
         info: dict[str, object] = {"newline_behind": item.layout == "one_token"}
         if self.retention_ratio == 1 or kept + merged >= per_frame:
-            return selection(item, torch.arange(item.num_tokens, device=device), info)
+            return everything(item, info)
         states, _ = finite_rows(item.features)
         means = states.mean(1)
         sizes = self.segments(means)

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from accelerate_methods.ops.select import by_score, row_numbers, top_indices, top_mask
 from accelerate_methods.registry import register
-from accelerate_methods.stages.compress import Compressed, ViewCompressMethod, VisualItem, selection
+from accelerate_methods.stages.budget import ViewBudgetedMethod
+from accelerate_methods.stages.compress import Compressed, ViewCompressMethod, VisualItem, everything, selection
 from accelerate_methods.stages.errors import MethodError
-from accelerate_methods.stages.fields import choice, integer, real, share
+from accelerate_methods.stages.fields import choice, real, share
 from accelerate_methods.stages.shapes import ItemShape
 from accelerate_methods.stages.signals import Signal
 from accelerate_methods.stages.views import CompressedViews, Views, view_selection
@@ -32,7 +33,7 @@ DEEP = Signal("received_attention")
 
 @register("hiprune")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HiPrune(ViewCompressMethod):
+class HiPrune(ViewBudgetedMethod, ViewCompressMethod):
     """Hyper-parameters of HiPrune.
 
     Attributes:
@@ -60,8 +61,6 @@ class HiPrune(ViewCompressMethod):
     positions: ClassVar[str] = "compact"
 
     retention_ratio: float | None = share(0.3333, budget=True)
-    tokens_per_image: int | None = integer(None, low=1, budget=True)
-    tokens_per_view: int | None = integer(None, low=1, budget=True)
     alpha: float = real(0.1, low=0, high=1)
     object_layer: float = real(0.375, low=0)
     neighbours: str = choice("released", "released", "grid")
@@ -80,16 +79,6 @@ class HiPrune(ViewCompressMethod):
     def object_signal(self) -> Signal:
         layer = self.object_layer if self.object_layer < 1 else int(self.object_layer) - 1
         return Signal("received_attention", layer)
-
-    def view_budget(self, per_view: int, views: int) -> int:
-        """m of each of ``views`` views or frames of ``per_view`` tokens, 1 <= m <= per_view."""
-        if self.tokens_per_view is not None:
-            wanted = self.tokens_per_view
-        elif self.tokens_per_image is not None:
-            wanted = self.tokens_per_image // views
-        else:
-            wanted = round(per_view * self.retention_ratio)
-        return max(1, min(wanted, per_view))
 
     def count(self, shape: ItemShape) -> int | None:
         budget = self.view_budget(shape.tokens_per_frame, shape.num_frames)
@@ -112,7 +101,7 @@ class HiPrune(ViewCompressMethod):
         per_frame, grid = item.tokens_per_frame, item.grid or (1, item.tokens_per_frame)
         count = self.view_budget(per_frame, item.num_frames)
         if count >= per_frame:
-            return selection(item, torch.arange(item.num_tokens, device=item.features.device))
+            return everything(item)
         middle, deep = item.signal(self.object_signal), item.signal(DEEP)
         anchors, rank = self._anchors(middle, count, grid)
         taken = 5 * anchors.shape[1]

@@ -23,19 +23,18 @@ import torch
 from torch import Tensor
 
 from accelerate_methods.ops.density import alike, dpc_knn
-from accelerate_methods.ops.diversity import directions
-from accelerate_methods.ops.merge import group_means, running_means
+from accelerate_methods.ops.merge import group_means
 from accelerate_methods.ops.segment import place_similarity
-from accelerate_methods.ops.select import by_score, mask_to_indices, on_device, top_mask
+from accelerate_methods.ops.select import mask_to_indices, on_device, top_mask
 from accelerate_methods.registry import register
-from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem, selection
+from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem, everything
 from accelerate_methods.stages.fields import flag, integer, real, share
-from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection, last_token_scores, same_depth
+from accelerate_methods.stages.least_attended import LeastAttendedMerge
 
 
 @register("holitom")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HoliTom(CompressMethod, PrefillMethod):
+class HoliTom(CompressMethod, LeastAttendedMerge):
     """Hyper-parameters of HoliTom, defaults as released for LLaVA-OneVision-7B.
 
     Attributes:
@@ -69,15 +68,10 @@ class HoliTom(CompressMethod, PrefillMethod):
     r: float = real(0.5, low=0, high=1, aliases=("holitom_r",))
     causal_score_layer: bool = flag(True)
 
-    def stages_off(self) -> tuple[str, ...]:
-        return () if self.inner else ("prefill",)
-
-    # -- before the LLM ----------------------------------------------------------------------------------------------
-
     def compress(self, item: VisualItem) -> Compressed:
         frames, per_frame = item.num_frames, item.tokens_per_frame
         if self.retention_ratio == 1:
-            return selection(item, torch.arange(item.num_tokens, device=item.features.device))
+            return everything(item)
         since = static_since(place_similarity(item.features), self.tau)
         counts = still_counts(since).tolist()  # the one read: the windows decide every size that follows
         windows, saved = best_windows(counts, self.max_window_size)
@@ -121,36 +115,6 @@ class HoliTom(CompressMethod, PrefillMethod):
         rows[outputs] = starts[places // per_frame, 0] * per_frame + places % per_frame
         owner = torch.where(is_still, held[group.clamp(max=total - 1)], owner)
         return tokens, rows, owner
-
-    # -- inside the LLM ----------------------------------------------------------------------------------------------
-
-    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
-        layers = same_depth((18,), num_layers, depth=28) if self.k is None else (self.k,)
-        self.check_depth("k", layers, num_layers)
-        return layers
-
-    def unmasked_layers(self, num_layers: int) -> tuple[int, ...]:
-        return () if self.causal_score_layer or self.retention_ratio == 1 else (self.prefill_layers(num_layers)[0] - 1,)
-
-    def prefill(self, step: PrefillStep) -> Selection | None:
-        left = step.left().block
-        kept = [max(min(n, 1), round(n * (1 - self.r))) for n in left]  # halves to even, in float64
-        if kept == left or self.retention_ratio == 1:
-            return None
-        length, device = step.block.shape[1], step.block.device
-        order = by_score(last_token_scores(step).masked_fill(~step.block, -torch.inf))
-        goes_on = step.text.clone()
-        hidden, owner = step.hidden_states.clone(), torch.arange(length, device=device).repeat(len(left), 1)
-        for sample, (count, total) in enumerate(zip(kept, left, strict=True)):
-            best, rest = order[sample, :count], order[sample, count:total].sort().values
-            goes_on[sample].index_fill_(0, best, True)
-            if total > count:
-                hidden[sample, best], into = merge_into_nearest(hidden[sample], best, rest)
-                owner[sample, rest] = best[into]
-        chosen = step.keep(goes_on, kept, hidden_states=hidden)
-        slot = goes_on.cumsum(1) - 1 + (chosen.indices.shape[1] - goes_on.sum(1, keepdim=True))
-        chosen.owner = slot.masked_fill(~goes_on, -1).gather(1, owner)
-        return chosen
 
 
 def static_since(similarity: Tensor, tau: float) -> Tensor:
@@ -315,19 +279,3 @@ def density_merge(
     mean, sizes = group_means(flat, owner, total, used=sum(counts) - total)
     own = flat[peaks]
     return torch.where(sizes[:, None] > 0, beta * own + (1 - beta) * mean, own), peaks, slot
-
-
-def merge_into_nearest(hidden: Tensor, best: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge rows into the most similar of others, one after the other, each time half and half (step 6).
-
-    Args:
-        hidden: [L, D]; best: [K] rows that take others in, of equally similar ones the first does; rest: [M] rows that
-            are merged, in this order.
-
-    Returns:
-        [K, D] what the rows become; [M] the number (0..K-1) of the one that each is merged into.
-    """
-    keeps, goes = hidden[best], hidden[rest]
-    # the length of a row that is merged does not matter to whom it is most similar
-    into = (goes.detach().float() @ directions(keeps)[0].T).max(1).indices
-    return running_means(keeps, goes, into), into

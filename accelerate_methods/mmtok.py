@@ -23,7 +23,7 @@ from accelerate_methods.ops.coverage import greedy_coverage
 from accelerate_methods.ops.diversity import directions, finite_rows
 from accelerate_methods.ops.select import on_device, row_numbers
 from accelerate_methods.registry import register
-from accelerate_methods.stages.compress import Compressed, ViewCompressMethod, VisualItem, selection
+from accelerate_methods.stages.compress import Compressed, ViewCompressMethod, VisualItem, everything, selection
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.fields import choice, flag, integer, real, share
 from accelerate_methods.stages.shapes import ItemShape
@@ -92,7 +92,7 @@ class MMTok(ViewCompressMethod):
 
     def count(self, shape: ItemShape) -> int:
         budget = self.view_budget(shape.tokens_per_frame)
-        return shape.dense if budget >= shape.tokens_per_frame else shape.num_frames * budget
+        return shape.of_each(budget)
 
     def compress_views(self, views: Views) -> CompressedViews | None:
         count = self.view_budget(views.tokens_per_view)
@@ -111,7 +111,7 @@ class MMTok(ViewCompressMethod):
         per_frame = item.tokens_per_frame
         count = self.view_budget(per_frame)
         if count >= per_frame:
-            return selection(item, torch.arange(item.num_tokens, device=item.features.device))
+            return everything(item)
         inner = item.signals.get("encoder_tokens", item.features)
         order = self._order(item.features, inner, item.signal("question_rows", "prompt_rows"), count)
         kept = row_numbers(order.sort(1).values, per_frame)

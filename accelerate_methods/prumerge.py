@@ -17,13 +17,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from accelerate_methods.ops.neighbours import above_whisker, fold_into
+from accelerate_methods.ops.neighbours import fold_into, outlier_ratio
 from accelerate_methods.ops.select import by_score
 from accelerate_methods.registry import register
-from accelerate_methods.stages.compress import Compressed, ViewCompressMethod, VisualItem, frame_merge, selection
+from accelerate_methods.stages.budget import nearest_share
+from accelerate_methods.stages.compress import Compressed, ViewCompressMethod, VisualItem, everything, frame_merge
 from accelerate_methods.stages.fields import share
 from accelerate_methods.stages.shapes import ItemShape
 from accelerate_methods.stages.signals import Signal
@@ -63,7 +63,7 @@ class PruMerge(ViewCompressMethod):
         if self.reduction_ratio is not None:
             return int(per_view * self.reduction_ratio)
         if self.retention_ratio is not None:
-            total = max(1, int(per_view * self.retention_ratio + 0.5))
+            total = nearest_share(per_view, self.retention_ratio)
             return total if total == per_view else total - 1
         return None
 
@@ -82,7 +82,7 @@ class PruMerge(ViewCompressMethod):
 
     def compress(self, item: VisualItem) -> Compressed:
         if self.view_budget(item.tokens_per_frame) == item.tokens_per_frame:
-            return selection(item, torch.arange(item.num_tokens, device=item.features.device))
+            return everything(item)
         scores = item.signal(CLS, RECEIVED)
         folded = fold_into(item.features, item.signal(KEYS), scores, self._chosen(scores))
         return frame_merge(item, folded.tokens, folded.places, folded.slot)
@@ -93,8 +93,3 @@ class PruMerge(ViewCompressMethod):
         if count is None:
             count = int(scores.shape[1] * outlier_ratio(scores))
         return by_score(scores)[:, :count]
-
-
-def outlier_ratio(scores: Tensor) -> float:
-    """Share of the scores [V, N] of all views together that are outliers (step 1)."""
-    return int(above_whisker(scores.flatten()).sum()) / scores.numel()

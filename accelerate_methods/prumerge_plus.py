@@ -15,10 +15,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from accelerate_methods.ops.neighbours import above_whisker, fold_into
+from accelerate_methods.ops.neighbours import above_whisker, fold_into, outlier_ratio
 from accelerate_methods.ops.select import by_score, on_device
 from accelerate_methods.registry import register
-from accelerate_methods.stages.compress import Compressed, ViewCompressMethod, VisualItem, frame_merge, selection
+from accelerate_methods.stages.budget import nearest_share
+from accelerate_methods.stages.compress import Compressed, ViewCompressMethod, VisualItem, everything, frame_merge
 from accelerate_methods.stages.fields import share
 from accelerate_methods.stages.shapes import ItemShape
 from accelerate_methods.stages.signals import Signal
@@ -56,7 +57,7 @@ class PruMergePlus(ViewCompressMethod):
     def view_budget(self, per_view: int) -> int | None:
         """Tokens of each view or frame of ``per_view`` tokens, the one for the rest counted; None if not known."""
         if self.retention_ratio is not None:
-            return max(1, int(per_view * self.retention_ratio + 0.5))
+            return nearest_share(per_view, self.retention_ratio)
         if self.reduction_ratio is not None:
             top, grid = fixed_choice(per_view, self.reduction_ratio)
             return top + len(grid) + 1 if top + len(grid) < per_view else None
@@ -66,7 +67,7 @@ class PruMergePlus(ViewCompressMethod):
         budget = self.view_budget(shape.tokens_per_frame)
         if budget is None or (self.reduction_ratio is not None and not shape.on_views):
             return None
-        return shape.dense if budget >= shape.tokens_per_frame else shape.num_frames * budget
+        return shape.of_each(budget)
 
     def compress_views(self, views: Views) -> CompressedViews | None:
         if self._keeps_all(views.tokens_per_view):
@@ -78,7 +79,7 @@ class PruMergePlus(ViewCompressMethod):
 
     def compress(self, item: VisualItem) -> Compressed:
         if self._keeps_all(item.tokens_per_frame):
-            return selection(item, torch.arange(item.num_tokens, device=item.features.device))
+            return everything(item)
         scores = item.signal(CLS, RECEIVED)
         folded = fold_into(item.features, item.signal(KEYS), scores, self._chosen(scores, twice=False))
         return frame_merge(item, folded.tokens, folded.places, folded.slot)
@@ -103,7 +104,7 @@ class PruMergePlus(ViewCompressMethod):
         if self.retention_ratio is not None:
             budget = self.view_budget(size) - 1
             return on_device(budgeted_choice(scores, budget), device)
-        ratio = int(above_whisker(scores.flatten()).sum()) / scores.numel()
+        ratio = outlier_ratio(scores)
         return on_device(with_even(scores, int(size * ratio), adaptive_grid(size, ratio)), device)
 
 

@@ -14,14 +14,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from accelerate_methods.ops.coverage import greedy_coverage
 from accelerate_methods.ops.diversity import directions
 from accelerate_methods.ops.select import row_numbers
 from accelerate_methods.registry import register
-from accelerate_methods.stages.compress import Compressed, ViewCompressMethod, VisualItem, selection
+from accelerate_methods.stages.budget import ViewBudgetedMethod
+from accelerate_methods.stages.compress import Compressed, ViewCompressMethod, VisualItem, everything, selection
 from accelerate_methods.stages.fields import choice, integer, real, share
 from accelerate_methods.stages.shapes import ItemShape
 from accelerate_methods.stages.views import CompressedViews, Views, view_selection
@@ -29,7 +29,7 @@ from accelerate_methods.stages.views import CompressedViews, Views, view_selecti
 
 @register("scope")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SCOPE(ViewCompressMethod):
+class SCOPE(ViewBudgetedMethod, ViewCompressMethod):
     """Hyper-parameters of SCOPE.
 
     Attributes:
@@ -52,25 +52,13 @@ class SCOPE(ViewCompressMethod):
     positions: ClassVar[str] = "compact"
 
     retention_ratio: float | None = share(0.2222, budget=True)
-    tokens_per_image: int | None = integer(None, low=1, budget=True)
-    tokens_per_view: int | None = integer(None, low=1, budget=True)
     alpha: float = real(1.0, low=0)
     combine: str = choice("multiply", "multiply", "add")
     heads: int = integer(16, low=1)
 
-    def view_budget(self, per_view: int, views: int) -> int:
-        """m of each of ``views`` views or frames of ``per_view`` tokens, 1 <= m <= per_view."""
-        if self.tokens_per_view is not None:
-            wanted = self.tokens_per_view
-        elif self.tokens_per_image is not None:
-            wanted = self.tokens_per_image // views
-        else:
-            wanted = round(per_view * self.retention_ratio)
-        return max(1, min(wanted, per_view))
-
     def count(self, shape: ItemShape) -> int:
         budget = self.view_budget(shape.tokens_per_frame, shape.num_frames)
-        return shape.dense if budget >= shape.tokens_per_frame else shape.num_frames * budget
+        return shape.of_each(budget)
 
     def compress_views(self, views: Views) -> CompressedViews | None:
         count = self.view_budget(views.tokens_per_view, views.num_views)
@@ -86,7 +74,7 @@ class SCOPE(ViewCompressMethod):
         per_frame = item.tokens_per_frame
         count = self.view_budget(per_frame, item.num_frames)
         if count >= per_frame:
-            return selection(item, torch.arange(item.num_tokens, device=item.features.device))
+            return everything(item)
         order = self._order(item.features, item, count)
         kept = row_numbers(order.sort(1).values, per_frame)
         return selection(item, kept, {"order": order}, order="given")  # ascending

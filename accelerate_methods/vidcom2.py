@@ -18,7 +18,7 @@ from accelerate_methods.ops.diversity import finite_rows
 from accelerate_methods.ops.select import mask_to_indices, top_mask
 from accelerate_methods.registry import register
 from accelerate_methods.stages.budget import floor_share
-from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem, selection
+from accelerate_methods.stages.compress import Compressed, CompressMethod, VisualItem, everything, selection
 from accelerate_methods.stages.fields import flag, share
 from accelerate_methods.stages.shapes import ItemShape
 
@@ -58,7 +58,7 @@ class VidCom2(CompressMethod):
 
     def compress(self, item: VisualItem) -> Compressed:
         if self.retention_ratio == 1:
-            return selection(item, torch.arange(item.num_tokens, device=item.features.device))
+            return everything(item)
         scores = token_scores(item.features)
         scales = frame_scales(scores.video, self.retention_ratio)
         counts = (scales * item.tokens_per_frame).round().long().clamp(1, item.tokens_per_frame)  # half to even

@@ -25,7 +25,8 @@ from torch import Tensor
 from accelerate_methods.ops.contextual import contextual_merge
 from accelerate_methods.ops.select import by_score, mask_to_indices, on_device, pick_rows, top_mask
 from accelerate_methods.registry import register
-from accelerate_methods.stages.compress import Compressed, ViewCompressMethod, VisualItem, selection
+from accelerate_methods.stages.budget import nearest_share
+from accelerate_methods.stages.compress import Compressed, ViewCompressMethod, VisualItem, everything
 from accelerate_methods.stages.fields import choice, integer, share
 from accelerate_methods.stages.shapes import ItemShape
 from accelerate_methods.stages.views import CompressedViews, Views
@@ -68,13 +69,13 @@ class VisionZip(ViewCompressMethod):
         if self.retention_ratio is None:
             dominant, contextual, of = RELEASED
             return max(1, int(per_view * dominant / of + 0.5)), int(per_view * contextual / of + 0.5)
-        total = max(1, int(per_view * self.retention_ratio + 0.5))
+        total = nearest_share(per_view, self.retention_ratio)
         dominant = max(1, total * 54 // 64)
         return dominant, total - dominant
 
     def count(self, shape: ItemShape) -> int:
         each = sum(self.view_budget(shape.tokens_per_frame))
-        return shape.dense if each >= shape.tokens_per_frame else shape.num_frames * each
+        return shape.of_each(each)
 
     def compress_views(self, views: Views) -> CompressedViews | None:
         dominant, contextual = self.view_budget(views.tokens_per_view)
@@ -94,7 +95,7 @@ class VisionZip(ViewCompressMethod):
         """Frame by frame, in the space of the language model (step 5)."""
         dominant, contextual = self.view_budget(item.tokens_per_frame)
         if dominant + contextual >= item.tokens_per_frame:
-            return selection(item, torch.arange(item.num_tokens, device=item.features.device))
+            return everything(item)
         scores = item.signal("cls_attention", "received_attention")
         zipped = zip_tokens(item.features, scores, item.signal("key_states"), dominant, contextual)
         in_grid = item.layout == "grid"

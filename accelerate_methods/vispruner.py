@@ -22,7 +22,8 @@ from torch import Tensor
 from accelerate_methods.ops.diversity import directions
 from accelerate_methods.ops.select import by_score, row_numbers
 from accelerate_methods.registry import register
-from accelerate_methods.stages.compress import Compressed, ViewCompressMethod, VisualItem, selection
+from accelerate_methods.stages.budget import nearest_share
+from accelerate_methods.stages.compress import Compressed, ViewCompressMethod, VisualItem, everything, selection
 from accelerate_methods.stages.fields import integer, real, share
 from accelerate_methods.stages.shapes import ItemShape
 from accelerate_methods.stages.views import CompressedViews, Views, view_selection
@@ -59,11 +60,11 @@ class VisPruner(ViewCompressMethod):
         """T for views or frames of ``per_view`` tokens, 1 <= T <= per_view."""
         if self.tokens_per_view is not None:
             return min(self.tokens_per_view, per_view)
-        return max(1, int(per_view * self.retention_ratio + 0.5))
+        return nearest_share(per_view, self.retention_ratio)
 
     def count(self, shape: ItemShape) -> int:
         budget = self.view_budget(shape.tokens_per_frame)
-        return shape.dense if budget >= shape.tokens_per_frame else shape.num_frames * budget
+        return shape.of_each(budget)
 
     def compress_views(self, views: Views) -> CompressedViews | None:
         count = self.view_budget(views.tokens_per_view)
@@ -74,7 +75,7 @@ class VisPruner(ViewCompressMethod):
     def compress(self, item: VisualItem) -> Compressed:
         count = self.view_budget(item.tokens_per_frame)
         if count >= item.tokens_per_frame:
-            return selection(item, torch.arange(item.num_tokens, device=item.features.device))
+            return everything(item)
         kept = row_numbers(self._kept(item.features, item, count), item.tokens_per_frame)
         return selection(item, kept, order="given")  # ascending
 

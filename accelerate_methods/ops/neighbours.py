@@ -27,6 +27,11 @@ def above_whisker(scores: Tensor, factor: float = 1.5) -> Tensor:
     return scores > third + factor * (third - first)
 
 
+def outlier_ratio(scores: Tensor) -> float:
+    """Share of the scores [V, N] of all views together that are outliers. Reads the device."""
+    return int(above_whisker(scores.flatten()).sum()) / scores.numel()
+
+
 @dataclasses.dataclass
 class Folded:
     """Tokens after :func:`fold_into`.

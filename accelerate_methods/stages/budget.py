@@ -43,6 +43,37 @@ class BudgetedMethod(Method):
         return max(1, min(wanted, total))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViewBudgetedMethod(Method):
+    """Adds budgets of which every view of an image, or frame of a video, has an equal part.
+
+    Attributes:
+        retention_ratio: share of the tokens of each view or frame that stay, to the nearest count, half to even.
+        tokens_per_image: their number instead: of an image with all its views, which have equal parts of it (rounded
+            down, at least one), or of a whole video.
+        tokens_per_view: their number instead, of each view or frame.
+    """
+
+    retention_ratio: float | None = share(None, budget=True)
+    tokens_per_image: int | None = integer(None, low=1, budget=True)
+    tokens_per_view: int | None = integer(None, low=1, budget=True)
+
+    def view_budget(self, per_view: int, views: int) -> int:
+        """Tokens that stay of each of ``views`` views or frames of ``per_view``, 1 <= budget <= per_view."""
+        if self.tokens_per_view is not None:
+            wanted = self.tokens_per_view
+        elif self.tokens_per_image is not None:
+            wanted = self.tokens_per_image // views
+        else:
+            wanted = round(per_view * self.retention_ratio)
+        return max(1, min(wanted, per_view))
+
+
+def nearest_share(count: int, ratio: float) -> int:
+    """The nearest whole number to ``count * ratio``, halves up, at least one."""
+    return max(1, int(count * ratio + 0.5))
+
+
 def floor_share(count: int, ratio: float) -> int:
     """``int(count * ratio)`` as the official codes compute it: float64 product, truncated."""
     return int(count * ratio)

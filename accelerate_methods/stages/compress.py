@@ -10,6 +10,7 @@ from torch import Tensor
 
 from accelerate_methods.stages.contract import check_kept
 from accelerate_methods.stages.encode import PatchMap
+from accelerate_methods.stages.frames import FrameMap
 from accelerate_methods.stages.method import Method
 from accelerate_methods.stages.printing import ShapesShown
 from accelerate_methods.stages.shapes import ItemShape
@@ -41,6 +42,8 @@ class VisualItem(ShapesShown):
             ``newlines`` are then placeholders of width 1.
         question: what the user asks about it, None if nobody said (a method that needs it: ``Method.needs_question``).
         patches: where the encoder's patches are, if a method inside the encoder has left tokens without a grid.
+        frames: where the video's frames went, if a method inside the encoder has merged some; ``features`` are those
+            that are left.
         full_tokens, full_length: content tokens and layout rows of the dense model, where a sample stage made the input
             smaller or an encode stage merged tokens; None otherwise.
     """
@@ -60,6 +63,7 @@ class VisualItem(ShapesShown):
     views: Views | None = None
     question: str | None = None
     patches: PatchMap | None = None
+    frames: FrameMap | None = None
     full_tokens: int | None = None
     full_length: int | None = None
 
@@ -86,6 +90,11 @@ class VisualItem(ShapesShown):
     @property
     def shape(self) -> ItemShape:
         return ItemShape(self.num_frames, self.tokens_per_frame, self.grid, self.length)
+
+    def tell_frames(self, frames: FrameMap) -> None:
+        """That its frames are those which are left of more."""
+        self.frames = frames
+        self.patches = frames.patch_map(self.tokens_per_frame, self.grid, self.features.device)
 
     def signal(self, *names: str) -> Tensor:
         """A declared signal, or the first of several that is there; having none is the host's fault."""
@@ -178,6 +187,11 @@ def selection(
         info=info or {},
         order=order,
     )
+
+
+def everything(item: VisualItem, info: dict[str, object] | None = None) -> Compressed:
+    """Compressed form of an item of which every token stays."""
+    return selection(item, torch.arange(item.num_tokens, device=item.features.device), info)
 
 
 def frame_merge(item: VisualItem, tokens: Tensor, places: Tensor, slot: Tensor) -> Compressed:

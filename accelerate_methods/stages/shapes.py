@@ -37,3 +37,7 @@ class ItemShape:
     def num_tokens(self) -> int:
         """F*N."""
         return self.num_frames * self.tokens_per_frame
+
+    def of_each(self, count: int) -> int:
+        """Tokens where ``count`` of each frame or view stay: ``dense`` where that is all of them."""
+        return self.dense if count >= self.tokens_per_frame else self.num_frames * count
