@@ -106,7 +106,7 @@ def test_wrong_argument_and_missing_task_fail(folder, tmp_path) -> None:
     result = run(OURS, *typo)
     assert result.returncode == 1 and "Did you mean 'retention_ratio'" in result.stderr
     missing = run(OURS, *options("vidio", folder, "--output_path", tmp_path / "missing"))
-    assert missing.returncode == 1 and "Tasks not found: vidio" in missing.stderr
+    assert missing.returncode == 2 and "unknown task 'vidio'. Did you mean 'video'?" in missing.stderr
 
 
 # -- the same without starting the harness -----------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def test_options_go_through_as_they_are():
     assert (own.output_path, own.resume, own.model, own.tasks, own.limit) == ("D", True, MODEL, "mme", 3.0)
     assert options("--limit", "0.25")[0].limit == 0.25 and options("--limit", "-1")[0].limit == -1
     # models of lmms-eval itself read what they read
-    assert own_options(["--model", "llava", "--tasks", "t", "--gen_kwargs", "guidance_scale=2"])[0].model == "llava"
+    assert own_options(["--model", "llava", "--tasks", "mme", "--gen_kwargs", "guidance_scale=2"])[0].model == "llava"
 
 
 def test_a_run_needs_tasks():
