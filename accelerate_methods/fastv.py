@@ -31,6 +31,7 @@ from accelerate_methods.stages.prefill import (
     Selection,
     counted_selection,
     last_token_scores,
+    num_items,
 )
 
 
@@ -77,7 +78,7 @@ class FastV(PrefillMethod):
 
     def prefill(self, step: PrefillStep) -> Selection | None:
         totals = visual_rows(step)
-        kept = [self.keep_count(total, len(spans)) for total, spans in zip(totals, step.spans, strict=True)]
+        kept = [self.keep_count(total, num_items(spans)) for total, spans in zip(totals, step.spans, strict=True)]
         if kept == totals:
             return None
         if self.k == 0:

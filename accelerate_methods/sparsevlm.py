@@ -29,7 +29,7 @@ from accelerate_methods.ops.select import by_score, mask_to_indices, on_device, 
 from accelerate_methods.registry import register
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.fields import choice, integer, integers, real, share
-from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection, VisualSpan, same_depth
+from accelerate_methods.stages.prefill import PrefillMethod, PrefillStep, Selection, VisualSpan, num_items, same_depth
 
 #: tokens of 576 that a published setting stands for -> how many are kept behind layers 2, 6 and 15, merged ones apart
 _BUDGETS = {
@@ -156,7 +156,7 @@ class SparseVLM(PrefillMethod):
 
         None for all of them: where as many are asked for as there are.
         """
-        total, items = sum(span.length for span in spans), len({span.item for span in spans})
+        total, items = sum(span.length for span in spans), num_items(spans)
         if self.budgets is not None:
             return self.budgets[stage] * items
         ratio = self.retention_ratio

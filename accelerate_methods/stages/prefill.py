@@ -43,6 +43,11 @@ class VisualSpan:
         return self.start + self.length
 
 
+def num_items(spans: Sequence[VisualSpan]) -> int:
+    """Images and videos of which these are the spans; one with text in between counts once."""
+    return len({span.item for span in spans})
+
+
 @dataclasses.dataclass(repr=False)
 class Selection(ShapesShown):
     """Tokens that go on after a prefill stage.

@@ -1,5 +1,6 @@
 """FastV: selection on hand-computed scores, and the method in the decoder loop and the LLaVA models."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -44,7 +45,8 @@ def layout_of(length, *spans):
     for row, sample in zip(visual, spans, strict=True):
         for start, count in sample:
             row[start : start + count] = True
-    return PromptLayout(visual, [length] * len(spans), [[VisualSpan(s, n, "image", n) for s, n in x] for x in spans])
+    items = [[VisualSpan(s, n, "image", n, item=item) for item, (s, n) in enumerate(sample)] for sample in spans]
+    return PromptLayout(visual, [length] * len(spans), items)
 
 
 def run(model, method, embeds, layout, **kwargs):
@@ -159,6 +161,14 @@ def test_several_images_compete_and_text_between_them_stays(model):
     kept = run(model, FastV(r=0.7), embeds, layout).kept[0].tolist()
     assert kept == expected_rows(eager_scores(model, embeds, 2), rows, 6)
     assert {10, 11, 12} <= set(kept)
+
+
+def test_a_count_per_image_counts_an_item_with_text_inside_once(model):
+    layout = layout_of(LENGTH, [(2, 8), (13, 12)])
+    method = FastV(retention_ratio=None, r=None, tokens_per_image=5)
+    assert run(model, method, prompt(seed=4), layout).kept.shape[1] == LENGTH - 20 + 10
+    layout.spans[0][:] = [dataclasses.replace(span, item=0) for span in layout.spans[0]]
+    assert run(model, method, prompt(seed=4), layout).kept.shape[1] == LENGTH - 20 + 5
 
 
 def test_padding_is_left_behind(model):
