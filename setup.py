@@ -27,6 +27,8 @@ EXTRAS = {
     "train": ["deepspeed>=0.16"],
     "flash-attn": ["flash-attn>=2.7"],
     "lora": ["peft>=0.15"],
+    # the releases that the plugin is written for (accelerate_methods/hosts/vllm); a GPU build brings its own torch
+    "vllm": ["vllm>=0.32,<0.34"],
     "plots": ["matplotlib>=3.9", "plotly>=6"],
     "dev": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9", "matplotlib>=3.9", "plotly>=6"],
 }
@@ -45,6 +47,7 @@ setup(
         "llava": ["py.typed"],
     },
     cmdclass={"build_py": BuildWithConfigs},
+    entry_points={"vllm.general_plugins": ["mllm_accelerate = accelerate_methods.hosts.vllm:register"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17,<6",

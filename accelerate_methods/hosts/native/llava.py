@@ -163,7 +163,7 @@ class LlavaNext(Llava):
         counts = self._views(seen, sizes, config, len(features))
         out, first = [], 0
         for count, size in zip(counts, sizes, strict=True):
-            item = image_item(features[first : first + count], newline, size, self.tower.side, config, _unpadded)
+            item = image_item(features[first : first + count], newline, size, self.tower.side, config, unpadded)
             out.append((count, item, tile_grid(count, size, self.tower.side, config)))
             first += count
         return out
@@ -192,7 +192,7 @@ def filled(layout: VisualItem, rows: Tensor) -> VisualItem:
     return dataclasses.replace(layout, features=rows[layout.positions], newlines=newlines, signals={})
 
 
-def _unpadded(features: Tensor, size: tuple[int, int]) -> Tensor:
+def unpadded(features: Tensor, size: tuple[int, int]) -> Tensor:
     """``hosts.layouts.unpad_image`` as transformers rounds: a whole number of cells that float arithmetic puts
     just below itself stays whole (352 x 836 pixels in 48 x 24 cells, for example)."""
     width, height = size
