@@ -13,6 +13,16 @@ from typing import Any
 from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation_texts import (
+    EXAMPLE_ANSWER,
+    EXAMPLE_QUESTION,
+    HUMAN,
+    LANGUAGE_AND_VISION,
+    LLAMA_2_CHAT,
+    MMTAG,
+    MMTAG_FORMAT,
+    USER,
+)
 
 # What a chat page shows of an image, at most this many pixels on the short and the long edge. No model sees it.
 _PREVIEW_SHORT, _PREVIEW_LONG = 448, 672
@@ -64,6 +74,8 @@ class Conversation:
     stop_str: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     skip_next: bool = False
+    #: whether the chat template of LLAMA_3 opens the answer, or leaves that to what it says of itself
+    opens_answer: bool = True
 
     def get_prompt(self) -> str:
         """Render the conversation.
@@ -111,7 +123,7 @@ class Conversation:
                 ) from error
         chat = [{"role": "system", "content": self.system}]
         chat += [{"role": role, "content": text} for role, text in turns if text]
-        return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=self.opens_answer)
 
     def append_message(self, role: str, message: Any) -> None:
         """Add a turn; message None leaves it open for the model."""
@@ -269,50 +281,8 @@ _PRINTERS: dict[SeparatorStyle, Callable[[Conversation, _Turns], str]] = {
 
 # -- templates ---------------------------------------------------------------------------------------------------------
 
-_POLITE = "The assistant gives helpful, detailed, and polite answers to the {}'s questions."
-_HUMAN = "A chat between a curious human and an artificial intelligence assistant. " + _POLITE.format("human")
-_USER = "A chat between a curious user and an artificial intelligence assistant. " + _POLITE.format("user")
-_SEES = (
-    "able to understand the visual content that the user provides, "
-    "and assist the user with a variety of tasks using natural language."
-)
-_LANGUAGE_AND_VISION = "You are a helpful language and vision assistant. You are " + _SEES
-_MMTAG_FORMAT = "The visual content will be provided with the following format: <Image>visual content</Image>."
-_MMTAG = (
-    f"A chat between a curious user and an artificial intelligence assistant. The assistant is {_SEES}{_MMTAG_FORMAT}"
-)
-_LLAMA_2_CHAT = (
-    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
-    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
-    "Please ensure that your responses are socially unbiased and positive in nature.\n"
-    "\n"
-    "If a question does not make any sense, or is not factually coherent, explain why instead of answering something "
-    "not correct. If you don't know the answer to a question, please don't share false information."
-)
-# The example dialogue that vicuna_v0 starts with.
-_EXAMPLE_QUESTION = "What are the key differences between renewable and non-renewable energy sources?"
-_EXAMPLE_ANSWER = (
-    "Renewable energy sources are those that can be replenished naturally in a relatively short amount of time, such "
-    "as solar, wind, hydro, geothermal, and biomass. Non-renewable energy sources, on the other hand, are finite and "
-    "will eventually be depleted, such as coal, oil, and natural gas. Here are some key differences between "
-    "renewable and non-renewable energy sources:\n"
-    "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable energy sources are "
-    "finite and will eventually run out.\n"
-    "2. Environmental impact: Renewable energy sources have a much lower environmental impact than non-renewable "
-    "sources, which can lead to air and water pollution, greenhouse gas emissions, and other negative effects.\n"
-    "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically have lower "
-    "operational costs than non-renewable sources.\n"
-    "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote locations than "
-    "non-renewable sources.\n"
-    "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different situations and "
-    "needs, while non-renewable sources are more rigid and inflexible.\n"
-    "6. Sustainability: Renewable energy sources are more sustainable over the long term, while non-renewable "
-    "sources are not, and their depletion can lead to economic and social instability.\n"
-)
-
-
 def _human_template(
-    system: str = _HUMAN, version: str = "v0", examples: Sequence[tuple[str, str]] = ()
+    system: str = HUMAN, version: str = "v0", examples: Sequence[tuple[str, str]] = ()
 ) -> Conversation:
     roles = ("Human", "Assistant")
     messages = [list(example) for example in examples]
@@ -340,8 +310,8 @@ def _plain_template() -> Conversation:
     return Conversation("", ("", ""), sep_style=SeparatorStyle.PLAIN, sep="\n", version="plain")
 
 
-_vicuna_v0 = _human_template(examples=[("Human", _EXAMPLE_QUESTION), ("Assistant", _EXAMPLE_ANSWER)])
-_vicuna_v1 = _vicuna_template(_USER)
+_vicuna_v0 = _human_template(examples=[("Human", EXAMPLE_QUESTION), ("Assistant", EXAMPLE_ANSWER)])
+_vicuna_v1 = _vicuna_template(USER)
 _mistral_instruct = _llama_2_template("", sep="")
 _chatml_direct = _im_template("Answer the questions.")
 _qwen = _im_template("You are a helpful assistant.", SeparatorStyle.CHATML, "qwen")
@@ -351,7 +321,7 @@ conv_templates: dict[str, Conversation] = {
     "v0": _vicuna_v0,
     "v1": _vicuna_v1,
     "vicuna_v1": _vicuna_v1,
-    "llama_2": _llama_2_template(_LLAMA_2_CHAT),
+    "llama_2": _llama_2_template(LLAMA_2_CHAT),
     "mistral_instruct": _mistral_instruct,
     "mistral_orca": _im_template(
         "You are MistralOrca, a large language model trained by Alignment Lab AI. "
@@ -366,12 +336,12 @@ conv_templates: dict[str, Conversation] = {
     "v0_plain": _plain_template(),
     "chatml_direct": _chatml_direct,
     "llava_v0": _human_template(),
-    "llava_v0_mmtag": _human_template(_MMTAG, "v0_mmtag"),
-    "llava_v1": _vicuna_template(_HUMAN),
-    "llava_v1_mmtag": _vicuna_template(_MMTAG, "v1_mmtag"),
-    "llava_llama_2": _llama_2_template(_LANGUAGE_AND_VISION),
+    "llava_v0_mmtag": _human_template(MMTAG, "v0_mmtag"),
+    "llava_v1": _vicuna_template(HUMAN),
+    "llava_v1_mmtag": _vicuna_template(MMTAG, "v1_mmtag"),
+    "llava_llama_2": _llama_2_template(LANGUAGE_AND_VISION),
     "llava_llama_3": Conversation(
-        _LANGUAGE_AND_VISION,
+        LANGUAGE_AND_VISION,
         ("user", "assistant"),
         sep_style=SeparatorStyle.LLAMA_3,
         sep="<|eot_id|>",
@@ -379,9 +349,19 @@ conv_templates: dict[str, Conversation] = {
         tokenizer_id="meta-llama/Meta-Llama-3-8B-Instruct",
         stop_token_ids=[128009],  # <|eot_id|>
     ),
+    "llava_llama_3_1": Conversation(  # LLaVA-Mini
+        LANGUAGE_AND_VISION,
+        ("user", "assistant"),
+        sep_style=SeparatorStyle.LLAMA_3,
+        sep="<|eot_id|>",
+        version="llama_v3_1",
+        tokenizer_id="ICTNLP/llava-mini-llama-3.1-8b",
+        stop_token_ids=[128009],  # <|eot_id|>
+        opens_answer=False,
+    ),
     "llava_llama_2_simple": _llama_2_template("Answer the questions about the visual content that the user provides."),
     "llava_llama_2_mmtag": _llama_2_template(
-        "Answer the questions about the visual content that the user provides." + _MMTAG_FORMAT, "llama_v2_mmtag"
+        "Answer the questions about the visual content that the user provides." + MMTAG_FORMAT, "llama_v2_mmtag"
     ),
     "llava_mistral_instruct": _mistral_instruct,
     "mpt": _im_template(

@@ -120,8 +120,25 @@ FASTVLM = Architecture(
     stages=LATER_STAGES | {"sample"},
 )
 
+LLAVA_MINI = Architecture(
+    name="LLaVA-Mini",
+    file="llava_mini",
+    key="llava_mini",
+    paper="arXiv 2501.03895",
+    venue="ICLR 2025",
+    code="ictnlp/LLaVA-Mini@47da1137",
+    licence="Apache-2.0",
+    checkpoints=("ICTNLP/llava-mini-llama-3.1-8b",),
+    weights_licence="GPL-3.0, and the licence of Llama 3.1",
+    tokens="1 per image or frame in the released model; the square of compressor_size in general",
+    template="llava_llama_3_1",
+    # the tokens are those of queries, fused with the image: no patch has a place among them
+    signals=_NONE,
+    stages=LATER_STAGES,
+)
+
 #: in the order in which a checkpoint's config is shown to them; no two may recognise the same one
-ARCHITECTURES: tuple[Architecture, ...] = (MQT, FASTVLM)
+ARCHITECTURES: tuple[Architecture, ...] = (MQT, FASTVLM, LLAVA_MINI)
 
 
 def architecture(file: str) -> Architecture:

@@ -38,6 +38,8 @@ class Prompts:
     padding_side: str | None = None
     dummies: bool = False
     questions: Any = None
+    #: [B, n, D] of the ids, where an architecture makes them itself: its ``compress`` sets them
+    embeds: Tensor | None = None
 
     @cached_property
     def on_host(self) -> tuple[Tensor, Tensor]:
@@ -153,7 +155,8 @@ def splice_prompts(
     text = on_device((keep & ~holes).flatten().nonzero().squeeze(1), input_ids.device)
     lengths = [_text_lengths(*rows) for rows in zip(holes, keep, strict=True)]
     every = [length for sample in lengths for length in sample]
-    embedded = iter(embed(input_ids.flatten()[text]).split(every))
+    rows = embed(input_ids.flatten()[text]) if prompts.embeds is None else prompts.embeds.flatten(0, 1)[text]
+    embedded = iter(rows.split(every))
     targets = None if labels is None else iter(labels.flatten()[text.to(labels.device)].split(every))
     samples: list[_Sample] = []
     used = 0

@@ -30,6 +30,10 @@ class VisualInput:
     size: tuple[int, int] | None
     views: slice
 
+    @property
+    def num_views(self) -> int:
+        return self.views.stop - self.views.start
+
 
 def gather_visuals(
     images: Any, modalities: list[str], image_sizes: Any, device: torch.device
@@ -42,14 +46,12 @@ def gather_visuals(
         image_sizes: (width, height) per item, or None. Read of images only: LLaVA-NeXT's video scripts give
             ``frame.size`` of numpy frames, which is a number, and one of each frame.
     """
-    for value in modalities:
-        if value not in _MODALITIES:
-            raise ValueError(f"modality {value!r} is not known; allowed: {', '.join(_MODALITIES)}.")
+    listed = kinds_of(modalities, len(images))
     plain = isinstance(images, Tensor) and images.ndim == 4
     views = [images] if plain else [v[None] if v.ndim == 3 else v for v in images]
     pixels = torch.cat([v.to(device) for v in views])
     counts = [1] * len(pixels) if plain else [len(v) for v in views]
-    kinds = ["plain"] * len(counts) if plain else [*modalities, *["image"] * len(counts)][: len(counts)]
+    kinds = ["plain"] * len(counts) if plain else listed
     sizes = list(image_sizes) if isinstance(image_sizes, Iterable) else []
     sizes += [None] * (len(counts) - len(sizes))
     visuals = [
@@ -57,6 +59,18 @@ def gather_visuals(
         for kind, size, count, end in zip(kinds, sizes, counts, itertools.accumulate(counts), strict=False)
     ]
     return pixels, visuals
+
+
+def kinds_of(modalities: Sequence[str], count: int) -> list[str]:
+    """The modality of each of ``count`` items; those beyond the list are images.
+
+    Raises:
+        ValueError: a modality that is not known.
+    """
+    for value in modalities:
+        if value not in _MODALITIES:
+            raise ValueError(f"modality {value!r} is not known; allowed: {', '.join(_MODALITIES)}.")
+    return [*modalities, *["image"] * count][:count]
 
 
 def _size_of(size: Any) -> tuple[int, int] | None:
@@ -85,11 +99,11 @@ def subset(pixels: Tensor, visuals: Sequence[VisualInput], numbers: Sequence[int
     return torch.cat([pixels[visual.views] for visual in own]), moved
 
 
-def meta_tokens(tokens: Tensor, tower: Any, side: int) -> Tensor:
-    """A meta tensor shaped as ``tokens`` [V, P, D] would be of views of ``side`` pixels without a method."""
+def meta_tokens(views: int, width: int, tower: Any, side: int) -> Tensor:
+    """A meta tensor shaped as the tokens [V, P, D] of views of ``side`` pixels are without a method."""
     rows, columns = patch_grid(tower, side)
     front = tower.special_tokens if tower.select_feature == "cls_patch" else 0
-    return torch.empty(tokens.shape[0], rows * columns + front, tokens.shape[2], device="meta")
+    return torch.empty(views, rows * columns + front, width, device="meta")
 
 
 def patch_grid(tower: Any, side: int) -> tuple[int, int]:

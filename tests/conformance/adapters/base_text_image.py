@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from accelerate_methods.registry.architectures import ARCHITECTURES
 from llava.conversation import conv_templates
 from llava.image_processing import SigLipImageProcessor, load_clip_image_processor
 from llava.mm_utils import (
@@ -157,9 +158,10 @@ def check_conversation_prompts(section: list[dict[str, Any]], context: Any) -> l
 
 
 def check_template_names(section: list[str], context: Any) -> list[Check]:
-    """Every template has its name, and there is no other."""
+    """Every template has its name, and there is no other save those of trained architectures."""
     named = [(name, name in conv_templates, "no such template") for name in section]
-    return [*named, _equal("no other template", sorted(conv_templates), sorted(section))]
+    own = {entry.template for entry in ARCHITECTURES} - set(section)
+    return [*named, _equal("no other template", sorted(set(conv_templates) - own), sorted(section))]
 
 
 def check_default_template(section: str, context: Any) -> list[Check]:
