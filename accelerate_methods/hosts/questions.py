@@ -37,13 +37,18 @@ def plain_question(text: Any) -> str:
     if not isinstance(text, str):
         turns = [turn for turn in text if isinstance(turn, str)]
         text = turns[(len(turns) - 1) // 2 * 2] if turns else ""
-    text = _PLACEHOLDER.sub("", text)
+    text = without_placeholders(text)
     for sentence in POST_PROMPTS:
         text = text.replace(f"\n{sentence}", "").replace(sentence, "")
     return text.strip()
 
 
-def question_in(ids: Tensor, visual: Tensor, tokenizer: Any) -> str:
+def without_placeholders(text: str) -> str:
+    """The text of a user's turn without what stands for images and videos."""
+    return _PLACEHOLDER.sub("", text).strip()
+
+
+def question_in(ids: Tensor, visual: Tensor, tokenizer: Any, plain: bool = True) -> str:
     """The question in the ids [n] of one prompt without padding: its last text behind the last image or video.
 
     Special tokens end a text, and the names of the speakers are no part of it. If nothing stands behind the image, it
@@ -51,7 +56,9 @@ def question_in(ids: Tensor, visual: Tensor, tokenizer: Any) -> str:
 
     Args:
         visual: [n] True at the rows of images and videos.
+        plain: without what evaluations put behind questions (:func:`plain_question`); else as it is written.
     """
+    clean = plain_question if plain else without_placeholders
     special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
     before: list[list[int]] = [[]]
     after: list[list[int]] = [[]]
@@ -64,7 +71,7 @@ def question_in(ids: Tensor, visual: Tensor, tokenizer: Any) -> str:
             side[-1].append(token)
     for pieces in (after, before):
         for piece in reversed(pieces):
-            text = plain_question(_ROLE.sub("", tokenizer.decode(piece))) if piece else ""
+            text = clean(_ROLE.sub("", tokenizer.decode(piece))) if piece else ""
             if text:
                 return text
     return ""

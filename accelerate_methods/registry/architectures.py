@@ -137,8 +137,36 @@ LLAVA_MINI = Architecture(
     stages=LATER_STAGES,
 )
 
+LLAMA_VID = Architecture(
+    name="LLaMA-VID",
+    file="llama_vid",
+    key="llama_vid",
+    paper="arXiv 2311.17043",
+    venue="ECCV 2024",
+    code="dvlab-research/LLaMA-VID@b3d3ae2b",
+    licence="Apache-2.0",
+    checkpoints=(
+        "YanweiLi/llama-vid-7b-full-224-video-fps-1",
+        "YanweiLi/llama-vid-13b-full-224-video-fps-1",
+        "YanweiLi/llama-vid-7b-full-224-long-video",
+        "YanweiLi/llama-vid-7b-full-224",
+        "YanweiLi/llama-vid-7b-full-336",
+        "YanweiLi/llama-vid-13b-full-336",
+    ),
+    weights_licence="that of Vicuna v1.5 (Llama 2 community licence)",
+    tokens="2 per frame (question and content) in the video models; 257 or 577 per image in the image models",
+    template="vicuna_v1",
+    # the tokens are those of queries and of pooled patches, made with the question: no signal over patches
+    signals=_NONE,
+    stages=LATER_STAGES,
+    arguments=(
+        Argument("fps", Rule("number", low=0, open_low=True), 1, "Frames per second of a video that are looked at."),
+    ),
+    tasks="videomme",
+)
+
 #: in the order in which a checkpoint's config is shown to them; no two may recognise the same one
-ARCHITECTURES: tuple[Architecture, ...] = (MQT, FASTVLM, LLAVA_MINI)
+ARCHITECTURES: tuple[Architecture, ...] = (MQT, FASTVLM, LLAVA_MINI, LLAMA_VID)
 
 
 def architecture(file: str) -> Architecture:

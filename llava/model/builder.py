@@ -112,6 +112,7 @@ def load_pretrained_model(
     if isinstance(device_map, str) and "offload_folder" not in kwargs:
         _check_fits(model, model_path)
     image_processor = _finish_vision(model, tokenizer)
+    model.prompt_tokenizer = tokenizer
     if method is not None:
         from accelerate_methods import accelerate
 

@@ -60,6 +60,8 @@ class MultimodalGeneration:
 
     #: pipeline attached to this object; an instance attribute, set and removed by the host
     acceleration: Any = None
+    #: the checkpoint's, for architectures that read the question out of the prompt; set by ``load_pretrained_model``
+    prompt_tokenizer: Any = None
 
     def forward(
         self,
