@@ -21,6 +21,7 @@ from accelerate_methods.stages.signals import LAYER_SIGNALS, Signal
 
 if TYPE_CHECKING:
     from accelerate_methods.engine.encoder_blocks import EncodedTokens
+    from accelerate_methods.stages.frames import FrameMap
 
 ENCODER_SIGNALS = LAYER_SIGNALS
 CHUNK_BYTES = 256 * 2**20  # what the attention maps alive at a time may take
@@ -45,6 +46,9 @@ class Encoded:
     merged: EncodedTokens | None = None
 
     def __getitem__(self, views: slice) -> Encoded:
+        if self.frames is not None:
+            merged = self.merged[views]
+            return Encoded(merged.hidden, self.special_tokens, None, {}, merged)
         before = None if self.before is None else self.before[views]
         inputs = {index: states[views] for index, states in self.inputs.items()}
         merged = None if self.merged is None else self.merged[views]
@@ -54,6 +58,20 @@ class Encoded:
     def shortened(self) -> bool:
         """Whether the patches are no grid any more."""
         return self.merged is not None and not self.merged.grid
+
+    @property
+    def frames(self) -> list[FrameMap] | None:
+        """Where the frames of each video went under a method that merges frames; None without one."""
+        return None if self.merged is None else self.merged.frames
+
+    def rows_of(self, views: slice) -> slice:
+        """The rows of :attr:`hidden` for some views, of a video all that it had."""
+        return views if self.frames is None else self.merged.rows_of(views)[1]
+
+    @property
+    def carried(self) -> dict[str, Tensor]:
+        """Signals [V, P] that such a method has given itself."""
+        return {} if self.merged is None else self.merged.carried
 
     def around(self, feature: int) -> dict[int, Tensor]:
         """Inputs of all layers that are known; ``feature`` is the index of the one whose output is the feature."""

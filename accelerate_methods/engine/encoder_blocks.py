@@ -9,6 +9,8 @@ Without an encode method nothing of this runs.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +32,14 @@ from accelerate_methods.ops.select import pick_rows
 from accelerate_methods.stages.contract import check_merge
 from accelerate_methods.stages.encode import EncodeMethod, EncodeStep, Merge, TokenMap
 from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.frames import (
+    FrameMap,
+    FrameMergeMethod,
+    FrameStep,
+    check_frame_merge,
+    mixed_in_turn,
+    standing_rows,
+)
 
 
 @dataclasses.dataclass
@@ -39,11 +49,13 @@ class BlockInput:
     Attributes:
         states: [V, S + M * u, C]; sizes: [V, S + M] patches of each token, None where attention does not count them.
         became: [V, M] token behind the last block that each has become, -1 if it left.
+        mixings: of each video [T', T] what its frames have become since, None if none was merged.
     """
 
     states: Tensor
     sizes: Tensor | None
     became: Tensor
+    mixings: list[Tensor] | None = None
 
 
 @dataclasses.dataclass
@@ -56,6 +68,7 @@ class EncodedTokens:
         tokens: where the patches went.
         grid: whether every patch is in its place: nothing was merged, or the method wants them back.
         inputs: of the blocks whose inputs were asked for.
+        frames: where the frames of each video went, None if no method merges frames; V then counts those that are left.
     """
 
     hidden: Tensor
@@ -64,9 +77,13 @@ class EncodedTokens:
     tokens: TokenMap
     grid: bool = True
     inputs: dict[int, BlockInput] = dataclasses.field(default_factory=dict)
+    frames: list[FrameMap] | None = None
 
     def __getitem__(self, views: slice) -> EncodedTokens:
+        """Some of the views; where frames were merged all frames of one video, counted before that."""
         tokens = self.tokens
+        if self.frames is not None:
+            return self._video(views)
         sizes = None if tokens.sizes is None else tokens.sizes[views]
         inputs = {
             number: BlockInput(one.states[views], None if one.sizes is None else one.sizes[views], one.became[views])
@@ -75,10 +92,41 @@ class EncodedTokens:
         own = TokenMap(tokens.owner[views], tokens.stands[views], sizes)
         return dataclasses.replace(self, hidden=self.hidden[views], tokens=own, inputs=inputs)
 
+    def rows_of(self, views: slice) -> tuple[int, slice]:
+        """Where frames were merged: the video whose frames ``views`` were, and those that are left of it."""
+        number = [0, *itertools.accumulate(video.before for video in self.frames)].index(views.start)
+        first = sum(video.left for video in self.frames[:number])
+        return number, slice(first, first + self.frames[number].left)
+
+    def _video(self, views: slice) -> EncodedTokens:
+        number, here = self.rows_of(views)
+        inputs = {}
+        for block, one in self.inputs.items():
+            # frames behind the block, whose inputs they were
+            counts = [m.left if one.mixings is None else one.mixings[i].shape[1] for i, m in enumerate(self.frames)]
+            states = one.states.split(counts)[number]
+            became, mixings = one.became[: len(states)], None if one.mixings is None else [one.mixings[number]]
+            inputs[block] = BlockInput(states, None, became, mixings)
+        own = TokenMap(self.tokens.owner[here], self.tokens.stands[here])
+        return dataclasses.replace(
+            self, hidden=self.hidden[here], tokens=own, inputs=inputs, frames=[self.frames[number]]
+        )
+
+    @property
+    def carried(self) -> dict[str, Tensor]:
+        """[V, N] what a method that merges frames has said of their tokens."""
+        maps = self.frames or []
+        names = dict.fromkeys(name for one in maps for name in one.values)
+        return {name: torch.cat([one.values[name] for one in maps]) for name in names}
+
+    def every_frame(self, values: Tensor) -> Tensor:
+        """[V', ...] -> [V, ...] every frame that there was, a copy of the one that holds it."""
+        return values if self.frames is None else standing_rows(self.frames, values)
+
     @property
     def output(self) -> Tensor:
         """[V, S + ..., C] what the model gets: the tokens, or every patch."""
-        return self.full() if self.grid else self.hidden
+        return self.full() if self.grid and self.frames is None else self.hidden
 
     def full(self) -> Tensor:
         """[V, S + P * u, C] with every patch in its place, a copy of the token that holds it; zeros where none does."""
@@ -100,7 +148,9 @@ class EncodedTokens:
         found = signals_of_layers(layers, states, asked, self.special, sizes)
         out = {}
         for name, value in found.items():
-            value = per_group(value, 0, self.unit)
+            value, since = per_group(value, 0, self.unit), self.inputs[asked[name]].mixings
+            if since is not None:
+                value = mixed_in_turn(value, since)
             value = self._carried(value, self.inputs[asked[name]].became, mean=value.ndim == 3)
             out[name] = self._on_patches(value) if self.grid else value
         return out
@@ -128,18 +178,21 @@ class BlockRun:
 
     Args:
         blocks: those that run; depth: those that the encoder has.
+        method: None for one that does not act on these views.
         special: special tokens in front of the patches; unit: patches that go on together.
         dense: tokens of a view that the language model gets without a method; None: one for each patch or group.
         dropout: of attention, in training.
+        videos: frames of each video, where the views are those; None: of images.
     """
 
     def __init__(
-        self, blocks: Sequence[EncoderBlock], method: EncodeMethod, *, depth: int, special: int = 0, unit: int = 1,
-        dense: int | None = None, dropout: float = 0.0,
+        self, blocks: Sequence[EncoderBlock], method: EncodeMethod | None, *, depth: int, special: int = 0,
+        unit: int = 1, dense: int | None = None, dropout: float = 0.0, videos: Sequence[int] | None = None,
     ):  # fmt: skip
         self.blocks, self.method, self.depth = blocks, method, depth
         self.special, self.unit, self.dense, self.dropout = special, unit, dense, dropout
-        self.chosen = acting_blocks(method, len(blocks))
+        self.videos = videos if isinstance(method, FrameMergeMethod) else None
+        self.chosen = frozenset() if method is None else acting_blocks(method, len(blocks))
 
     def __call__(
         self, hidden: Tensor, *, inputs: Collection[int] = (), outputs: Collection[int] = ()
@@ -153,9 +206,10 @@ class BlockRun:
         groups = (hidden.shape[1] - self.special) // self.unit
         index = torch.arange(groups, device=hidden.device).expand(len(hidden), -1)
         tokens, kept = TokenMap(index, index), {}
+        frames = None if self.videos is None else [FrameMap.of(count) for count in self.videos]
         self.outputs: dict[int, Tensor] = {}
         for number, block in enumerate(self.blocks):
-            weighted = self.method.proportional and tokens.sizes is not None
+            weighted = tokens.sizes is not None and self.method.proportional
             if number in inputs:
                 kept[number] = self._input(hidden, tokens)
             if number in self.chosen or weighted or block.taken_apart:
@@ -168,18 +222,23 @@ class BlockRun:
                     for one in kept.values():
                         one.became = _moved(one.became, _content(merge.owner, self.special))
                 hidden = block.feed_forward(hidden)
+                if frames is not None and number in self.chosen:
+                    hidden, frames = self._merge_frames(number, hidden, attention, frames, kept)
+                    index = index[: len(hidden)]
+                    tokens = TokenMap(index, index)
             else:
                 hidden = block.whole(hidden)
             if number in outputs:
-                self.outputs[number] = restored(hidden, self.special, self.unit, tokens.owner)
+                full = restored(hidden, self.special, self.unit, tokens.owner)
+                self.outputs[number] = full if frames is None else standing_rows(frames, full)
         if len(self.blocks) in inputs:
             kept[len(self.blocks)] = self._input(hidden, tokens)
         if tokens.owner is index:
-            return EncodedTokens(hidden, self.special, self.unit, tokens, inputs=kept)
+            return EncodedTokens(hidden, self.special, self.unit, tokens, inputs=kept, frames=frames)
         return self._arranged(EncodedTokens(hidden, self.special, self.unit, tokens, self.method.keeps_grid, kept))
 
     def _input(self, hidden: Tensor, tokens: TokenMap) -> BlockInput:
-        weighted = self.method.proportional and tokens.sizes is not None
+        weighted = tokens.sizes is not None and self.method.proportional
         became = torch.arange(tokens.stands.shape[1], device=hidden.device).expand(len(hidden), -1)
         return BlockInput(hidden.detach(), tokens.sizes if weighted else None, became)
 
@@ -202,6 +261,33 @@ class BlockRun:
         if merge is not None:
             check_merge(self.method.name, merge, hidden, self.special)
         return merge
+
+    def _merge_frames(
+        self, number: int, hidden: Tensor, attention: BlockAttention, frames: list[FrameMap],
+        kept: Mapping[int, BlockInput],
+    ) -> tuple[Tensor, list[FrameMap]]:  # fmt: skip
+        """[V, S + N * u, C] behind a block -> [V', ...], and where the frames of each video are now.
+
+        Args:
+            kept: inputs of the blocks so far, which remember what has become of their frames.
+        """
+        received = functools.cache(attention.received_attention)
+        merges, counts = [], [video.left for video in frames]
+        for count, end in zip(counts, itertools.accumulate(counts), strict=True):
+            here = slice(end - count, end)
+            step = FrameStep(number, len(self.blocks), hidden[here], self.special, lambda here=here: received()[here])
+            merge = self.method.encode_frames(step)
+            if merge is not None:
+                check_frame_merge(self.method.name, merge, count)
+            merges.append(merge)
+        if not any(merges):
+            return hidden, frames
+        mixings = [torch.eye(n) if merge is None else merge.mixing for merge, n in zip(merges, counts, strict=True)]
+        for one in kept.values():
+            before = one.mixings or [torch.eye(count) for count in counts]
+            one.mixings = [mixing.float() @ since for mixing, since in zip(mixings, before, strict=True)]
+        after = [m if merge is None else m.after(merge) for m, merge in zip(frames, merges, strict=True)]
+        return mixed_in_turn(hidden, mixings), after
 
     def _arranged(self, out: EncodedTokens) -> EncodedTokens:
         order = self.method.arrange(out.tokens)
@@ -267,8 +353,9 @@ def restored(hidden: Tensor, special: int, unit: int, owner: Tensor) -> Tensor:
 
 
 def run_clip(
-    layers: Sequence[nn.Module], hidden: Tensor, method: EncodeMethod, *, depth: int, special: int,
+    layers: Sequence[nn.Module], hidden: Tensor, method: EncodeMethod | None, *, depth: int, special: int,
     inputs: Collection[int] = (), forwards: Sequence[Any] | None = None, dense: int | None = None,
+    videos: Sequence[int] | None = None,
 ) -> Encoded:  # fmt: skip
     """Layers of transformers' CLIP or SigLIP encoder under ``method``; the rest as in :class:`BlockRun`.
 
@@ -277,5 +364,7 @@ def run_clip(
         forwards: their own, where something else has been put in their place.
     """
     blocks = [ClipBlock(layer, None if forwards is None else forwards[i]) for i, layer in enumerate(layers)]
-    merged = BlockRun(blocks, method, depth=depth, special=special, dense=dense)(hidden, inputs=inputs)
+    merged = BlockRun(blocks, method, depth=depth, special=special, dense=dense, videos=videos)(
+        hidden, inputs=inputs
+    )
     return Encoded(merged.output, special, None, {}, merged)

@@ -48,7 +48,7 @@ def needs_loop(pipeline: Pipeline | None) -> bool:
     """Whether the model's own forward cannot express what is attached (a compress stage leaves position gaps)."""
     if pipeline is None:
         return False
-    return pipeline.loses_grid or bool({"compress", "prefill", "decode"} & set(pipeline.stages))
+    return pipeline.shortens_inside or bool({"compress", "prefill", "decode"} & set(pipeline.stages))
 
 
 def run_decoder(

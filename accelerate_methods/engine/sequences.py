@@ -179,7 +179,7 @@ def _in_order(item: VisualItem, compressed: Compressed) -> bool:
     """Whether the LLM reads the tokens as they are given, and what newlines there are after them."""
     if compressed.order != "given":
         return False
-    return item.newline_of is None or compressed.newlines == "last" or item.layout == "one_token"
+    return item.newline_of is None or compressed.newlines in ("last", "none") or item.layout == "one_token"
 
 
 def _surviving_newlines(item: VisualItem, compressed: Compressed) -> Tensor | None:
@@ -187,7 +187,7 @@ def _surviving_newlines(item: VisualItem, compressed: Compressed) -> Tensor | No
 
     How many rows or frames of a layout with several newlines still hold a token is for the device to say: one read.
     """
-    if item.newlines is None or not item.newlines.shape[0]:
+    if item.newlines is None or not item.newlines.shape[0] or compressed.newlines == "none":
         return None
     count, device = item.newlines.shape[0], compressed.positions.device
     if compressed.newlines == "last":

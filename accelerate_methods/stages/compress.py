@@ -127,7 +127,8 @@ class Compressed(ShapesShown):
         order: "layout" sorts the tokens by ``positions``; "given" keeps them as they are here (a newline then closes
             those of its row or frame, too).
         newlines: "closing" keeps those whose row or frame still holds a token, "all" keeps every one, "behind" too but,
-            with order "given", those of a video's frame behind all of its tokens; "last" only one after everything.
+            with order "given", those of a video's frame behind all of its tokens; "last" only one after everything;
+            "none": the method has put copies of them among its tokens.
         frame_marks: False drops the tokens that some models put around each frame of a video (Qwen3-VL).
     """
 

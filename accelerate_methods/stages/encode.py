@@ -153,6 +153,11 @@ class EncodeMethod(Method):
         """Whether the full grid is restored behind the encoder."""
         return False
 
+    @property
+    def shortens(self) -> bool:
+        """Whether the language model gets fewer tokens of an image or video than without it."""
+        return not self.keeps_grid
+
     def encode_blocks(self, num_blocks: int) -> tuple[int, ...]:
         """0-based indices of the blocks in which the method acts, out of those that run."""
         raise NotImplementedError

@@ -22,7 +22,6 @@ from accelerate_methods.engine import recording
 from accelerate_methods.engine.cache import check_cache, request_state
 from accelerate_methods.engine.cached_keys import cached_length
 from accelerate_methods.engine.devices import computes_on, moved, own_weights
-from accelerate_methods.engine.long_prompts import tell
 from accelerate_methods.engine.loop import needs_loop, run_decoder
 from accelerate_methods.engine.prompt import PromptLayout
 from accelerate_methods.engine.sequences import VisualSequence, compressed_sequence
@@ -43,7 +42,6 @@ from accelerate_methods.stages.encode import PatchMap
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model.acceleration import LlavaHost
 from llava.model.checkpoint import KEY_MAPPING, TOWER_PREFIX, has_tower_weights, load_config
-from llava.model.context import fits_of
 from llava.model.generation import MultimodalGeneration, describe
 from llava.model.inputs import MediaInputs
 from llava.model.multimodal_encoder.builder import build_vision_tower
@@ -100,15 +98,8 @@ class LlavaMetaModel:
         inputs_embeds = kwargs.get("inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(tokens)
-        passed = ("attention_mask", "position_ids", "past_key_values", "use_cache")
-        return run_decoder(
-            self,
-            pipeline,
-            inputs_embeds=inputs_embeds,
-            layout=layout,
-            request=request,
-            **{name: kwargs.get(name) for name in passed},
-        )
+        given = {n: kwargs.get(n) for n in ("attention_mask", "position_ids", "past_key_values", "use_cache")}
+        return run_decoder(self, pipeline, inputs_embeds=inputs_embeds, layout=layout, request=request, **given)
 
 
 class LlavaMetaForCausalLM(MediaInputs, MultimodalGeneration):
@@ -364,8 +355,7 @@ class LlavaMetaForCausalLM(MediaInputs, MultimodalGeneration):
         with recording.stage(request, "compress", self.get_vision_tower().device):
             sequences = self.compress(items, prompts)
         spliced = self.embed(prompts, sequences)
-        fits = fits_of(spliced, prompts, items, self.config)
-        tell(fits, self.config)
+        fits = self.told_fits(spliced, prompts, items)
         if request is not None:
             describe(request, items, sequences, spliced, fits)
         return spliced

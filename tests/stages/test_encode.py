@@ -1,14 +1,12 @@
 """The contract of the encode stage."""
 
 import dataclasses
-from typing import ClassVar
 
 import pytest
 import torch
 
-from accelerate_methods.registry.pipeline import Pipeline
 from accelerate_methods.stages.contract import check_merge
-from accelerate_methods.stages.encode import EncodeMethod, Merge, PatchMap, TokenMap
+from accelerate_methods.stages.encode import Merge, PatchMap, TokenMap
 from accelerate_methods.stages.errors import MethodError
 
 HIDDEN = torch.zeros(2, 5, 3)
@@ -48,13 +46,3 @@ def test_where_patches_are():
     patches = PatchMap.of(two, (2, 2))
     assert patches.owner.tolist() == [[1, 1, -1, 0], [3, 3, -1, 2]], "counted through all views"
     assert patches.stands.tolist() == [[False, False, False, True]] * 2, "a new token stands nowhere"
-
-
-def test_a_method_for_one_kind_only_is_refused():
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Images(EncodeMethod):
-        name: ClassVar[str] = "images"
-        modalities: ClassVar[frozenset[str]] = frozenset({"image"})
-
-    with pytest.raises(MethodError, match="images and videos alike"):
-        Pipeline((Images(),))

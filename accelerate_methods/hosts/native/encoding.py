@@ -21,11 +21,13 @@ from accelerate_methods.hosts.layouts import shortened_item
 from accelerate_methods.hosts.native.family import ItemRows
 from accelerate_methods.hosts.native.prompt import PromptItem
 from accelerate_methods.hosts.native.wrapping import Wrappers
-from accelerate_methods.ops.select import pick_rows
+from accelerate_methods.ops.select import on_device, pick_rows
+from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.encode import PatchMap, TokenMap
+from accelerate_methods.stages.frames import FrameMap
 
-#: what each layer of the encoder gives, by its number
-Outputs = Callable[[int], Tensor]
+#: what each layer of the encoder gives, by its number; None: the layers run by themselves
+Outputs = Callable[[int], Tensor] | None
 
 
 class TakenOver:
@@ -42,7 +44,7 @@ class TakenOver:
     def __init__(self, wrappers: Wrappers, layers: Sequence[nn.Module], run: Callable[..., Outputs]):
         self._run = run
         #: of the run that is going on
-        self._outputs: ContextVar[Outputs | None] = ContextVar("accelerate_encoder_outputs", default=None)
+        self._outputs: ContextVar[Outputs] = ContextVar("accelerate_encoder_outputs", default=None)
         self._last = len(layers) - 1
         self.forwards = [
             wrappers.wrap(layer, "forward", functools.partial(self._layer, number))
@@ -55,12 +57,38 @@ class TakenOver:
         outputs = self._outputs.get()
         if number == self._last:
             self._outputs.set(None)
-        return outputs(number)
+        return self.forwards[number](*args, **kwargs) if outputs is None else outputs(number)
 
 
 def layer_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """The states that a layer of an encoder was called with."""
     return (args[0] if args else kwargs["hidden_states"]).detach()
+
+
+def frames_in_place(
+    features: Tensor, frames: FrameMap, at: ItemRows, grid: tuple[int, int], marks: Tensor | None
+) -> PromptItem:
+    """A video of which a method inside the encoder has left fewer frames; their tokens stay where the frames stand.
+
+    Args:
+        features: [T, N, D] of every frame, each a copy of the one that holds it; marks: as in :class:`PromptItem`.
+    """
+    stands = on_device(frames.stands, features.device)
+    left = features[stands]
+    item = VisualItem(
+        modality="video",
+        features=left,
+        positions=torch.arange(left.shape[0] * left.shape[1], device=left.device).view(left.shape[:2]),
+        length=left.shape[0] * left.shape[1],
+        layout="grid",
+        grid=grid,
+        signals=dict(frames.values),
+        full_tokens=features.shape[0] * features.shape[1],
+        full_length=features.shape[0] * features.shape[1],
+    )
+    item.tell_frames(frames)
+    rows = at.rows.view(features.shape[:2])[stands].flatten()
+    return PromptItem(at.sample, rows, at.start, at.end, item, dense_rows=at.rows, marks=marks)
 
 
 def tokens_in_place(

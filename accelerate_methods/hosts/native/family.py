@@ -34,10 +34,12 @@ class Seen:
     Attributes:
         arguments: what ``get_image_features`` or ``get_video_features`` was called with.
         encoded: what the vision encoder's hook saw, run by run.
+        kind: "image" or "video".
     """
 
     arguments: dict[str, Any]
     encoded: list[Any] = dataclasses.field(default_factory=list)
+    kind: str = "image"
 
 
 @dataclasses.dataclass

@@ -65,11 +65,16 @@ class Llava(Family):
         return self.tower.watch(seen)
 
     def take_over(self, method: EncodeMethod, wrappers: Wrappers, seen: Any, seeing: Any) -> None:
-        self.tower.take_over(method, wrappers, seen, lambda patches: self._dense(patches, seeing()))
+        dense, videos = lambda patches: self._dense(patches, seeing()), lambda: self._video_frames(seeing())
+        self.tower.take_over(method, wrappers, seen, dense, videos)
 
     def _dense(self, patches: int, seen: Seen | None) -> int:
         """Tokens that the language model gets of a view of so many patches."""
         return patches
+
+    def _video_frames(self, seen: Seen | None) -> list[int] | None:
+        """Frames of each video that is being encoded, None for images."""
+        return None
 
     def project(self, tokens: Tensor) -> Tensor:
         return self.model.model.multi_modal_projector(tokens).to(tokens.device)

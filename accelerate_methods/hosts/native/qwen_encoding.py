@@ -18,6 +18,7 @@ from accelerate_methods.engine.encoder_block import EncoderBlock
 from accelerate_methods.engine.encoder_blocks import BlockRun, acting_blocks
 from accelerate_methods.ops.select import on_device
 from accelerate_methods.stages.encode import EncodeMethod, TokenMap
+from accelerate_methods.stages.frames import FrameMap
 
 
 @dataclasses.dataclass
@@ -104,16 +105,16 @@ class QwenRun:
         acting_blocks(method, len(blocks))
 
     def __call__(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], grids: Sequence[tuple[int, int, int]]
-    ) -> tuple[Callable[[int], Tensor], list[TokenMap | None]]:
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], grids: Sequence[tuple[int, int, int]], videos: bool
+    ) -> tuple[Callable[[int], Tensor], list[TokenMap | FrameMap | None]]:
         """
         Args:
             hidden: [S, C] all patches; rotary: tables [S, d].
-            grids: (frames, rows, columns) of each image or video, in tokens.
+            grids: (frames, rows, columns) of each image or video, in tokens; videos: whether these are videos.
 
         Returns:
-            What each block gives, every patch in its place; where the tokens of each image or video are, by raster;
-            None where every patch is in its place.
+            What each block gives, every patch in its place; where the tokens of each image or video are, by raster, or
+            its frames; None where every patch is in its place.
         """
         slices, first = [], 0
         for frames, rows, columns in grids:
@@ -121,7 +122,7 @@ class QwenRun:
             first = slices[-1].stop
         last = len(self._blocks) - 1
         outputs = {number: torch.empty_like(hidden) for number in {*self._keep, last}}
-        maps: list[TokenMap | None] = [None] * len(grids)
+        maps: list[TokenMap | FrameMap | None] = [None] * len(grids)
         for size in dict.fromkeys(grid[1:] for grid in grids):
             own = [number for number, grid in enumerate(grids) if grid[1:] == size]
             per_frame, shape = size[0] * size[1] * self._unit, self._shape_of(*size)
@@ -129,7 +130,10 @@ class QwenRun:
             start = slices[own[0]].start
             tables = tuple(table[start : start + per_frame] for table in rotary)
             shape = shape.on(hidden.device)
-            run = BlockRun(self._of(tables, shape), self._method, depth=len(self._blocks), unit=self._unit)
+            run = BlockRun(
+                self._of(tables, shape), self._method, depth=len(self._blocks), unit=self._unit,
+                videos=[grids[number][0] for number in own] if videos else None,
+            )  # fmt: skip
             encoded = run(frames, outputs=outputs)
             back, done = torch.argsort(shape.order), 0
             for number in own:
@@ -137,7 +141,11 @@ class QwenRun:
                 done = here.stop
                 for block, output in outputs.items():
                     output[slices[number]] = run.outputs[block][here].flatten(0, 1)
-                if not encoded.grid:
+                if encoded.frames is not None:
+                    (video,) = encoded[here].frames
+                    values = {name: value[:, back] for name, value in video.values.items()}
+                    maps[number] = dataclasses.replace(video, values=values)
+                elif not encoded.grid:
                     maps[number] = _in_raster(encoded[here].tokens, shape.order, back)
         return (lambda number: outputs[number] if number in outputs else outputs[last]), maps
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from accelerate_methods.engine.devices import moved
 from accelerate_methods.engine.encoder_attention import asked_layers, received_per_map
-from accelerate_methods.hosts.native.encoding import TakenOver, layer_input, tokens_in_place
+from accelerate_methods.hosts.native.encoding import TakenOver, frames_in_place, layer_input, tokens_in_place
 from accelerate_methods.hosts.native.family import Call, Family, ItemRows, Seen, locate_items
 from accelerate_methods.hosts.native.prompt import PromptItem
 from accelerate_methods.hosts.native.qwen_encoding import FrameShape, QwenRun, rotated
@@ -26,6 +26,7 @@ from accelerate_methods.registry import families
 from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.encode import EncodeMethod
 from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.frames import FrameMap
 from accelerate_methods.stages.signals import Signal
 
 _ATTENTION = frozenset({"pooling_attention", "received_attention"})
@@ -123,7 +124,11 @@ class QwenVL(Family):
             return before(hidden_states, grid_thw, **kwargs)
 
         def first_block(hidden_states: Tensor, *args: Any, position_embeddings: Any, **kwargs: Any) -> Any:
-            outputs, maps = run(hidden_states, position_embeddings, grids.get())
+            kind = "image" if seeing() is None else seeing().kind
+            if kind not in method.modalities:
+                seen([None] * len(grids.get()))
+                return None
+            outputs, maps = run(hidden_states, position_embeddings, grids.get(), kind == "video")
             seen(maps)
             return outputs
 
@@ -165,6 +170,11 @@ class QwenVL(Family):
         for at in locate_items(call.ids, token, lengths, kind, call.embeds.device):
             frames, rows, columns = shapes[at.number]
             features = call.embeds[at.sample, at.rows].view(frames, rows * columns, -1)
+            marks = self._marks(call.ids, at) if kind == "video" else None
+            if maps is not None and isinstance(maps[at.number], FrameMap):
+                found = moved(maps[at.number], features.device)
+                out.append(frames_in_place(features, found, at, (rows, columns), marks))
+                continue
             if maps is not None and maps[at.number] is not None:
                 found = tokens_in_place(features, moved(maps[at.number], features.device), at, kind, (rows, columns))
                 if "frame_features" in call.wanted:
@@ -182,7 +192,6 @@ class QwenVL(Family):
             )
             if "frame_features" in call.wanted:
                 item.signals["frame_features"] = features.mean(1)
-            marks = self._marks(call.ids, at) if kind == "video" else None
             out.append(PromptItem(at.sample, at.rows, at.start, at.end, item, marks=marks))
         return out
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -99,12 +99,14 @@ class ClipTower:
         return [*handles, self.layer.register_forward_hook(hook, with_kwargs=True)]
 
     def take_over(
-        self, method: EncodeMethod, wrappers: Wrappers, seen: Callable[[Encoded], None], dense: Callable[[int], int]
-    ) -> None:
+        self, method: EncodeMethod, wrappers: Wrappers, seen: Callable[[Encoded], None], dense: Callable[[int], int],
+        videos: Callable[[], Sequence[int] | None],
+    ) -> None:  # fmt: skip
         """Run the encoder under ``method`` from now on, in place of :meth:`watch`.
 
         Args:
             dense: patches of a view -> tokens of it that the language model gets without a method.
+            videos: frames of each video that is being encoded, None for images.
 
         Raises:
             MethodError: the features are not those of one layer, or a block that does not run.
@@ -115,13 +117,16 @@ class ClipTower:
         acting_blocks(method, len(layers))
 
         def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            counts = videos()
+            acts = ("image" if counts is None else "video") in method.modalities
             encoded = run_clip(
-                layers, hidden_states, method, depth=len(self._layers), special=self.special,
+                layers, hidden_states, method if acts else None, depth=len(self._layers), special=self.special,
                 inputs=set(self._asked.values()), forwards=taken.forwards,
-                dense=dense(hidden_states.shape[1] - self.special),
+                dense=dense(hidden_states.shape[1] - self.special), videos=counts,
             )  # fmt: skip
             seen(encoded)
             full = encoded.merged.full() if encoded.shortened else encoded.hidden
+            full = encoded.merged.every_frame(full)
             return lambda number: full
 
         taken = TakenOver(wrappers, self._layers, run)

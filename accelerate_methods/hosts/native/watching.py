@@ -98,7 +98,7 @@ class VisionWatch:
             if self._seeing.get() is not None:  # videos of a family whose videos are encoded as images
                 return before(*args, **kwargs)
             arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
-            seen = Seen({**arguments, **arguments.pop("kwargs", {})})
+            seen = Seen({**arguments, **arguments.pop("kwargs", {})}, kind=kind)
             now = self._now.get()
             request = self._request_ahead() if now is None else now.request
             token = self._seeing.set(seen)
