@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
-from typing import Any, TypedDict, Unpack
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -60,6 +60,8 @@ class MultimodalGeneration:
 
     #: pipeline attached to this object; an instance attribute, set and removed by the host
     acceleration: Any = None
+    #: whether the decoder itself wants to know where images and videos stand, also without a method
+    decoder_reads_layout: ClassVar[bool] = False
     #: the checkpoint's, for architectures that read the question out of the prompt; set by ``load_pretrained_model``
     prompt_tokenizer: Any = None
 
@@ -114,6 +116,8 @@ class MultimodalGeneration:
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
         if self.acceleration is not None:
             kwargs |= {"pipeline": self.acceleration.pipeline, "layout": layout, "request": request}
+        elif self.decoder_reads_layout:
+            kwargs["layout"] = layout
         tokens = inputs_embeds if inputs_embeds is not None else input_ids
         if input_ids is not None and not decoding:
             check_text(input_ids, attention_mask, self.config)
@@ -222,23 +226,32 @@ class MultimodalGeneration:
             kwargs["layout"] = spliced.layout
         if request is not None:
             kwargs["request"] = request
-        return super().generate(
-            inputs_embeds=spliced.inputs_embeds,
-            attention_mask=spliced.mask.long(),
-            position_ids=spliced.position_ids,
-            **kwargs,
-        )
+        return super().generate(**self.begin(spliced, request), **kwargs)
 
     def _text_only(self, inputs: Tensor, mask: Tensor | None, request: recording.RequestRecord | None) -> Spliced:
         embed = self.get_model().embed_tokens
         device = computes_on(embed)
         mask = None if mask is None else mask.to(device)
         spliced = splice(inputs.to(device), mask, None, [], embed, original_positions=False, padding_side="left")
-        fits = fits_of(spliced, Prompts(inputs), [], self.config)
-        tell(fits, self.config)
+        fits = self.told_fits(spliced, Prompts(inputs), [])
         if request is not None:
             describe(request, [], [], spliced, fits)
         return spliced
+
+    def told_fits(self, spliced: Spliced, prompts: Prompts, items: Sequence[VisualItem]) -> list[PromptFit]:
+        """How the prompts fit into the model's context; the user is told of those that do not."""
+        fits = fits_of(spliced, prompts, items, self.config)
+        tell(fits, self.config)
+        return fits
+
+    def begin(self, spliced: Spliced, request: recording.RequestRecord | None) -> dict[str, Any]:
+        """What transformers' ``generate`` begins with: the prompts. An architecture that does not keep all of a prompt
+        in its cache may read it here and give what is left to be read, and ``past_key_values``."""
+        return {
+            "inputs_embeds": spliced.inputs_embeds,
+            "attention_mask": spliced.mask.long(),
+            "position_ids": spliced.position_ids,
+        }
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any):
         prepared = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
