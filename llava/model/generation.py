@@ -62,6 +62,8 @@ class MultimodalGeneration:
     acceleration: Any = None
     #: whether the decoder itself wants to know where images and videos stand, also without a method
     decoder_reads_layout: ClassVar[bool] = False
+    #: more arguments of ``forward`` and ``generate`` that an architecture's vision side reads (``Prompts.own``)
+    visual_arguments: ClassVar[tuple[str, ...]] = ()
     #: the checkpoint's, for architectures that read the question out of the prompt; set by ``load_pretrained_model``
     prompt_tokenizer: Any = None
 
@@ -86,7 +88,7 @@ class MultimodalGeneration:
                 sample without a placeholder may bring a dummy image, which is skipped.
             MethodError: a prompt of embeddings, or states of the layers, while a method is attached.
         """
-        visual = {name: kwargs.pop(name) for name in _VISUAL if name in kwargs}
+        visual = {name: kwargs.pop(name) for name in (*_VISUAL, *self.visual_arguments) if name in kwargs}
         layout, request = kwargs.pop("layout", None), kwargs.pop("request", None)
         dpo_forward, return_dict = kwargs.pop("dpo_forward", False), kwargs.pop("return_dict", None)
         targets = Targets(labels, kwargs.pop("shift_labels", None), kwargs.pop("num_items_in_batch", None))
@@ -213,12 +215,13 @@ class MultimodalGeneration:
         if kwargs.get("use_cache") is False:
             # transformers would feed only the newest token to the second step: the prompt exists as embeddings alone
             raise ValueError("generate needs the KV cache (use_cache=False is not possible with images as embeddings).")
+        own = {name: kwargs.pop(name) for name in self.visual_arguments if name in kwargs}
         attention_mask = kwargs.pop("attention_mask", None)
         request = recording.new_request()
         if has_images(images):
             spliced = self.prepare_multimodal(
                 inputs, attention_mask, None, images, modalities, image_sizes,
-                padding_side="left", request=request, questions=questions,
+                padding_side="left", request=request, questions=questions, **own,
             )  # fmt: skip
         else:
             spliced = self._text_only(inputs, attention_mask, request)

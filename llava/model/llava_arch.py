@@ -341,10 +341,11 @@ class LlavaMetaForCausalLM(MediaInputs, MultimodalGeneration):
     ) -> Spliced:
         """Encode, compress and embed: everything between raw inputs and the decoder.
 
-        ``how``: ``padding_side``, ``dummies`` and ``questions`` of :class:`.splice.Prompts`.
+        ``how``: ``padding_side``, ``dummies`` and ``questions`` of :class:`.splice.Prompts`, and ``visual_arguments``.
         """
         modalities = [modalities] * len(images) if isinstance(modalities, str) else list(modalities)
-        prompts = Prompts(input_ids, attention_mask, labels, **how)
+        own = {name: how.pop(name) for name in self.visual_arguments if name in how}
+        prompts = Prompts(input_ids, attention_mask, labels, **how, own=own)
         prompts = moved(prompts, computes_on(self.get_model().embed_tokens))
         prompts.on_host  # noqa: B018 (read before there is anything to wait for)
         texts = None if self.acceleration is None else self.acceleration.texts(self, prompts)

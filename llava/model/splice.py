@@ -30,6 +30,7 @@ class Prompts:
         padding_side: "left" or "right"; None for that of the config.
         dummies: whether a sample without placeholder may bring an image that is skipped (training data do).
         questions: one text per prompt, for methods that look at it, or None.
+        own: what a call gave beside them for the vision side of its architecture (``visual_arguments`` of the model).
     """
 
     input_ids: Tensor
@@ -38,6 +39,7 @@ class Prompts:
     padding_side: str | None = None
     dummies: bool = False
     questions: Any = None
+    own: dict[str, Any] = dataclasses.field(default_factory=dict)
     #: [B, n, D] of the ids, where an architecture makes them itself: its ``compress`` sets them
     embeds: Tensor | None = None
 
