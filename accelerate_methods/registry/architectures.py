@@ -7,6 +7,7 @@ What a model computes stands in ``llava/model/architectures/<file>.py``.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -36,6 +37,18 @@ class Argument:
     meaning: str
     call: bool = False
 
+    def checked(self, model: str, value: Any) -> Any:
+        """``value`` in its type; text as a command line gives it is read.
+
+        Raises:
+            MethodError: it is not allowed, with what is.
+        """
+        if isinstance(value, str):
+            readers = {"integer": int, "number": float, "flag": {"true": True, "false": False}.__getitem__}
+            with contextlib.suppress(ValueError, KeyError):
+                value = readers.get(self.rule.kind, str)(value.strip().lower() if self.rule.kind == "flag" else value)
+        return self.rule.checked(model, self.name, value)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture(ModelFamily):
@@ -51,6 +64,7 @@ class Architecture(ModelFamily):
         tokens: visual tokens that reach the language model, per image (per frame, per video), a phrase for tables.
         template: conversation of its prompts, a name in ``llava.conversation``.
         arguments: what a user chooses at run time.
+        frames: of a video, unless the user says otherwise (``max_frames_num``).
         bench: name of its shape in the bench (``bench/architecture_shapes.py``); "" without one.
     """
 
@@ -64,6 +78,7 @@ class Architecture(ModelFamily):
     tokens: str
     template: str
     arguments: tuple[Argument, ...] = ()
+    frames: int = 32
     stock_model: str = "llava"
     chat: bool = False
     tasks: str = "gqa,mme,pope"
@@ -89,6 +104,7 @@ MQT = Architecture(
     weights_licence="that of Vicuna-7B v1.5 (Llama 2 community licence)",
     tokens="1 to 256 per image or frame, as asked; 256 by default",
     template="vicuna_v1",
+    frames=8,  # at 256 tokens each they fill half of Vicuna's context
     # the tokens are those of queries: no patch has a place among them, so no signal over patches and no encode stage
     signals=_NONE,
     stages=LATER_STAGES,
@@ -115,6 +131,7 @@ FASTVLM = Architecture(
     weights_licence="Apple Machine Learning Research Model licence (apple-amlr): research only",
     tokens="256 per image of 1024 x 1024 pixels, (S / 64)^2 for another side S",
     template="qwen_2",
+    frames=16,  # at 256 tokens each they fill half of the context
     # convolutions and attention over maps: no encoder layer like CLIP's to act in or to read signals from
     signals=_NONE,
     stages=LATER_STAGES | {"sample"},
@@ -132,6 +149,7 @@ LLAVA_MINI = Architecture(
     weights_licence="GPL-3.0, and the licence of Llama 3.1",
     tokens="1 per image or frame in the released model; the square of compressor_size in general",
     template="llava_llama_3_1",
+    frames=1000,  # one per second, and no more than its authors look at
     # the tokens are those of queries, fused with the image: no patch has a place among them
     signals=_NONE,
     stages=LATER_STAGES,
@@ -156,6 +174,7 @@ LLAMA_VID = Architecture(
     weights_licence="that of Vicuna v1.5 (Llama 2 community licence)",
     tokens="2 per frame (question and content) in the video models; 257 or 577 per image in the image models",
     template="vicuna_v1",
+    frames=1900,  # one per second; more do not fit into the context of the short-video models
     # the tokens are those of queries and of pooled patches, made with the question: no signal over patches
     signals=_NONE,
     stages=LATER_STAGES,
@@ -165,8 +184,35 @@ LLAMA_VID = Architecture(
     tasks="videomme",
 )
 
+VIDEO_XL = Architecture(
+    name="Video-XL",
+    file="video_xl",
+    key="video_xl",
+    paper="arXiv 2409.14485",
+    venue="CVPR 2025",
+    code="VectorSpaceLab/Video-XL@6e3dc89",
+    licence="Apache-2.0",
+    checkpoints=("sy1998/Video_XL",),
+    tokens="144 per frame are read, 144 / beacon_ratio stay in the KV cache",
+    template="qwen_1_5",
+    frames=128,
+    # its decoder reads a prompt in windows of its own, in which no other method can act
+    signals=_NONE,
+    stages=frozenset({"sample", "compress"}),
+    tasks="videomme",
+    arguments=(
+        Argument(
+            "beacon_ratio",
+            Rule("integer", low=1),
+            None,
+            "Visual tokens for each summary token; without it one of the checkpoint's ratios is drawn for each window.",
+            call=True,
+        ),
+    ),
+)
+
 #: in the order in which a checkpoint's config is shown to them; no two may recognise the same one
-ARCHITECTURES: tuple[Architecture, ...] = (MQT, FASTVLM, LLAVA_MINI, LLAMA_VID)
+ARCHITECTURES: tuple[Architecture, ...] = (MQT, FASTVLM, LLAVA_MINI, LLAMA_VID, VIDEO_XL)
 
 
 def architecture(file: str) -> Architecture:

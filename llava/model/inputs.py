@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from accelerate_methods.engine.recording import SampleRecord
 from accelerate_methods.registry.architectures import Architecture
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 
@@ -70,6 +71,14 @@ class MediaInputs:
         from llava.mm_utils import tokenizer_image_token
 
         return tokenizer_image_token(prompt, tokenizer, return_tensors="pt")
+
+    def own_macs(self, sample: SampleRecord, **call: Any) -> int | None:
+        """Multiply-accumulates of the modules that an architecture has between vision tower and decoder layers, its
+        projector among them, for one recorded sample; ``call``: its run parameters that ``generate`` takes.
+
+        None: nobody has counted them, and tables say so. Plain LLaVA's projector is not counted either.
+        """
+        return None
 
     def to_model(self, pixels: Any) -> Any:
         """Inputs of :meth:`image_inputs` or :meth:`video_inputs` on the model's device, in its dtype."""

@@ -19,7 +19,7 @@ import os
 import sys
 import textwrap
 
-from lmms_eval_accelerate.manifest import ANY_METHOD, model_ids
+from lmms_eval_accelerate.manifest import ANY_METHOD, TRAINED, model_ids
 from lmms_eval_accelerate.runs.command_line import own_parser
 from lmms_eval_accelerate.runs.evaluation import run_evaluation, stock_command
 from lmms_eval_accelerate.runs.fingerprint import code_hash
@@ -71,15 +71,22 @@ def show_help() -> None:
 def show_models() -> None:
     """This plugin's model ids, by family and in full: the list of lmms-eval cuts names and says nothing about them."""
     from accelerate_methods.registry import method_class
+    from accelerate_methods.registry.architectures import ARCHITECTURES
     from accelerate_methods.registry.compatibility import why_not
     from accelerate_methods.registry.families import keys
 
     print(f"Models of this plugin: FAMILY_METHOD, or FAMILY_{ANY_METHOD} with method= or config= (neither: dense).\n")
     for family, declared in keys().items():
+        if family in TRAINED:
+            continue
         methods = [method for known, method in model_ids().values() if known == family and method is not None]
         fit = [name for name in methods if any(why_not(method_class(name), one) is None for one in declared)]
         print(f"{family}: {', '.join(one.name for one in declared)}")
         print(textwrap.fill(", ".join(f"{family}_{name}" for name in (ANY_METHOD, *fit)), 118, **_INDENT) + "\n")
+    print("Trained architectures, which take method= or config= as well:\n")
+    for entry in ARCHITECTURES:
+        more = [f"{argument.name}={argument.default}" for argument in entry.arguments]
+        print(f"{entry.key}: {entry.name}" + (f" ({', '.join(more)})" if more else ""))
 
 
 def _prepare_environment() -> None:

@@ -1,4 +1,6 @@
-"""What lmms-eval reads at start-up: one model id per family and method. Nothing heavy may be imported here.
+"""What lmms-eval reads at start-up: one model id per family and method, and one per trained architecture.
+
+Nothing heavy may be imported here.
 
 lmms-eval loads all plugins in one try block: an import that fails here would take every other plugin along.
 """
@@ -9,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from accelerate_methods.registry import available
+from accelerate_methods.registry.architectures import ARCHITECTURES
 from accelerate_methods.registry.families import keys
 
 if TYPE_CHECKING:
@@ -20,6 +23,8 @@ FAMILIES = {key: declared[0].stock_model for key, declared in keys().items()}
 #: those whose tasks ask in messages
 CHAT = frozenset(key for key, declared in keys().items() if declared[0].chat)
 
+#: keys of trained architectures, which are model ids themselves (with ``method=`` or ``config=``, or none)
+TRAINED = frozenset(entry.key for entry in ARCHITECTURES)
 #: suffix of the model id that takes any method (``method=`` or ``config=``), or none
 ANY_METHOD = "accelerated"
 
@@ -27,11 +32,21 @@ ANY_METHOD = "accelerated"
 def model_ids() -> dict[str, tuple[str, str | None]]:
     """Model id -> (family, method); method None where the arguments choose it."""
     suffixes: dict[str, str | None] = {ANY_METHOD: None, **{name: name for name in available()}}
-    return {f"{family}_{suffix}": (family, method) for family in FAMILIES for suffix, method in suffixes.items()}
+    families = [family for family in FAMILIES if family not in TRAINED]
+    found = {f"{family}_{suffix}": (family, method) for family in families for suffix, method in suffixes.items()}
+    return {**found, **{key: (key, None) for key in FAMILIES if key in TRAINED}}
+
+
+def any_method(family: str) -> str:
+    """The model id of a family that takes any method, or none."""
+    return family if family in TRAINED else f"{family}_{ANY_METHOD}"
 
 
 def manifests() -> list[ModelManifest]:
-    """Entry point ``lmms_eval.models``. The class of an id is made when it is asked for, see ``models/__init__.py``."""
+    """Entry point ``lmms_eval.models``. The class of an id is made when it is asked for, see ``models/__init__.py``.
+
+    lmms-eval's own ``llama_vid``, which needs a clone of the official code, gives way to ours: plugins come last.
+    """
     from lmms_eval.models.registry_v2 import ModelManifest
 
     made = []

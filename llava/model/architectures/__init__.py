@@ -10,7 +10,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from accelerate_methods.registry.architectures import ARCHITECTURES
+from accelerate_methods.hosts.checkpoint_files import check_files
+from accelerate_methods.registry.architectures import ARCHITECTURES, Architecture
+from llava.model.checkpoint import CheckpointError, read_config
 
 
 def architecture_of(config: dict[str, Any]) -> Any:
@@ -20,3 +22,21 @@ def architecture_of(config: dict[str, Any]) -> Any:
         if module.recognises(config):
             return module.MODEL
     return None
+
+
+def check_architecture(path: str, wanted: Architecture | None) -> None:
+    """Whether the checkpoint of ``path`` is of the architecture that was asked for; None: of plain LLaVA.
+
+    Raises:
+        CheckpointError: it is of another one, with the model id that runs it.
+    """
+    check_files(path)
+    found = architecture_of(read_config(path))
+    about = None if found is None else found.about
+    if about == wanted:
+        return
+    asked = "a plain LLaVA model" if wanted is None else f"{wanted.name} (model {wanted.key})"
+    if about is None:
+        example = f", e.g. {wanted.checkpoints[0]}" if wanted.checkpoints else ""
+        raise CheckpointError(f"{path} is no checkpoint of {wanted.name}; model {wanted.key} runs those only{example}.")
+    raise CheckpointError(f"{path} is a checkpoint of {about.name}, not of {asked}; run it as model {about.key}.")

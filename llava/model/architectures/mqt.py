@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
+from accelerate_methods.engine.recording import SampleRecord
 from accelerate_methods.hosts.layouts import flat_item, shortened_item
 from accelerate_methods.registry.architectures import architecture
 from accelerate_methods.stages.compress import VisualItem
@@ -153,6 +154,17 @@ class MqtLlavaForCausalLM(LlavaLlamaForCausalLM):
         if kind != "video":
             return flat_item(tokens.flatten(0, 1)[None], None)
         return shortened_item(tokens, "video", None)
+
+
+    def own_macs(self, sample: SampleRecord, num_visual_tokens: int = QUERIES, **call: Any) -> int:
+        """Of the resampler: keys and queries once per call, values, attention and output for each view."""
+        views = sum(item.tokens_before // num_visual_tokens for item in sample.items)
+        if not views:
+            return 0
+        width, out = self.get_model().mm_projector.proj.shape
+        patches, tokens = self.get_vision_tower().num_patches, num_visual_tokens
+        once = (patches + tokens) * width * width
+        return once + views * (patches * width**2 + 2 * tokens * patches * width + tokens * width * (width + out))
 
 
 MODEL = MqtLlavaForCausalLM

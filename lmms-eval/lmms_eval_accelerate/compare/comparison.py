@@ -16,6 +16,7 @@ from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from lmms_eval_accelerate import WORK, embedded
 from lmms_eval_accelerate.benchmarks.contents import task_facts
 from lmms_eval_accelerate.benchmarks.task_names import checked_tasks
+from lmms_eval_accelerate.manifest import any_method
 from lmms_eval_accelerate.models.arguments import COMMON, HF, Arguments, names_of, parse
 from lmms_eval_accelerate.runs.files import COMPARISON_PLAN, read_json, write_json
 from lmms_eval_accelerate.runs.fingerprint import checkpoint_facts, code_hash, versions
@@ -84,7 +85,7 @@ class Comparison:
             else:
                 arguments |= {"config": config, **self._not_from(config)}
             arguments |= dict(setting.params)
-        return f"{self.family}_accelerated", arguments
+        return any_method(self.family), arguments
 
     def _of_another_model(self, config: str) -> bool:
         """Whether a config of transformers' models is for another one than the checkpoint: its values are then written

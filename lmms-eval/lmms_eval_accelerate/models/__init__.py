@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from accelerate_methods.stages.errors import UnknownNameError
-from lmms_eval_accelerate.manifest import FAMILIES, model_ids
+from lmms_eval_accelerate.manifest import FAMILIES, TRAINED, model_ids
 
 
 def model_class(model_id: str) -> type:
@@ -16,6 +16,10 @@ def model_class(model_id: str) -> type:
     family, method = known[model_id]
     if family == "hf":
         from lmms_eval_accelerate.models.native import HfAccelerated as base
+    elif family in TRAINED:
+        from lmms_eval_accelerate.models.architectures import class_of
+
+        base = class_of(family)
     else:
         from lmms_eval_accelerate.models import families
 

@@ -13,10 +13,11 @@ from typing import Any
 from accelerate_methods.engine.long_prompts import ON_LONG_PROMPT
 from accelerate_methods.hosts.layouts import NEWLINE_POSITIONS, POOL_MODES
 from accelerate_methods.registry import compatibility
+from accelerate_methods.registry.architectures import ARCHITECTURES, Architecture, architecture_named
 from accelerate_methods.registry.configs import read_config
 from accelerate_methods.registry.pipeline import Pipeline, resolve
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
-from lmms_eval_accelerate.manifest import FAMILIES, model_ids
+from lmms_eval_accelerate.manifest import FAMILIES, any_method, model_ids
 from lmms_eval_accelerate.model_args import meant
 
 #: Arguments of every family with their defaults. Families add theirs and change defaults.
@@ -78,8 +79,17 @@ HF: dict[str, Any] = {
     "video_decode_backend": "auto",
     "until": "ignore",  # an answer of a chat model may begin with more than one paragraph
 }
+def _of_architecture(entry: Architecture) -> dict[str, Any]:
+    """Further arguments of a trained architecture: those of its entry, and how videos are read."""
+    frames = {"max_frames_num": entry.frames, "video_decode_backend": "auto"} if "video" in entry.modalities else {}
+    return {**frames, **{argument.name: argument.default for argument in entry.arguments}}
+
+
 #: key of a family -> its further arguments; and the common ones that mean nothing to it
-FURTHER: dict[str, dict[str, Any]] = {"llava": LLAVA, "llava_onevision": ONEVISION, "llava_video": VIDEO, "hf": HF}
+FURTHER: dict[str, dict[str, Any]] = {
+    **{"llava": LLAVA, "llava_onevision": ONEVISION, "llava_video": VIDEO, "hf": HF},
+    **{entry.key: _of_architecture(entry) for entry in ARCHITECTURES},
+}
 WITHOUT: dict[str, frozenset[str]] = {"hf": frozenset({"model_base", "model_name", "conv_template"})}
 #: name of an argument in other families -> its name in this one
 _OTHER_NAMES = {"hf": {"max_frames_num": "max_num_frames"}}
@@ -163,7 +173,7 @@ def parse_arguments(
         UnknownNameError, MethodError: with the allowed names or values.
     """
     if default_method is not None and isinstance(given.get("method"), str) and meant(given["method"]) is None:
-        raise MethodError(f"model {model_id!r} runs {default_method}; without a method it is {family}_accelerated.")
+        raise MethodError(f"model {model_id!r} runs {default_method}; without a method it is {any_method(family)}.")
     for key, value in given.items():
         if isinstance(value, str) and not value.strip():
             raise MethodError(f"model argument {key}= is empty; leave it out for its default.")
@@ -179,6 +189,7 @@ def parse_arguments(
     values = {**defaults, **section, **{key: value for key, value in given.items() if key in defaults}}
     values["method"], values["config"] = pipeline.name, config
     _check_values(values, defaults)
+    _check_run_parameters(values, family)
     _finish(values)
     return Arguments(model_id, family, values, pipeline)
 
@@ -248,6 +259,15 @@ def _check_values(values: dict[str, Any], defaults: Mapping[str, Any]) -> None:
     for key in _RATES:
         if key in values and (values[key] is not None or defaults[key] is not None):
             values[key] = _number(key, values[key], float, "a number above 0")
+
+
+def _check_run_parameters(values: dict[str, Any], family: str) -> None:
+    """Those of a trained architecture, by the rules of its entry; text of numbers and switches is read."""
+    entry = architecture_named(family)
+    for argument in () if entry is None else entry.arguments:
+        value = values[argument.name]
+        if value is not None or argument.default is not None:
+            values[argument.name] = argument.checked(entry.name, value)
 
 
 def _number(key: str, value: Any, kind: type, wanted: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lmms_eval.api.instance import Instance
@@ -13,9 +13,11 @@ from torch import Tensor
 
 from accelerate_methods import accelerate, record
 from accelerate_methods.hosts.questions import plain_question
+from accelerate_methods.registry.architectures import Architecture
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle, conv_templates
 from llava.mm_utils import KeywordsStoppingCriteria, tokenizer_image_token
+from llava.model.architectures import check_architecture
 from llava.model.builder import load_pretrained_model
 from lmms_eval_accelerate.models.batching import is_padding
 from lmms_eval_accelerate.models.engine import Accelerated
@@ -29,6 +31,8 @@ class LlavaAccelerated(Accelerated):
     """Base of the families; see ``families.py``."""
 
     is_simple = True
+    #: of a trained architecture; None: the checkpoint has to be plain LLaVA
+    entry: ClassVar[Architecture | None] = None
 
     # -- start -------------------------------------------------------------------------------------------------------
 
@@ -37,6 +41,7 @@ class LlavaAccelerated(Accelerated):
 
     def _load_weights(self, dtype: str, device_map: Any, max_memory: dict[int, int] | None) -> Loaded:
         args = self.args
+        check_architecture(str(args.pretrained), self.entry)  # before gigabytes are read
         tokenizer, model, processor, max_length = load_pretrained_model(
             str(args.pretrained),
             args.model_base,

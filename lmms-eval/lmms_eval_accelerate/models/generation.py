@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
+from lmms_eval_accelerate.manifest import TRAINED
 from lmms_eval_accelerate.model_args import split_arguments
 from lmms_eval_accelerate.models.arguments import defaults_of
 
@@ -27,6 +28,7 @@ READS: dict[str, frozenset[str]] = {
     "llava_video": _COMMON | {"image_aspect_ratio"},
     "llava_onevision": _COMMON | {"image_aspect_ratio"} | _HANDED_ON,
     "hf": _COMMON | {"top_k"},
+    **dict.fromkeys(TRAINED, _COMMON),
 }
 #: families that sample if ``do_sample`` says so; the others sample as soon as the temperature is above 0
 _BY_DO_SAMPLE = frozenset({"llava_onevision"})

@@ -18,6 +18,7 @@ from accelerate_methods.registry.pipeline import resolve
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from lmms_eval_accelerate import ROOT, embedded
 from lmms_eval_accelerate.benchmarks import contents
+from lmms_eval_accelerate.manifest import any_method
 from lmms_eval_accelerate.models.arguments import parse
 from lmms_eval_accelerate.reproduce.choice import EMBEDDED, Choices, ChosenPart, check_extra
 from lmms_eval_accelerate.reproduce.schema import Column, Part, TableRow
@@ -86,7 +87,7 @@ def plan(selections: list[ChosenPart], choices: Choices, machines: Machines, out
         part, common = selection.part, _model_arguments(selection.part, choices)
         of_part = {
             **shared,
-            "model": f"{part.family}_accelerated",
+            "model": any_method(part.family),
             "checkpoint": checkpoint_facts(common["pretrained"]),
         }
         for number, row in enumerate(r for r in selection.rows if r.pipeline is not None):

@@ -1,0 +1,110 @@
+"""Trained architectures as models of lmms-eval: ids, run parameters, prompts, costs, methods, wrong checkpoints."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("lmms_eval")
+pytest.importorskip("lmms_eval_accelerate")
+
+from lmms_eval_accelerate.manifest import TRAINED, any_method, model_ids
+from lmms_eval_accelerate.models import model_class
+
+from accelerate_methods import record
+from accelerate_methods.registry.architectures import ARCHITECTURES
+from accelerate_methods.stages.errors import MethodError, UnknownNameError
+from llava.conversation import conv_templates
+from llava.model.builder import load_pretrained_model
+from llava.model.checkpoint import CheckpointError
+from tests.support.architectures import tiny_checkpoint
+from tests.support.lmms_tasks import answers, evaluate, lines, standard_tasks
+from tests.support.paths import CHECKPOINTS
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return standard_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def mqt(tmp_path_factory):
+    return tiny_checkpoint("mqt", tmp_path_factory.mktemp("mqt"))
+
+
+def parse(model_id: str, **given):
+    return model_class(model_id).parse(pretrained="x", **given)
+
+
+@pytest.mark.parametrize("entry", ARCHITECTURES, ids=lambda entry: entry.file)
+def test_every_architecture_is_one_model_id(entry):
+    from lmms_eval.models import get_model, list_available_models
+
+    assert entry.key in list_available_models(True) and entry.key in TRAINED
+    assert [name for name, (family, _) in model_ids().items() if family == entry.key] == [entry.key]
+    assert any_method(entry.key) == entry.key
+    model = get_model(entry.key)
+    assert model.entry is entry and model.default_method is None and model.__module__ == "lmms_eval_accelerate.models"
+    assert entry.template in conv_templates
+    args = parse(entry.key)
+    assert {a.name: a.default for a in entry.arguments}.items() <= args.values.items()
+    assert ("max_frames_num" in args.values) == ("video" in entry.modalities)
+
+
+def test_run_parameters_are_typed():
+    assert parse("mqt_llava", num_visual_tokens="36").num_visual_tokens == 36
+    for value in (0, 257, "many", 2.5, True):
+        with pytest.raises(MethodError, match="num_visual_tokens"):
+            parse("mqt_llava", num_visual_tokens=value)
+    with pytest.raises(UnknownNameError, match="num_visual_tokens"):
+        parse("mqt_llava", num_visual_token=3)
+    with pytest.raises(MethodError, match="cannot run on MQT-LLaVA: needs cls_attention"):
+        parse("mqt_llava", method="fastervlm")
+
+
+def test_answers_and_costs_of_images_videos_and_text(mqt, folder):
+    tasks = ["image", "images", "video", "text", "choice_image"]
+    args = f"pretrained={mqt},num_visual_tokens=9,max_frames_num=4"
+    single = evaluate("mqt_llava", tasks, folder, model_args=args)
+    batched = evaluate("mqt_llava", tasks, folder, model_args=args, batch_size=3)
+    assert [answers(single, task) for task in tasks[:4]] == [answers(batched, task) for task in tasks[:4]]
+    for task, tokens in {"image": 9, "images": 18, "video": 36, "text": 0, "choice_image": 9}.items():
+        for cost in lines(single, task):
+            assert cost["visual_tokens_before"] == cost["visual_tokens_after"] == tokens
+            assert (cost["architecture_tflops"] > 0) == (tokens > 0) and cost["prefill_ms"] > 0
+            assert cost["vision_ms"] > 0 or not tokens, "the resampler's time is part of it"
+    more = evaluate("mqt_llava", ["image"], folder, model_args=args.replace("=9", "=200"))
+    assert lines(more, "image")[0]["llm_tflops"] > lines(single, "image")[0]["llm_tflops"]
+
+
+def test_methods_act_on_it(mqt, folder):
+    args = f"pretrained={mqt},num_visual_tokens=40,method=fastv,k=1,r=0.5"
+    (cost, *_) = lines(evaluate("mqt_llava", ["image"], folder, model_args=args, limit=1), "image")
+    assert cost["visual_tokens_by_layer"] == [40, 20, 20, 20] and cost["method"] == "fastv"
+
+
+def test_the_work_of_the_resampler_is_what_torch_counts(mqt):
+    _, model, _, _ = load_pretrained_model(str(mqt), device_map="cpu", torch_dtype="float32")
+    with record() as requests, torch.no_grad():
+        model.generate(torch.tensor([[1, -200, 5, -200]]), images=torch.randn(2, 3, 336, 336), num_visual_tokens=12,
+                       max_new_tokens=1, pad_token_id=0)  # fmt: skip
+    features = model.get_vision_tower()(torch.randn(2, 3, 336, 336))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.get_model().mm_projector(features, 12)
+    assert model.own_macs(requests[0].samples[0], num_visual_tokens=12) == counter.get_total_flops() // 2
+
+
+def test_wrong_checkpoints_are_one_clear_error(mqt):
+    def load(model_id, path):
+        return model_class(model_id).create_from_arg_string(f"pretrained={path}", {"batch_size": 1})
+
+    with pytest.raises(CheckpointError, match=r"no checkpoint of MQT-LLaVA; .*gordonhu/MQT-LLaVA-7b"):
+        load("mqt_llava", CHECKPOINTS / "tiny-llava-1.5")
+    with pytest.raises(CheckpointError, match=r"is a checkpoint of MQT-LLaVA, .*run it as model mqt_llava"):
+        load("llava_fastv", mqt)
