@@ -119,7 +119,7 @@ class MultimodalGeneration:
         if self.acceleration is not None:
             kwargs |= {"pipeline": self.acceleration.pipeline, "layout": layout, "request": request}
         elif self.decoder_reads_layout:
-            kwargs["layout"] = layout
+            kwargs |= {"layout": layout, "request": request}
         tokens = inputs_embeds if inputs_embeds is not None else input_ids
         if input_ids is not None and not decoding:
             check_text(input_ids, attention_mask, self.config)
@@ -225,7 +225,7 @@ class MultimodalGeneration:
             )  # fmt: skip
         else:
             spliced = self._text_only(inputs, attention_mask, request)
-        if self.acceleration is not None:
+        if self.acceleration is not None or spliced.update is not None:
             kwargs["layout"] = spliced.layout
         if request is not None:
             kwargs["request"] = request
