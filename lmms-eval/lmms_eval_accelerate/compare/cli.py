@@ -123,6 +123,8 @@ def _compare(
     except (MethodError, ImportError, OSError) as error:  # the numbers are there all the same
         console.print(Text(f"warning: no picture: {one_line(error)}"), soft_wrap=True)
     console.print(Text(f"{time.time() - started:.0f} s; everything is in {comparison.output}"), soft_wrap=True)
+    if ending := table.closing(found):
+        console.print(Text(ending, "bold"), soft_wrap=True)
 
 
 def _settings(args: argparse.Namespace, comparison: Comparison) -> list[Setting]:

@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lmms_eval_accelerate.report.loyalty import kl_text, loyalty
-from lmms_eval_accelerate.report.results import DENSE, Run
-from lmms_eval_accelerate.runs import files
+from lmms_eval_accelerate.report.results import DENSE, Run, Sample
+from lmms_eval_accelerate.report.statistics import McNemar, mcnemar, p_text
+from lmms_eval_accelerate.runs import files, no_op
 from lmms_eval_accelerate.runs.long_prompts import LongPrompts, explained, marked, not_comparable
 
 
@@ -28,6 +29,13 @@ class TaskResult:
 
     ``same_answers``, ``first_token_kl`` (nats, mean per document) and ``top1_same`` compare with the dense run without
     a look at references (docs/loyalty.md); None where a run kept no samples or no distributions.
+
+    ``p_value`` is that of McNemar's exact test against the dense run, where documents are right or wrong: ``lost`` were
+    right there and are wrong here, ``won`` the other way round.
+
+    ``kept_least``, ``kept_most`` are the smallest and the largest share of the visual tokens that an answer kept, mean
+    over the layers; ``kept_by_layer`` the share that each layer worked on, mean over the answers. ``no_op`` says why
+    the setting is the dense model in effect, None if it is not.
 
     ``prompts_*`` count prompts longer than the model's context (:class:`.runs.long_prompts.LongPrompts`);
     ``not_comparable`` says why what is relative to the dense run means nothing, None if it does.
@@ -49,6 +57,13 @@ class TaskResult:
     same_answers: float | None = None
     first_token_kl: float | None = None
     top1_same: float | None = None
+    p_value: float | None = None
+    lost: int | None = None
+    won: int | None = None
+    kept_least: float | None = None
+    kept_most: float | None = None
+    kept_by_layer: list[float] | None = None
+    no_op: str | None = None
     prompts_cut: int = 0
     prompts_untrained: int = 0
     prompts_over_dense: int = 0
@@ -75,6 +90,7 @@ def read(folders: Mapping[str, Path]) -> list[TaskResult]:
             costs = report["costs"]["by_task"].get(task)
             if metrics and costs:
                 found.append(_row(setting, task, metrics, costs))
+                found[-1].no_op = (report.get("no_op") or {}).get(task)
     dense = {row.task: row for row in found if row.setting == DENSE}
     for row in found:
         base = dense.get(row.task)
@@ -87,10 +103,20 @@ def read(folders: Mapping[str, Path]) -> list[TaskResult]:
         answers = runs[DENSE].samples(task, base.metric)
         for row in found:
             if row.task == task and row is not base:
-                loyal = loyalty(answers, runs[row.setting].samples(task, row.metric))
-                row.same_answers, row.first_token_kl = loyal.agreement, loyal.first_token_kl_mean
-                row.top1_same = loyal.top1_agreement
+                _relate(row, answers, runs[row.setting])
     return found
+
+
+def _relate(row: TaskResult, answers: Mapping[Any, Sample], run: Run) -> None:
+    """Fill in what compares the answers of ``run`` with those of the dense run."""
+    own = run.samples(row.task, row.metric)
+    loyal = loyalty(answers, own)
+    row.same_answers, row.first_token_kl = loyal.agreement, loyal.first_token_kl_mean
+    row.top1_same = loyal.top1_agreement
+    row.no_op = no_op.both(row.no_op, no_op.answers_as_dense(loyal, run.methods))
+    paired = mcnemar([(answers[d].score, own[d].score) for d in answers if d in own])
+    if isinstance(paired, McNemar):
+        row.p_value, row.lost, row.won = paired.p_value, paired.lost, paired.won
 
 
 def _row(setting: str, task: str, metrics: Mapping[str, float], costs: Mapping[str, Any]) -> TaskResult:
@@ -108,6 +134,9 @@ def _row(setting: str, task: str, metrics: Mapping[str, float], costs: Mapping[s
         vision_ms=costs["vision_ms"],
         compress_ms=costs["compress_ms"],
         prefill_ms=costs["prefill_ms"],
+        kept_least=costs.get("kept_least"),
+        kept_most=costs.get("kept_most"),
+        kept_by_layer=costs.get("kept_by_layer"),
         prompts_cut=prompts.cut,
         prompts_untrained=prompts.untrained,
         prompts_over_dense=prompts.over_dense,
@@ -115,14 +144,16 @@ def _row(setting: str, task: str, metrics: Mapping[str, float], costs: Mapping[s
 
 
 _NARROW = {"accuracy": "acc.", "same answers": "same ans."}  # headers that are wider than their numbers
+_LONG_HEADER = 15  # characters from which a header is left as it is
 #: columns that are left out where no run has what they show
 _OPTIONAL = {
     "too long": "too long: prompts longer than the model's context, whose end with the question was not read",
     "same answers": "same answers: as the dense run's",
     "KL": "KL: of the first token's distribution from the dense run's (docs/loyalty.md)",
+    "p": "p: McNemar's exact test of right and wrong answers, paired with the dense run's",
 }
 #: columns whose numbers are relative to the dense run
-_RELATIVE = ("vs dense", "same answers", "KL", "LLM FLOPs", "speed up")
+_RELATIVE = ("vs dense", "same answers", "KL", "p", "LLM FLOPs", "speed up")
 _NOTE = (
     "means per sample; visual tokens: mean over the LLM's layers; "
     "speed up: LLM prefill of the dense run / (compression + prefill)"
@@ -134,12 +165,13 @@ def _cells(row: TaskResult) -> dict[str, str]:
     scale = 100.0 if row.score <= 1.0 else 1.0
     relative = row.setting != DENSE
     cells = {
-        "setting": row.setting,
+        "setting": no_op.marked(row.setting, row.no_op),
         "accuracy": f"{scale * row.score:.1f}",
         "too long": row.long_prompts.count,
         "vs dense": f"{scale * row.change:+.1f}" if relative and row.change is not None else "",
         "same answers": f"{row.same_answers:.0%}" if relative and row.same_answers is not None else "",
         "KL": kl_text(row.first_token_kl) if relative else "",
+        "p": p_text(row.p_value) if relative and (row.lost or row.won) else "",
         "visual tokens": f"{row.tokens_after:.0f} ({row.kept:.0%})",
         "LLM FLOPs": f"{row.flops_share:.1%}",
         "compress ms": f"{row.compress_ms:.1f}",
@@ -151,9 +183,32 @@ def _cells(row: TaskResult) -> dict[str, str]:
 
 def _grid(rows_of_task: list[TaskResult]) -> dict[str, list[str]]:
     """The columns of one task's table, top to bottom."""
-    cells = [_cells(row) for row in rows_of_task]
-    columns = {name: [here[name] for here in cells] for name in cells[0]}
+    columns = _columns([_cells(row) for row in rows_of_task])
     return {name: column for name, column in columns.items() if name not in _OPTIONAL or any(column)}
+
+
+def _realised(rows_of_task: list[TaskResult]) -> dict[str, list[str]]:
+    """The columns of a second table: what each setting kept, where samples or layers differ; empty where none does."""
+    uneven = [row for row in rows_of_task if row.kept_by_layer and _uneven(row)]
+    cells = [
+        {
+            "share of visual tokens kept": row.setting,
+            "mean": f"{row.kept:.1%}",
+            "least of a sample": f"{row.kept_least:.1%}",
+            "most of a sample": f"{row.kept_most:.1%}",
+            "by layer": no_op.layers_text(row.kept_by_layer),
+        }
+        for row in uneven
+    ]
+    return _columns(cells)
+
+
+def _uneven(row: TaskResult) -> bool:
+    return len({f"{share:.1%}" for share in (row.kept_least, row.kept_most, *row.kept_by_layer)}) > 1
+
+
+def _columns(cells: list[dict[str, str]]) -> dict[str, list[str]]:
+    return {name: [here[name] for here in cells] for name in (cells[0] if cells else ())}
 
 
 def _note(found: list[TaskResult]) -> str:
@@ -162,12 +217,21 @@ def _note(found: list[TaskResult]) -> str:
 
 
 def _warnings(found: list[TaskResult]) -> list[str]:
-    """What is not comparable, task by task; the runs' own warnings are in their summaries."""
+    """What had no effect and what is not comparable, task by task; the runs' own warnings are in their summaries."""
     return [
         f"{task}: {line}"
         for task, here in _by_task(found).items()
-        for line in explained({row.setting: row.not_comparable for row in here})
+        for line in (
+            *no_op.explained({row.setting: row.no_op for row in here}),
+            *explained({row.setting: row.not_comparable for row in here}),
+        )
     ]
+
+
+def closing(found: list[TaskResult]) -> str:
+    """The last line: which settings are the dense model in effect; empty if none is."""
+    claimed = {f"{row.setting} on {row.task}": row.no_op for row in found if row.setting != DENSE}
+    return no_op.closing(claimed, len(claimed))
 
 
 def _by_task(found: list[TaskResult]) -> dict[str, list[TaskResult]]:
@@ -186,29 +250,35 @@ def tables(found: list[TaskResult]) -> Group:
     """The comparison for the terminal, a table per task."""
     views: list[Table | str] = []
     for task, here in _by_task(found).items():
-        view = Table(title=Text(_title(task, here)), title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-        grid = _grid(here)
-        for index, header in enumerate(grid):
-            # two short lines per header keep the table within 80 columns; long method names are folded
-            wrap = {"no_wrap": True} if index else {"overflow": "fold"}
-            header = _NARROW.get(header, header).replace(" ", "\n")
-            view.add_column(header, justify="right" if index else "left", **wrap)
-        for row in zip(*grid.values(), strict=True):
-            view.add_row(*map(Text, row))  # names are no markup
-        views.append(view)
+        views.append(_view(_grid(here), Text(_title(task, here))))
+        if realised := _realised(here):
+            views.append(_view(realised, None))
     return Group(*views, *(Text(f"warning: {line}") for line in _warnings(found)), Text(_note(found)))
+
+
+def _view(grid: dict[str, list[str]], title: Text | None) -> Table:
+    view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    for index, header in enumerate(grid):
+        # two short lines per header keep the table within 80 columns; long method names are folded
+        wrap = {"no_wrap": True} if index else {"overflow": "fold"}
+        header = _NARROW.get(header, header)
+        header = header.replace(" ", "\n") if len(header) < _LONG_HEADER else header
+        view.add_column(header, justify="right" if index else "left", **wrap)
+    for row in zip(*grid.values(), strict=True):
+        view.add_row(*map(Text, row))  # names are no markup
+    return view
 
 
 def markdown(found: list[TaskResult]) -> str:
     """The same as Markdown."""
     lines: list[str] = []
     for task, here in _by_task(found).items():
-        grid = _grid(here)
-        lines += [f"**{_title(task, here)}**", "", "| " + " | ".join(grid) + " |"]
-        lines += ["|---|" + "---:|" * (len(grid) - 1)]
-        for row in zip(*grid.values(), strict=True):
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
-        lines.append("")
+        lines += [f"**{_title(task, here)}**", ""]
+        for grid in filter(None, (_grid(here), _realised(here))):
+            lines += ["| " + " | ".join(grid) + " |", "|---|" + "---:|" * (len(grid) - 1)]
+            for row in zip(*grid.values(), strict=True):
+                lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+            lines.append("")
     warnings = [f"**Warning.** {line}\n" for line in _warnings(found)]
     return "\n".join([*lines, *warnings, f"({_note(found)})", ""])
 

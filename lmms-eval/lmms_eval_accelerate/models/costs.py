@@ -38,8 +38,9 @@ LONG_PROMPT = ("prompt_tokens_cut", "prompt_tokens_untrained", "prompt_tokens_ov
 
 @dataclasses.dataclass
 class Costs(TokenCounts):
-    """``TokenCounts`` with the keys of :data:`MEANS`, ``batch_size``, ``method``, ``warmup``, ``skipped``, and how the
-    prompt fits into the model's context: the keys of :data:`LONG_PROMPT`, ``prompt_limit``."""
+    """``TokenCounts`` with the keys of :data:`MEANS`, ``batch_size``, ``method``, ``warmup``, ``skipped``, what was
+    kept of the visual tokens (``kept``, ``visual_tokens_by_layer``, ``modalities``), and how the prompt fits into the
+    model's context: the keys of :data:`LONG_PROMPT`, ``prompt_limit``."""
 
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -58,7 +59,8 @@ def sample_costs(
     """Costs of each sample of one ``generate`` call. Times are the call's, divided by its number of samples.
 
     ``config`` is the language model's. ``visual_tokens_after`` is what the first decoder layer gets,
-    ``visual_tokens_per_layer`` the mean over all of them.
+    ``visual_tokens_per_layer`` the mean over all of them, ``visual_tokens_by_layer`` each one's number, and ``kept``
+    the realised ratio: that mean as a share of the uncompressed number, None for a prompt of text alone.
     LLM work is the prefill of the decoder layers in tera multiply-accumulates (the papers' "FLOPs").
     """
     size = len(generated)
@@ -70,11 +72,16 @@ def sample_costs(
         sample = record.samples[index]
         # Without a decoder loop every layer sees the whole spliced sequence.
         layers = record.layer_lengths(index) or [sample.length] * config.num_hidden_layers
+        before = sample.visual_tokens_before
+        # what layers lack of the prompt are visual tokens
+        by_layer = [sample.visual_tokens_after - sample.length + tokens for tokens in layers]
         extra = {
-            "visual_tokens_before": sample.visual_tokens_before,
+            "visual_tokens_before": before,
             "visual_tokens_after": sample.visual_tokens_after,
-            # what layers lack of the prompt are visual tokens
-            "visual_tokens_per_layer": sample.visual_tokens_after - sample.length + sum(layers) / len(layers),
+            "visual_tokens_per_layer": sum(by_layer) / len(by_layer),
+            "visual_tokens_by_layer": by_layer,
+            "kept": sum(by_layer) / len(by_layer) / before if before else None,
+            "modalities": sorted({item.modality for item in sample.items}),
             "prompt_tokens_dense": sample.dense_length,
             "prompt_tokens": sample.length,
             "prompt_tokens_cut": sample.cut,
@@ -102,7 +109,7 @@ def skipped_costs(error: Exception, method: str) -> Costs:
 def summarise(costs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Means over samples without warm-up calls and skipped samples; with the warm-up if there is nothing else.
 
-    Prompts longer than the context are counted over all answered samples, and stay in the means.
+    Prompts longer than the context, and what was kept of the visual tokens, are counted over all answered samples.
     """
     costs = list(costs)
     answered = [c for c in costs if not c.get("skipped") and "prompt_tokens" in c]
@@ -114,11 +121,36 @@ def summarise(costs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "measured": len(measured),
         "warmup_included": bool(measured) and all(c.get("warmup") for c in measured),
         **_long_prompts(answered),
+        **_realised(answered),
     }
     for key in MEANS:
         if measured:
             summary[key] = sum(c[key] for c in measured) / len(measured)
     return summary
+
+
+def _realised(costs: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """The share of the visual tokens that was kept.
+
+    ``kept``: mean over the LLM's layers and the answers; ``kept_least``, ``kept_most``: of an answer;
+    ``kept_by_layer``: mean over the answers. ``kept_everything``: answers of which no layer lost any, out of those
+    ``with_visual_tokens``; of these the ``modalities``, and the most visual tokens of one.
+    """
+    seen = [cost for cost in costs if cost.get("kept") is not None]
+    if not seen:
+        return {}
+    ratios = [cost["kept"] for cost in seen]
+    by_layer = zip(*([n / c["visual_tokens_before"] for n in c["visual_tokens_by_layer"]] for c in seen), strict=True)
+    return {
+        "kept": sum(ratios) / len(seen),
+        "kept_least": min(ratios),
+        "kept_most": max(ratios),
+        "kept_by_layer": [sum(layer) / len(seen) for layer in by_layer],
+        "kept_everything": sum(ratio >= 1 for ratio in ratios),
+        "with_visual_tokens": len(seen),
+        "visual_tokens_most": max(cost["visual_tokens_before"] for cost in seen),
+        "modalities": sorted({kind for cost in seen for kind in cost["modalities"]}),
+    }
 
 
 def _long_prompts(costs: list[Mapping[str, Any]]) -> dict[str, int]:
@@ -148,5 +180,10 @@ def log_costs(costs: list[dict[str, Any]]) -> None:
         total_elapsed_time=seconds,
         total_gen_tokens=tokens,
         avg_speed=tokens / seconds if seconds else 0.0,
-        additional_metrics={"total_requests": len(costs), **summarise(costs)},
+        additional_metrics={"total_requests": len(costs), **_numbers(summarise(costs))},
     )
+
+
+def _numbers(summary: dict[str, Any]) -> dict[str, Any]:
+    """What one line of lmms-eval's log can show."""
+    return {key: value for key, value in summary.items() if isinstance(value, (int, float))}

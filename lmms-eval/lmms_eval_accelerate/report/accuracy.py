@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from accelerate_methods.registry import available, method_class
 from accelerate_methods.stages.errors import MethodError
@@ -13,7 +14,8 @@ from lmms_eval_accelerate.report.labels import labels_of
 from lmms_eval_accelerate.report.loyalty import loyalty
 from lmms_eval_accelerate.report.results import DENSE, ReportError, Run
 from lmms_eval_accelerate.report.sections import AXES, Entry, Section, TaskTable, plain, ratio, warn_apart
-from lmms_eval_accelerate.report.statistics import bootstrap_interval, pareto_front
+from lmms_eval_accelerate.report.statistics import McNemar, bootstrap_interval, mcnemar, pareto_front
+from lmms_eval_accelerate.runs import no_op
 from lmms_eval_accelerate.runs.long_prompts import explained, not_comparable
 
 #: settings that say which method runs, or change neither answers nor costs
@@ -42,7 +44,7 @@ def accuracy_sections(runs: Iterable[Run]) -> list[Section]:
         for number, (here, notes) in enumerate(parts, 1)
     ]
     for section in sections:
-        section.warnings += [warning for table in section.tables for warning in _long_prompts(table)]
+        section.warnings += [warning for table in section.tables for warning in _warnings(table)]
     for section in sections:  # a value that only some runs spell out
         for run in section.runs:
             section.facts.update({k: v for k, v in _facts(run).items() if v != "null"})
@@ -84,7 +86,10 @@ def _tables(runs: list[Run]) -> list[TaskTable]:
             metric, score = next(iter(metrics.items()))
             config = run.task_configs.get(task, {})
             same = json.dumps({k: config.get(k) for k in _OF_THE_TASK}, sort_keys=True, default=str)
-            entry = Entry(run, task, label, metric, score, _costs(run, task), run.samples(task, metric))
+            means = _means(run, task)
+            entry = Entry(run, task, label, metric, score, _numbers(means), run.samples(task, metric))
+            entry.kept_by_layer = means.get("kept_by_layer")
+            entry.no_op = (run.summary.get("no_op") or {}).get(task)
             found.setdefault((task, same), []).append(entry)
     tables = []
     variants = Counter(task for task, _ in found)
@@ -102,10 +107,11 @@ def _tables(runs: list[Run]) -> list[TaskTable]:
     return tables
 
 
-def _long_prompts(table: TaskTable) -> list[str]:
-    """Prompts longer than the model's context, and what is therefore not comparable."""
+def _warnings(table: TaskTable) -> list[str]:
+    """Prompts longer than the model's context and what is therefore not comparable, and methods without effect."""
     harmed = [entry for entry in table.entries if entry.long_prompts.harmed]
     told = [f"{entry.label}: {entry.long_prompts.described()}, the question with it." for entry in harmed]
+    told += no_op.explained({entry.label: entry.no_op for entry in table.entries})
     told += explained({entry.label: entry.not_comparable for entry in table.entries})
     return [f"{table.task}{table.variant}: {line}" for line in told]
 
@@ -118,12 +124,15 @@ def is_baseline(method: str) -> bool:
     return method in available() and method_class(method).baseline
 
 
-def _costs(run: Run, task: str) -> dict[str, float]:
+def _means(run: Run, task: str) -> dict[str, Any]:
     costs = run.summary["costs"]
     by_task = costs.get("by_task") or {}
     # likelihood tasks carry no costs per sample; the overall means are the task's if it is the only one
-    own = by_task.get(task) or (costs.get("overall") if len(run.summary["tasks"]) == 1 else None) or {}
-    return {k: v for k, v in own.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    return by_task.get(task) or (costs.get("overall") if len(run.summary["tasks"]) == 1 else None) or {}
+
+
+def _numbers(means: Mapping[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in means.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 
 def _compare(table: TaskTable) -> None:
@@ -187,6 +196,11 @@ def _relate(table: TaskTable, entry: Entry, dense: Entry) -> None:
         entry.loyalty = loyalty(dense.samples, entry.samples)
     except MethodError as error:
         raise ReportError(f"{entry.run.folder} or {dense.run.folder}, samples of {table.task}: {error}") from error
+    same = no_op.answers_as_dense(entry.loyalty, entry.run.methods)
+    entry.no_op = no_op.both(entry.no_op, same)
+    paired = mcnemar([(b.score, a.score) for a, b in zip(ours, theirs, strict=True)])
+    if isinstance(paired, McNemar):
+        entry.p_value, entry.lost, entry.won = paired.p_value, paired.lost, paired.won
     distributions = entry.loyalty.distributions
     if 0 < distributions < len(common):
         table.notes.append(

@@ -8,10 +8,12 @@ from typing import Any
 
 from lmms_eval_accelerate.report.loyalty import kl_text
 from lmms_eval_accelerate.report.sections import BenchRow, BenchSection, Entry, TaskTable
+from lmms_eval_accelerate.report.statistics import p_text
+from lmms_eval_accelerate.runs import no_op
 from lmms_eval_accelerate.runs.long_prompts import MARK, marked
 
 #: beginnings of the headers of columns that are relative to the dense run of the same task
-_RELATIVE = ("vs dense", "95 %", "same answers", "first-token KL", "top-1", "LLM", "speed-up")
+_RELATIVE = ("vs dense", "95 %", "McNemar", "same answers", "first-token KL", "top-1", "LLM", "speed-up")
 _RELATIVE_BENCH = ("speed-up", "overhead", "first token speed-up")
 
 
@@ -29,7 +31,12 @@ def accuracy_columns(table: TaskTable) -> list[Column]:
     """Columns for one task; those without any number are left out."""
     scale = table.scale
     unit, letter = (1e-3, "G") if table.small else (1.0, "T")
-    first = Column("setting", "method and its budget", lambda e: e.label, lambda e: e.label)
+    first = Column(
+        "setting",
+        f"method and its budget; {no_op.MARK}: no effect, see the warnings",
+        lambda e: e.label,
+        lambda e: no_op.marked(e.label, e.no_op),
+    )
     columns = [
         Column("accuracy", f"{table.entries[0].metric}", lambda e: e.score, lambda e: f"{scale * e.score:.1f}"),
         Column(
@@ -44,6 +51,12 @@ def accuracy_columns(table: TaskTable) -> list[Column]:
             "paired bootstrap of the difference, documents resampled independently; bold where it excludes 0",
             lambda e: e.low,
             lambda e: None if e.low is None else f"{scale * e.low:+.1f} to {scale * e.high:+.1f}",
+        ),
+        Column(
+            "McNemar p",
+            "exact paired test where documents are right or wrong; in brackets those right in dense alone : here alone",
+            lambda e: e.p_value,
+            lambda e: None if e.p_value is None else f"{p_text(e.p_value)} ({e.lost} : {e.won})",
         ),
         Column("same answers", "share of answers equal to the dense run's", lambda e: e.same, _share(lambda e: e.same)),
         Column(
@@ -64,6 +77,18 @@ def accuracy_columns(table: TaskTable) -> list[Column]:
             "mean over the LLM's layers, and the share of the uncompressed number",
             lambda e: e.costs.get("visual_tokens_per_layer"),
             lambda e: _with_share(e.costs.get("visual_tokens_per_layer"), e.kept, ".0f"),
+        ),
+        Column(
+            "kept per sample",
+            "least and most of the visual tokens that a document kept, mean over the LLM's layers",
+            lambda e: e.costs.get("kept_least"),
+            _range_kept,
+        ),
+        Column(
+            "kept by layer",
+            "share of the visual tokens that each LLM layer worked on, from the first to the last",
+            lambda e: e.kept_by_layer and e.kept_by_layer[-1],
+            lambda e: None if e.kept_by_layer is None else no_op.layers_text(e.kept_by_layer),
         ),
         Column(
             f"LLM {letter}FLOPs",
@@ -182,6 +207,11 @@ def _with_share(value: float | None, share: float | None, form: str, share_form:
     if value is None:
         return None
     return format(value, form) + ("" if share is None else f" ({share:{share_form}})")
+
+
+def _range_kept(entry: Entry) -> str | None:
+    least, most = (entry.costs.get(f"kept_{end}") for end in ("least", "most"))
+    return None if least is None or most is None else f"{least:.1%} to {most:.1%}"
 
 
 def _over(a: float | None, b: float | None) -> float | None:

@@ -27,6 +27,10 @@ from lmms_eval_accelerate.distributions import unpack
 #: log of the smallest positive float32: the mass of a bucket in which ``other`` has none at all but dense has
 _FLOOR = float(np.log(np.finfo(np.float32).smallest_subnormal))
 _CHUNK = 2048  # documents compared at once: K * K bytes each
+#: two lists are one distribution if no log-probability differs by more, in nats: float32 in another order of the same
+#: sums stays below, and a token less in the prompt moves the unlikely ones by far more
+_ROUNDING = 1e-3
+_COMMON = 0.9  # share of the tokens, or documents, that must be there in both: the last tokens may be ties
 
 
 class Answer(Protocol):
@@ -50,6 +54,8 @@ class Loyalty:
         top1_agreement: share of ``distributions`` whose most likely first token is the same.
         unresolved: mean dense probability of the bucket: how much of the mass the divergence takes as one.
         documents: that both runs answered; distributions: of these, those with a distribution in both runs.
+        compared: documents with a distribution, or likelihoods, in both runs; unchanged: of these, those with the same
+            answer out of the same distribution (of likelihoods: with the same losses).
     """
 
     agreement: float | None
@@ -59,6 +65,14 @@ class Loyalty:
     unresolved: float | None
     documents: int
     distributions: int
+    compared: int = 0
+    unchanged: int = 0
+
+    @property
+    def identical(self) -> bool:
+        """Whether nothing tells the two runs apart: the same answers throughout, and enough else that was compared."""
+        known = self.compared >= max(1, _COMMON * self.documents)  # documents that could not be read have neither
+        return known and self.agreement == 1 and self.unchanged == self.compared
 
 
 # -- divergence --------------------------------------------------------------------------------------------------------
@@ -134,6 +148,7 @@ def loyalty(dense_samples: Mapping[Any, Answer], other_samples: Mapping[Any, Ans
     pairs = [(dense_samples[d].first_token, other_samples[d].first_token) for d in common]
     pairs = [pair for pair in pairs if None not in pair]
     kl, unresolved, top1 = first_token_kls([a for a, _ in pairs], [b for _, b in pairs])
+    found = [_unchanged(dense_samples[d], other_samples[d]) for d in common]
 
     def mean(values: Any) -> float | None:
         return float(np.mean(values)) if len(values) else None
@@ -146,4 +161,26 @@ def loyalty(dense_samples: Mapping[Any, Answer], other_samples: Mapping[Any, Ans
         unresolved=mean(unresolved),
         documents=len(common),
         distributions=len(pairs),
+        compared=sum(same is not None for same in found),
+        unchanged=sum(same is True for same in found),
     )
+
+
+def _unchanged(dense: Answer, other: Answer) -> bool | None:
+    """None where one of the runs kept nothing but the answer."""
+    losses = [getattr(sample, "losses", None) for sample in (dense, other)]
+    if None not in losses:
+        alike = len(losses[0]) == len(losses[1]) and np.allclose(*losses, rtol=0, atol=_ROUNDING)
+        return dense.answer == other.answer and bool(alike)
+    if dense.first_token is None or other.first_token is None:
+        return None
+    same = dense.first_token == other.first_token or _same_distribution(dense.first_token, other.first_token)
+    return same and dense.answer == other.answer
+
+
+def _same_distribution(dense: str, other: str) -> bool:
+    (ids, logprobs, _), (other_ids, other_logprobs, _) = unpack(dense), unpack(other)
+    common, at, there = np.intersect1d(ids, other_ids, assume_unique=True, return_indices=True)
+    if len(common) < _COMMON * max(len(ids), len(other_ids)):
+        return False
+    return bool(np.abs(logprobs[at] - other_logprobs[there]).max() <= _ROUNDING)

@@ -28,6 +28,7 @@ class Sample:
     Attributes:
         score: None where the task's metric is no number per document.
         first_token: the distribution that the first token was taken from (``loyalty.py``), if logged.
+        losses: of the choices, where they are compared by their likelihoods.
     """
 
     doc_id: Any
@@ -36,6 +37,7 @@ class Sample:
     answer: str
     score: float | None
     first_token: str | None = None
+    losses: tuple[float, ...] | None = None
 
 
 @dataclasses.dataclass
@@ -82,6 +84,7 @@ class Run:
                     answer=_answer(line.get("filtered_resps", "")),
                     score=_score(line.get(metric.partition(",")[0])),
                     first_token=_first_token(line.get("token_counts")),
+                    losses=_losses(line.get("filtered_resps", "")),
                 )
         return samples
 
@@ -213,14 +216,20 @@ def _text(value: Any) -> str:
 
 
 def _answer(value: Any) -> str:
-    """As :func:`_text`; for likelihoods, (loss, is greedy) per choice, the choice of the lowest loss."""
+    """As :func:`_text`; for likelihoods the choice of the lowest loss."""
+    losses = _losses(value)
+    return _text(value) if losses is None else f"choice {losses.index(min(losses))}"
+
+
+def _losses(value: Any) -> tuple[float, ...] | None:
+    """Of likelihoods, (loss, is greedy) per choice; None for another answer."""
     try:
-        losses = [float(loss) for loss, greedy in value if str(greedy) in ("True", "False")]
+        losses = tuple(float(loss) for loss, greedy in value if str(greedy) in ("True", "False"))
     except (TypeError, ValueError):
-        return _text(value)
+        return None
     if not losses or len(losses) != len(value) or any(math.isnan(loss) for loss in losses):
-        return _text(value)
-    return f"choice {losses.index(min(losses))}"
+        return None
+    return losses
 
 
 def _first_token(token_counts: Any) -> str | None:

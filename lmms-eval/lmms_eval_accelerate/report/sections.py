@@ -25,6 +25,9 @@ class Entry:
         front: for each of :data:`AXES` whether the entry is on the Pareto front.
         measured: the row of the efficiency bench for this model and setting, if one was given.
         not_comparable: why what is relative to the dense run means nothing (prompts longer than the context), or None.
+        p_value, lost, won: McNemar's test against the dense run, where documents are right or wrong.
+        no_op: why the setting is the dense model in effect, or None.
+        kept_by_layer: share of the visual tokens that each LLM layer worked on.
     """
 
     run: Run
@@ -43,6 +46,11 @@ class Entry:
     front: dict[str, bool] = dataclasses.field(default_factory=dict)
     measured: BenchRow | None = None
     not_comparable: str | None = None
+    p_value: float | None = None
+    lost: int | None = None
+    won: int | None = None
+    no_op: str | None = None
+    kept_by_layer: list[float] | None = None
 
     @property
     def long_prompts(self) -> LongPrompts:

@@ -26,7 +26,7 @@ import numpy as np
 
 from lmms_eval_accelerate.benchmarks.catalog import Benchmark
 from lmms_eval_accelerate.report.results import Run
-from lmms_eval_accelerate.report.statistics import RESAMPLES, bootstrap_interval
+from lmms_eval_accelerate.report.statistics import RESAMPLES, McNemar, bootstrap_interval, mcnemar
 
 Document = tuple[str, Any]  # (task, document number)
 MLVU_TYPES = 7
@@ -179,6 +179,30 @@ class Interval:
 
 def interval(row: Breakdown | str, dense: Breakdown | str, level: float = 0.95) -> Interval | str:
     """Paired bootstrap interval of the difference of two scores, or why there is none."""
+    pairs = _paired(row, dense)
+    if isinstance(pairs, str):
+        return pairs
+    if row.shape == "f1":
+        low, high = _f1_interval([(dense.strata[""][m], row.strata[""][m]) for m in pairs[""]], level)
+    else:
+        differences = [[row.strata[g][m] - dense.strata[g][m] for m in members] for g, members in pairs.items()]
+        low, high = bootstrap_interval(differences[0], level) if len(pairs) == 1 else _stratified(differences, level)
+    return Interval(row.factor * low, row.factor * high, row.members, row.per)
+
+
+def paired_test(row: Breakdown | str, dense: Breakdown | str) -> McNemar | str:
+    """McNemar's test of documents right in one run and wrong in the other, or why there is none."""
+    found = _paired(row, dense)
+    if isinstance(found, str):
+        return found
+    if row.shape == "f1":
+        return "an F1 score"
+    values = [(dense.strata[g][m], row.strata[g][m]) for g, members in found.items() for m in members]
+    return mcnemar(values)
+
+
+def _paired(row: Breakdown | str, dense: Breakdown | str) -> dict[str, list[Hashable]] | str:
+    """The members that both scores have, by group, or why they cannot be paired."""
     for side in (dense, row):
         if isinstance(side, str):
             return side
@@ -186,12 +210,7 @@ def interval(row: Breakdown | str, dense: Breakdown | str, level: float = 0.95) 
     complete = row.members == dense.members == sum(map(len, pairs.values()))
     if row.shape != dense.shape or row.factor != dense.factor or not complete:
         return "the two runs did not answer the same documents"
-    if row.shape == "f1":
-        low, high = _f1_interval([(dense.strata[""][m], row.strata[""][m]) for m in pairs[""]], level)
-    else:
-        differences = [[row.strata[g][m] - dense.strata[g][m] for m in members] for g, members in pairs.items()]
-        low, high = bootstrap_interval(differences[0], level) if len(pairs) == 1 else _stratified(differences, level)
-    return Interval(row.factor * low, row.factor * high, row.members, row.per)
+    return pairs
 
 
 def _stratified(differences: Sequence[Sequence[float]], level: float) -> tuple[float, float]:

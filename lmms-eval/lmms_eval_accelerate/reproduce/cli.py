@@ -113,6 +113,8 @@ def _reproduce(argv: list[str], console: Console) -> int:
         write_text(output / OUTCOME_TEXT, render.markdown(made))
     render.show(made, console)
     console.print(f"everything is in {output} ({OUTCOME}, {OUTCOME_TEXT}, {RUNS}/)", highlight=False, soft_wrap=True)
+    if ending := render.closing(made):
+        console.print(ending, highlight=False, soft_wrap=True)
     return 0
 
 

@@ -203,11 +203,3 @@ def limit(benchmark: Benchmark, number: int | None) -> list[str]:
     if benchmark.name != "mme" or number is None:
         return []
     return ["MME's questions come in pairs; if --limit cuts one, its scoring ends with an error after the answers."]
-
-
-def inert(where: str, dense: bool, costs: Mapping[str, float]) -> list[str]:
-    """A method that left every visual token (a video method on images, a budget above 1 in effect)."""
-    before, after = costs.get("visual_tokens_before"), costs.get("visual_tokens_per_layer")
-    if dense or not before or after is None or after < before:
-        return []
-    return [f"{where}: the method dropped no visual token, so this is the dense model's number."]

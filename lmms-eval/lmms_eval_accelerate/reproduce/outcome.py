@@ -16,13 +16,22 @@ from lmms_eval_accelerate import ROOT
 from lmms_eval_accelerate.benchmarks.catalog import group_metrics, score
 from lmms_eval_accelerate.report.loyalty import loyalty
 from lmms_eval_accelerate.report.results import Run, Sample
+from lmms_eval_accelerate.report.statistics import McNemar
 from lmms_eval_accelerate.reproduce import guards
-from lmms_eval_accelerate.reproduce.breakdown import Breakdown, break_down, interval, read_lines, standard_error
+from lmms_eval_accelerate.reproduce.breakdown import (
+    Breakdown,
+    break_down,
+    interval,
+    paired_test,
+    read_lines,
+    standard_error,
+)
 from lmms_eval_accelerate.reproduce.choice import Choices, ChosenPart
 from lmms_eval_accelerate.reproduce.folders import read_summary
 from lmms_eval_accelerate.reproduce.means import derived, relative, share
 from lmms_eval_accelerate.reproduce.plan import Unit
 from lmms_eval_accelerate.reproduce.schema import PRINTED_RELATIVE, Column, Table, TableRow
+from lmms_eval_accelerate.runs import no_op
 from lmms_eval_accelerate.runs.long_prompts import LongPrompts, not_comparable
 
 KIND, SCHEMA = "reproduction", 1
@@ -44,6 +53,8 @@ class Result:
     parts: Breakdown | str
     documents: int
     prompts: LongPrompts
+    realised: dict[str, Any]
+    no_op: str | None = None
 
 
 def evaluate(
@@ -106,6 +117,8 @@ def _part(selection: ChosenPart, choices: Choices, warnings: list[str]) -> dict[
             cells[row.name, column.title] = cell(row, part.dense, column, result, dense, other_model)
             if result is not None:
                 warnings += _guarded(selection, row, column, result, choices)
+            if reason := cells[row.name, column.title]["no_op"]:
+                warnings += no_op.explained({f"{row.name} on {column.title}": reason})
     if choices.limit is None and not other_model:
         warnings += guards.dense_baseline(part.name, baselines)
     rows = [_row(row, selection, cells) for row in selection.rows]
@@ -136,12 +149,10 @@ def _same_encoding(row: TableRow) -> bool:
 def _guarded(selection: ChosenPart, row: TableRow, column: Column, result: Result, choices: Choices) -> list[str]:
     """What the guards say of one result."""
     part, benchmark, summary = selection.part, column.benchmark, result.summary
-    where = f"{row.name} on {column.title}"
     return [
         *guards.data(row.name, column.title, benchmark, summary, choices.limit),
         *guards.answers(row.name, summary),  # they name the task themselves
         *guards.adaptations(row.name, summary),
-        *guards.inert(where, row.dense, result.costs),
         *guards.model(part.name, part.family, {} if choices.other_model(part) else part.checkpoint, summary),
     ]
 
@@ -202,6 +213,8 @@ def cell(
 
     ``change`` is measured - measured dense with its interval ``low``..``high``; ``difference`` measured - published, of
     the same model only; ``relative``, ``relative_published`` in per cent of the dense row's measured, published score.
+    ``p_value``, ``lost``, ``won``: McNemar's exact test where documents are right or wrong. ``realised``: what was kept
+    of the visual tokens; ``no_op``: why the row is the dense model in effect.
     ``long_prompts``: answers to prompts longer than the model's context; ``not_comparable``: why what is relative to
     the measured dense run then means nothing.
     """
@@ -212,6 +225,7 @@ def cell(
         **dict.fromkeys(("measured", "difference", "relative", "change", "low", "high", "members", "documents")),
         **dict.fromkeys(("interval", "agreement", "agreement_documents", "kl", "kl_documents", "speedup")),
         **dict.fromkeys(("visual_tokens_share", "flops_share", "long_prompts", "not_comparable")),
+        **dict.fromkeys(("p_value", "lost", "won", "realised", "no_op")),
         "costs": {},
         "folder": None,
         "hash": None,
@@ -229,9 +243,12 @@ def cell(
         "folder": short_folder(result.unit),
         "hash": result.unit.hash,
         "long_prompts": dataclasses.asdict(result.prompts),
+        "realised": result.realised,
+        "no_op": result.no_op,
     }
     if result is not dense:
-        made |= _against(result, dense)
+        against = _against(result, dense)
+        made |= {**against, "no_op": no_op.both(result.no_op, against["no_op"])}
         made["not_comparable"] = not_comparable(result.prompts, dense.prompts)
     return made
 
@@ -239,6 +256,7 @@ def cell(
 def _against(result: Result, dense: Result) -> dict[str, Any]:
     """What is relative to the dense run's answers and times."""
     made: dict[str, Any] = {"change": result.score - dense.score, "speedup": _speedup(result.costs, dense.costs)}
+    made["no_op"] = None
     common = [d for d in dense.samples if d in result.samples]
     if any(_asked(dense.samples[d]) != _asked(result.samples[d]) for d in common):
         return {**made, "interval": "none: asked other questions than the dense run"}
@@ -248,7 +266,11 @@ def _against(result: Result, dense: Result) -> dict[str, Any]:
     else:
         made |= {"low": found.low, "high": found.high, "members": found.members}
         made["interval"] = f"paired bootstrap, {found.members} {found.per}s"
+    paired = paired_test(result.parts, dense.parts)
+    if isinstance(paired, McNemar):
+        made |= dataclasses.asdict(paired)
     loyal = loyalty(dense.samples, result.samples)
+    made["no_op"] = no_op.answers_as_dense(loyal, result.summary.get("methods") or [])
     made |= {"agreement": loyal.agreement, "agreement_documents": loyal.documents}
     return {**made, "kl": loyal.first_token_kl_mean, "kl_documents": loyal.distributions}
 
@@ -282,7 +304,29 @@ def _result(unit: Unit, column: Column) -> Result:
     documents = sum(int(summary.get("n_samples", {}).get(task, 0)) for task in benchmark.tasks) or len(samples)
     parts = break_down(benchmark, column.metric, column.scale, lines, value)
     costs, prompts = _costs(summary, benchmark.tasks), LongPrompts.of_all(_by_task(summary, benchmark.tasks))
-    return Result(unit, summary, value, costs, samples, parts, documents, prompts)
+    idle = [(summary.get("no_op") or {}).get(task) for task in benchmark.tasks]
+    without = no_op.both(*idle) if all(idle) else None
+    realised = _realised(_by_task(summary, benchmark.tasks))
+    return Result(unit, summary, value, costs, samples, parts, documents, prompts, realised, without)
+
+
+def _realised(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What was kept of the visual tokens over the tasks of a benchmark: mean, least and most of an answer, by layer."""
+    found = [entry for entry in found if entry.get("with_visual_tokens")]
+    if not found:
+        return {}
+    weights = [entry["with_visual_tokens"] for entry in found]
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(w * value for w, value in zip(weights, values, strict=True)) / sum(weights)
+
+    by_layer = [entry.get("kept_by_layer") or [] for entry in found]
+    return {
+        "kept": mean([entry["kept"] for entry in found]),
+        "least": min(entry["kept_least"] for entry in found),
+        "most": max(entry["kept_most"] for entry in found),
+        "by_layer": [mean(layer) for layer in zip(*by_layer, strict=True)],
+    }
 
 
 def _by_task(summary: Mapping[str, Any], tasks: Sequence[str]) -> list[Mapping[str, Any]]:

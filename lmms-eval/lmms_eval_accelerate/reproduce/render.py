@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lmms_eval_accelerate.report.statistics import p_text
+from lmms_eval_accelerate.runs import no_op
 from lmms_eval_accelerate.runs.long_prompts import MARK, LongPrompts, explained, marked
 
 #: width from which what is relative and what it cost stand in one table, and below which derived columns are left out
@@ -109,13 +111,21 @@ def grids(part: Mapping[str, Any], width: int) -> list[Grid]:
         return made
     costs = [cells for cells in _COSTS if cells is not _PAPER or not part["other_model"]]
     if width >= WIDE:
-        return [*made, _details(part, "Relative to the measured dense run, and costs", [*_RELATIVE, *costs])]
+        both = "Relative to the measured dense run, and costs"
+        return [*made, _details(part, both, [*_RELATIVE, *costs]), *_kept(part)]
     relative = [cells for cells in _RELATIVE if width >= NARROW or cells[0] not in _REPEATED]
     return [
         *made,
         _details(part, "Relative to the measured dense run", relative),
         _details(part, "Costs, means per document", costs),
+        *_kept(part),
     ]
+
+
+def _kept(part: Mapping[str, Any]) -> list[Grid]:
+    """What was kept, per document and by layer; no table where the runs did not count it."""
+    found = [cell.get("realised") for row in part["rows"] for cell in row["cells"].values()]
+    return [_details(part, "Share of the visual tokens that was kept", _KEPT)] if any(found) else []
 
 
 def _measured(row: Mapping[str, Any]) -> bool:
@@ -159,7 +169,7 @@ def _score(cell: Mapping[str, Any], column: Mapping[str, Any]) -> str:
     below = _number(cell["published"], digits)
     if cell["difference"] is not None:
         below += f" {cell['difference']:+.{digits}f}"
-    return f"{_number(cell['measured'], digits)}\n{below}"
+    return f"{no_op.marked(_number(cell['measured'], digits), cell.get('no_op'))}\n{below}"
 
 
 def _mean(row: Mapping[str, Any]) -> str:
@@ -194,6 +204,14 @@ def _interval(row: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
     return f"{cell['low']:+.{cell['digits']}f} to {cell['high']:+.{cell['digits']}f}"
 
 
+def _interval_and_test(row: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
+    """The interval, marked where the dense run is no baseline, and McNemar's p below it where there is one."""
+    interval = marked(_interval(row, cell), cell.get("not_comparable"))
+    if cell.get("p_value") is None:
+        return interval
+    return f"{interval}\np {p_text(cell['p_value'])} ({cell['lost']} : {cell['won']})"
+
+
 def _tokens(row: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
     tokens = cell["costs"].get("visual_tokens_per_layer")
     return "" if tokens is None else f"{tokens:.0f} ({_percent(cell['visual_tokens_share'])})"
@@ -223,6 +241,11 @@ def _change(row: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
     return "" if cell["change"] is None else f"{cell['change']:+.{cell['digits']}f}"
 
 
+def _layers(row: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
+    found = cell.get("realised") or {}
+    return no_op.layers_text(found["by_layer"]) if found else ""
+
+
 def _too_long(row: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
     return LongPrompts(**(cell.get("long_prompts") or {})).count
 
@@ -234,7 +257,7 @@ _RELATIVE: Cells = (
     ("% of\ndense", _of_dense(_optional("relative", ".1f"))),
     ("pub-\nlished", _optional("relative_published", ".1f")),
     ("vs\ndense", _of_dense(_change)),
-    ("95 %\ninterval", _of_dense(_interval)),
+    ("95 % interval,\nMcNemar", _interval_and_test),
     ("same\nanswers", _of_dense(lambda row, cell: _percent(cell["agreement"]))),
     ("KL first\ntoken", _of_dense(_optional("kl", ".3f"))),
 )
@@ -247,6 +270,14 @@ _COSTS: Cells = (
     ("compress\nms", _cost("compress_ms")),
     ("prefill\nms", _cost("prefill_ms")),
     ("speed\nup", _of_dense(lambda row, cell: "" if cell["speedup"] is None else f"{cell['speedup']:.2f}x")),
+)
+
+
+_KEPT: Cells = (
+    ("mean", lambda row, cell: _percent((cell.get("realised") or {}).get("kept"), 1)),
+    ("least of a\ndocument", lambda row, cell: _percent((cell.get("realised") or {}).get("least"), 1)),
+    ("most of a\ndocument", lambda row, cell: _percent((cell.get("realised") or {}).get("most"), 1)),
+    ("by layer", _layers),
 )
 
 
@@ -270,7 +301,8 @@ def _details(part: Mapping[str, Any], title: str, cells: Cells) -> Grid:
             number = f"n={min(counts)}" + (f" to {max(counts)}" if len(counts) > 1 else "")
             grid.rows.append([f"{column['title']}{unit}, {number}", *("" for _ in headers)])
             before = column["title"]
-        grid.rows.append([f"  {_row_name(row)}", *(texts[header][index] for header in headers)])
+        name = no_op.marked(_row_name(row), row["cells"][column["title"]].get("no_op"))
+        grid.rows.append([f"  {name}", *(texts[header][index] for header in headers)])
     return grid
 
 
@@ -312,11 +344,25 @@ def _explained(part: Mapping[str, Any]) -> str:
     images = " (of MME: the images with both questions)" if any(text.endswith("images") for text in per) else ""
     return (
         f"vs dense, interval: measured row - measured dense, paired bootstrap over the documents{images}. "
+        "McNemar: exact two-sided p; in brackets the documents that dense alone and the row alone has right. "
         "same answers, KL: answers and first-token distributions against those of the dense run (KL: lower bound, "
-        "nats). visual tokens: mean over the LLM's layers; FLOPs: multiply-accumulates of its prefill. speed up: "
+        "nats). visual tokens: mean over the LLM's layers; kept: of a document over all layers, "
+        "of a layer over all documents; FLOPs: multiply-accumulates of its prefill. speed up: "
         "(compress + prefill) of dense / of the row. An interval of 0 to 0 says that no document's score differs; it "
         "proves nothing."
     )
+
+
+def closing(outcome: Mapping[str, Any]) -> str:
+    """The last line: which rows are the dense model in effect; empty if none is."""
+    claimed = {
+        f"{row['name']} on {title}": cell["no_op"]
+        for part in outcome["parts"]
+        for row in part["rows"]
+        for title, cell in row["cells"].items()
+        if cell["measured"] is not None and not row["dense"]
+    }
+    return no_op.closing(claimed, len(claimed))
 
 
 def _not_comparable(part: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lmms_eval_accelerate.models.costs import summarise
+from lmms_eval_accelerate.runs import no_op
 from lmms_eval_accelerate.runs.answer_checks import check
 from lmms_eval_accelerate.runs.fingerprint import checkpoint_facts, code_hash, short_hash, versions
 from lmms_eval_accelerate.runs.folder import RunError
@@ -27,6 +28,10 @@ _ROWS = {
     "visual_tokens_before": "visual tokens before",
     "visual_tokens_after": "visual tokens after",
     "visual_tokens_per_layer": "visual tokens per LLM layer",
+    "kept": "kept, mean over layers",
+    "kept_least": "kept, least of a sample",
+    "kept_most": "kept, most of a sample",
+    "kept_by_layer": "kept, by layer",
     "prompt_tokens": "prompt tokens",
     "vision_ms": "vision ms",
     "compress_ms": "compress ms",
@@ -103,14 +108,20 @@ def build(
         "overall": _overall(by_task, results),
         "by_task": {task: summarise(entries) for task, entries in by_task.items() if entries},
     }
+    methods = settings.get("methods") or []
+    tasks = {task: scores(values) for task, values in results["results"].items()}
+    # likelihoods carry no costs per sample: what is known of the whole run is said of each task
+    of_task = costs["by_task"] or dict.fromkeys((task for task in tasks if tasks[task]), costs["overall"])
+    idle = {task: no_op.kept_everything(means, methods) for task, means in of_task.items()}
     return {
         "model": options.model,
         "method": settings.get("method"),
         "methods": settings.get("methods"),
         "method_hash": short_hash(settings["methods"]) if settings else None,
-        "tasks": {task: scores(values) for task, values in results["results"].items()},
+        "tasks": tasks,
         "n_samples": {task: len(entries) for task, entries in samples.items()},
         "costs": costs,
+        "no_op": {task: reason for task, reason in idle.items() if reason},
         "settings": settings,
         "model_args": options.model_args,
         "gen_kwargs": results.get("config", {}).get("gen_kwargs"),
@@ -121,7 +132,18 @@ def build(
         "warnings": _warnings(samples, results.get("configs", {}), costs),
         "versions": versions(),
         "code": code_hash(),
+        "kept_by_document": {task: _kept(entries) for task, entries in samples.items()},
     }
+
+
+def _kept(entries: list[dict[str, Any]]) -> dict[str, float]:
+    """Document -> realised ratio, the mean of its requests; without prompts of text alone."""
+    found: dict[str, list[float]] = {}
+    for entry in entries:
+        for cost in entry.get("token_counts") or []:
+            if cost and cost.get("kept") is not None:
+                found.setdefault(str(entry.get("doc_id")), []).append(cost["kept"])
+    return {document: round(sum(kept) / len(kept), 6) for document, kept in found.items()}
 
 
 def show(report: dict[str, Any], path: Path) -> None:
@@ -147,11 +169,24 @@ def show(report: dict[str, Any], path: Path) -> None:
             costs.add_column(task, justify="right")
         long = {k: v for k, v in _LONG_PROMPTS.items() if any(means.get(k) for means in by_task.values())}
         for key, title in (_ROWS | long).items():
-            costs.add_row(title, *(f"{means[key]:.5g}" if key in means else "-" for means in by_task.values()))
+            costs.add_row(title, *(_cell(key, means.get(key)) for means in by_task.values()))
         console.print(costs)
     for warning in report["warnings"]:
         console.print(Text.assemble(("warning:", "bold yellow"), f" {warning}"), soft_wrap=True)
+    idle = report.get("no_op") or {}
+    for line in no_op.explained({f"{report['method']} on {task}": reason for task, reason in idle.items()}):
+        console.print(Text.assemble(("warning:", "bold yellow"), f" {line}"), soft_wrap=True)
     console.print(f"written to {path}", soft_wrap=True)
+    if ending := no_op.closing(idle, len(report["n_samples"])):
+        console.print(ending, soft_wrap=True)
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if key == "kept_by_layer":
+        return no_op.layers_text(value)
+    return f"{value:.1%}" if key.startswith("kept") else f"{value:.5g}"
 
 
 def _warnings(samples: dict[str, list[dict]], configs: dict[str, Any], costs: dict[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ import csv
 import html.parser
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -26,7 +27,7 @@ from lmms_eval_accelerate.report.accuracy import accuracy_sections
 from lmms_eval_accelerate.report.figures import Style, pareto
 from lmms_eval_accelerate.report.labels import labels_of
 from lmms_eval_accelerate.report.results import find
-from lmms_eval_accelerate.report.statistics import bootstrap_interval, pareto_front
+from lmms_eval_accelerate.report.statistics import McNemar, bootstrap_interval, mcnemar, p_text, pareto_front
 from lmms_eval_accelerate.runs.long_prompts import MARK
 
 FASTV = {"method": "fastv", "retention_ratio": 0.25, "k": 2}
@@ -188,6 +189,26 @@ def test_labels_tell_settings_apart() -> None:
     assert labels_of([[{"method": "dycoke", "k": 0.5}, {"method": "fastv", "k": 3}]]) == ["dycoke+fastv"]
 
 
+def test_mcnemar_is_the_exact_binomial_of_what_differs():
+    pairs = [(1.0, 1.0)] * 50 + [(1.0, 0.0)] * 7 + [(0.0, 1.0)] * 2
+    few = sum(math.comb(9, k) for k in range(3)) / 2**9
+    assert mcnemar(pairs) == McNemar(7, 2, pytest.approx(2 * few, rel=1e-12))
+    assert mcnemar([(b, a) for a, b in pairs]).p_value == mcnemar(pairs).p_value
+    assert mcnemar([(1.0, 0.0)] * 5).p_value == pytest.approx(2 / 2**5)
+    assert mcnemar([(1.0, 0.0), (0.0, 1.0), (1.0, 0.0)]).p_value == 1.0  # never above
+    assert mcnemar([(1.0, 1.0), (0.0, 0.0)]) == McNemar(0, 0, 1.0)
+    assert mcnemar([]) == "no documents in common"
+    for partial in (0.3, None):
+        assert mcnemar([(1.0, 1.0), (partial, 1.0)]) == "scores per document are not just right and wrong"
+
+
+def test_mcnemar_of_many_documents_neither_overflows_nor_ends():
+    many = mcnemar([(1.0, 0.0)] * 51_000 + [(0.0, 1.0)] * 49_000)
+    normal = math.erfc((51_000 - 49_000 - 1) / math.sqrt(100_000) / math.sqrt(2))
+    assert many.p_value == pytest.approx(normal, rel=0.02)
+    assert [p_text(p) for p in (many.p_value, 0.0312, 1.0, None)] == ["3e-10", "0.031", "1.000", ""]
+
+
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
@@ -203,7 +224,8 @@ def test_numbers_relative_to_dense(runs, tmp_path) -> None:
     assert float(fastv["decode_ms_per_token"]) == pytest.approx(6.0 / 2)
     assert dense["pareto_work_ms"] == fastv["pareto_work_ms"] == "True"
     text = (tmp_path / "out" / "report.md").read_text()
-    row = ["fastv@0.25", "60.0", "-20.0", "-60.0 to +0.0", "80%", "25 (25%)", "0.5 (25.0%)", "5.0", "1.0", "4.0"]
+    row = ["fastv@0.25", "60.0", "-20.0", "-60.0 to +0.0", "1.000 (1 : 0)", "80%"]
+    row += ["25 (25%)", "0.5 (25.0%)", "5.0", "1.0", "4.0"]
     assert "| " + " | ".join([*row, "2.00x", "3.00"]) + " |" in text
     assert cells(page)["fastv@0.25"][1:] == [*row[1:], "2.00x", "3.00"]
 
@@ -230,7 +252,7 @@ def test_loyalty_to_the_dense_run(runs, tmp_path) -> None:
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| same answers | first-token KL | top-1 same |" in text
     assert f"| 80% | {kl / 4:.3f} | 75% |" in text
-    assert cells(page)["fastv@0.25"][4:7] == ["80%", f"{kl / 4:.3f}", "75%"]
+    assert cells(page)["fastv@0.25"][5:8] == ["80%", f"{kl / 4:.3f}", "75%"]
     assert "fastv@0.25: the first token&#x27;s distribution is known of 4 of 5 documents." in page
 
 

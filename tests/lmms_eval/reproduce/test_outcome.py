@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from lmms_eval_accelerate.benchmarks.catalog import benchmark
 from lmms_eval_accelerate.reproduce import guards, leaderboard, means, outcome, render
-from lmms_eval_accelerate.reproduce.breakdown import Breakdown, break_down, interval, standard_error
+from lmms_eval_accelerate.reproduce.breakdown import Breakdown, break_down, interval, paired_test, standard_error
 from lmms_eval_accelerate.reproduce.choice import Choices, select
 from lmms_eval_accelerate.reproduce.plan import plan
 from lmms_eval_accelerate.reproduce.schema import Column
@@ -254,6 +254,38 @@ def test_outcome_by_hand(tmp_path):
     assert lost["cells"]["Video"]["relative_published"] == 20.0 and lost["mean_relative"] is None
 
 
+def test_documents_right_in_one_run_are_tested_beside_the_interval(tmp_path):
+    made = evaluated(tmp_path)
+    fastv, plain = (row["cells"]["Video"] for row in made["parts"][0]["rows"][1:3])
+    assert (fastv["p_value"], fastv["lost"], fastv["won"]) == (1.0, 1, 0)
+    assert (plain["p_value"], plain["lost"], plain["won"]) == (0.5, 2, 0)
+    assert "-75.0 to +0.0<br>p 1.000 (1 : 0)" in render.markdown(made)
+    right, half = Breakdown("mean", 1, {"": {1: 1.0, 2: 0.5}}), Breakdown("mean", 1, {"": {1: 1.0, 2: 1.0}})
+    assert paired_test(right, half) == "scores per document are not just right and wrong"
+    assert paired_test("scored by a judge", half) == "scored by a judge"
+
+
+def test_rows_without_effect_are_marked_and_named_last(tmp_path):
+    kept = {"kept": 1.0, "kept_least": 1.0, "kept_most": 1.0, "kept_by_layer": [1.0, 0.5], "with_visual_tokens": 4}
+    table, selections, choices = finished(tmp_path)
+    for (row, column), unit in selections[0].units.items():
+        path = unit.folder / "summary.json"
+        summary = json.loads(path.read_text())
+        for means_of_task in summary["costs"]["by_task"].values():
+            means_of_task |= kept
+        if row == "Random" and column == "Video":
+            summary["no_op"] = dict.fromkeys(summary["tasks"], "every visual token was kept")
+        path.write_text(json.dumps(summary))
+    made = outcome.evaluate(table, selections, choices, {})
+    idle = [(r["name"], t) for r in made["parts"][0]["rows"] for t, c in r["cells"].items() if c["no_op"]]
+    assert idle == [("Random", "Video")]
+    assert "∅: no effect, the dense model's numbers (Random on Video): every visual token was kept." in made["warnings"]
+    assert render.closing(made).startswith("∅ no effect in 1 of 4: Random on Video")
+    text = render.markdown(made)
+    assert "Random ° ∅" in text and "25.0 ∅<br>" in text and "100% x 1, 50% x 1" in text
+    assert made["parts"][0]["rows"][1]["cells"]["Video"]["realised"]["by_layer"] == [1.0, 0.5]
+
+
 def test_another_model_has_no_difference_to_the_paper(tmp_path):
     made = evaluated(tmp_path, choices={"pretrained": "embedded"})
     assert "below it published for another model" in printed(made, 100)
@@ -397,15 +429,12 @@ def test_templates_of_llava_1_5_fit():
     assert "does not fit" in guards.model("part", "llava", {}, summary)[0]
 
 
-def test_broken_answers_adaptations_and_idle_methods_are_named():
+def test_broken_answers_and_adaptations_are_named():
     assert guards.answers("x", {"warnings": ["half are empty"]}) == ["x: half are empty"]
     assert guards.answers("x", {"warnings": []}) == []
     told = guards.adaptations("VisionZip", {"settings": {"adaptations": {"cls_attention": "received_attention"}}})
     assert told == ["VisionZip is an adaptation, not the authors' work: received_attention in place of cls_attention."]
     assert guards.adaptations("x", {"settings": {"adaptations": {}}}) == []
-    idle = {"visual_tokens_before": 100.0, "visual_tokens_per_layer": 100.0}
-    assert "dropped no visual token" in guards.inert("x", False, idle)[0]
-    assert guards.inert("x", True, idle) == [] == guards.inert("x", False, idle | {"visual_tokens_per_layer": 50.0})
 
 
 def test_times_of_a_busy_machine_are_doubted():
