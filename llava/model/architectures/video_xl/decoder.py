@@ -240,12 +240,13 @@ class VideoXLModel(LlavaQwenModel):
     def _read(self, embeds: Tensor, pieces: Sequence[Piece]) -> tuple[DynamicCache, Tensor]:
         """One prompt [1, n, D]: its cache, and the states [R, D] of the rows of :func:`_rows_out`."""
         cache, out = DynamicCache(config=self.config), []
+        summary = self.beacon_embed_tokens(torch.zeros(1, dtype=torch.long, device=embeds.device))
         for piece in pieces:
             rows = embeds[:, piece.start : piece.start + piece.rows]
             if piece.ratio is None:
                 out.append(super().forward(inputs_embeds=rows, past_key_values=cache, use_cache=True)[0][0])
                 continue
-            mixed = _interleaved(rows, self.beacon_embed_tokens.weight, piece)
+            mixed = _interleaved(rows, summary, piece)
             read = super().forward(inputs_embeds=mixed, past_key_values=cache, use_cache=True, summaries=piece.slots)
             if piece.closes:
                 out.append(read[0][0, -1:])

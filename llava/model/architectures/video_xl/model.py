@@ -212,15 +212,18 @@ class VideoXLForCausalLM(LlavaQwenForCausalLM):
         return super()._expand_inputs_for_generation(expand_size, *args, **kwargs)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, next_sequence_length: int | None = None, *args: Any,
-        inputs_embeds: Tensor | None = None, is_first_iteration: bool | None = False, **kwargs: Any,
+        self, input_ids: Tensor, next_sequence_length: int | None = None, inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False, layout: PromptLayout | None = None,
+        request: recording.RequestRecord | None = None, **kwargs: Any,
     ):  # fmt: skip
+        # transformers looks for what generate is given in this signature, and expects the rows of the cache among the
+        # embeddings
         if is_first_iteration and inputs_embeds is not None and isinstance(kwargs.get("past_key_values"), SummaryCache):
-            next_sequence_length = None  # transformers expects the rows of the cache among the embeddings
+            next_sequence_length = None
+        kwargs |= {"layout": layout, "request": request, "is_first_iteration": is_first_iteration}
         return super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration,
-            **kwargs,
-        )  # fmt: skip
+            input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+        )
 
     def _cuts_inside(self) -> bool:
         return True

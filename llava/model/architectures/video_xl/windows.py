@@ -81,7 +81,7 @@ class Settings:
 
 def checked_ratios(ratios: Any) -> tuple[int, ...]:
     """One ratio or several as a tuple; :class:`MethodError` if they are no whole numbers of at least 1."""
-    several = (ratios,) if isinstance(ratios, int) else tuple(ratios)
+    several = tuple(ratios) if isinstance(ratios, (list, tuple)) else (ratios,)
     if not several or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in several):
         raise MethodError(f"beacon_ratio must be a whole number of at least 1, or a list of such, got {ratios!r}.")
     return several
