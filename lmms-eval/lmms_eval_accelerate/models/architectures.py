@@ -108,9 +108,9 @@ class TrainedArchitecture(LlavaAccelerated):
 
     # -- costs -------------------------------------------------------------------------------------------------------
 
-    def _costs_of(self, call: RequestRecord, generated: list[int], elapsed: float) -> list[Costs]:
+    def _costs_of(self, call: RequestRecord, *measured: Any) -> list[Costs]:
         """With the work of the architecture's own modules, where its class counts it."""
-        costs = super()._costs_of(call, generated, elapsed)
+        costs = super()._costs_of(call, *measured)
         beams = max(len(call.samples) // max(len(costs), 1), 1)
         for cost, sample in zip(costs, call.samples[::beams], strict=False):
             macs = self.model.own_macs(sample, **self._call_arguments())
