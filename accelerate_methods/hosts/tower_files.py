@@ -2,7 +2,7 @@
 
 Order: the folder ``vision_tower`` inside the checkpoint, an existing directory, the name on the hub (through its local
 cache when offline). The structure of the two official towers is also shipped with the package, so that a checkpoint
-that carries its own tower weights needs no hub access at all.
+that carries its own tower weights needs no hub access at all (``text_config.json``: of their text halves).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -85,6 +86,21 @@ def tower_config(name: str, checkpoint: str | None) -> VisionConfig:
         if kind in (family, f"{family}_vision_model"):
             return config_class.from_dict(vision)
     raise TowerError(f"{path}: model_type {kind!r} is not a supported vision tower (clip, siglip).")
+
+
+def text_config(name: str, checkpoint: str | None) -> dict[str, Any]:
+    """The ``text_config`` of the CLIP or SigLIP checkpoint that a tower is of.
+
+    Raises:
+        TowerError: its files do not say it.
+    """
+    path = tower_file(name, checkpoint, "config.json")
+    raw = read_json(path)
+    if path.is_relative_to(_KNOWN):
+        return read_json(path.with_name("text_config.json"))
+    if not isinstance(raw.get("text_config"), dict):
+        raise TowerError(f"{path} has no text_config: it is of a vision tower without its text tower.")
+    return raw["text_config"]
 
 
 def tower_weights(name: str, checkpoint: str | None, prefix: str = "") -> dict[str, torch.Tensor]:

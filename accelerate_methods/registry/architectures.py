@@ -211,8 +211,26 @@ VIDEO_XL = Architecture(
     ),
 )
 
+HICOM = Architecture(
+    name="HICom",
+    file="hicom",
+    key="hicom",
+    paper="arXiv 2503.16036",
+    venue="CVPR 2025",
+    code="lntzm/HICom@df67ea1c",
+    licence="Apache-2.0",
+    checkpoints=("lntzm/HICom_7B_qwen25_directg_local43_global32",),
+    weights_licence="not said; the repository is Apache-2.0, for non-commercial use",
+    tokens="680 of 32 frames (81 for each four of them, and 32 in all); 113 per image",
+    template="qwen_2_5",
+    # blocks asked for by the question, and queries: no signal over patches is one over them
+    signals=_NONE,
+    stages=LATER_STAGES,
+    tasks="videomme",
+)
+
 #: in the order in which a checkpoint's config is shown to them; no two may recognise the same one
-ARCHITECTURES: tuple[Architecture, ...] = (MQT, FASTVLM, LLAVA_MINI, LLAMA_VID, VIDEO_XL)
+ARCHITECTURES: tuple[Architecture, ...] = (MQT, FASTVLM, LLAVA_MINI, LLAMA_VID, VIDEO_XL, HICOM)
 
 
 def architecture(file: str) -> Architecture:

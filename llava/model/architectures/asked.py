@@ -29,7 +29,9 @@ class Place:
     question: str
 
 
-def places_of(prompts: Prompts, count: int, tokenizer: Any, who: str) -> list[Place]:
+def places_of(
+    prompts: Prompts, count: int, tokenizer: Any, who: str, given: Any = None, asked: bool = True
+) -> list[Place]:
     """The placeholders of a batch in order, with what is shown and asked there.
 
     There is an image or video for each, or one for each prompt, which is then shown at all of its placeholders.
@@ -37,6 +39,7 @@ def places_of(prompts: Prompts, count: int, tokenizer: Any, who: str) -> list[Pl
     Args:
         count: images and videos; tokenizer: reads the questions out of the prompts where ``prompts.questions`` does not
             say them; who: name of the architecture, for errors.
+        given: texts in the place of ``prompts.questions``; asked: False leaves the questions empty.
 
     Raises:
         ValueError: there are fewer or more images.
@@ -53,19 +56,21 @@ def places_of(prompts: Prompts, count: int, tokenizer: Any, who: str) -> list[Pl
             f"the prompts hold {total} <image> placeholders but {count} images or videos were given: give one for each "
             "placeholder, or one for each prompt."
         )
-    questions = asked_questions(prompts, per_sample, tokenizer, who)
+    questions = asked_questions(prompts, per_sample, tokenizer, who, given) if asked else [""] * total
     samples = [sample for sample, here in enumerate(per_sample) for _ in range(here)]
     items = range(count) if count == total else samples
     return [Place(*place) for place in zip(samples, items, questions, strict=True)]
 
 
-def asked_questions(prompts: Prompts, per_sample: Sequence[int], tokenizer: Any, who: str) -> list[str]:
+def asked_questions(
+    prompts: Prompts, per_sample: Sequence[int], tokenizer: Any, who: str, given: Any = None
+) -> list[str]:
     """The question at each placeholder; a prompt with one question has the same at all of them.
 
     Raises:
         MethodError: see :func:`places_of`.
     """
-    given = prompts.questions
+    given = prompts.questions if given is None else given
     if given is None and tokenizer is None:
         raise MethodError(
             f"{who} reads the question, and nothing says what it is: give questions=[...], one text per prompt, to "

@@ -231,6 +231,12 @@ class HIComProjector(nn.Module):
             self.register_parameter(f"{name}_logit_scale", nn.Parameter(torch.zeros(1)))
             self.register_parameter(f"{name}_logit_bias", nn.Parameter(torch.zeros(1)))
 
+    @property
+    def reads_words(self) -> bool:
+        """Whether a branch wants the instruction word by word; the others have the pooled one."""
+        parts = (self.local_compressor, self.global_compressor)
+        return any(part is not None and part.setting.mode == "fine" for part in parts)
+
     def forward(self, branch: str, *states: Any) -> Tensor:
         """One branch ("local" or "global") with its own arguments, and the scale of cosines where it has one."""
         scale = getattr(self, f"{branch}_logit_scale", None)

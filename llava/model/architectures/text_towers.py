@@ -1,0 +1,89 @@
+"""Text halves of CLIP and SigLIP as parts of a model, for architectures whose checkpoints hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, SiglipTextConfig, SiglipTextModel
+
+from accelerate_methods.hosts.tower_files import TowerError, text_config, tower_folder, weight_files, weights_named
+from accelerate_methods.stages.errors import MethodError, one_line
+
+_PREFIX = "text_model."
+_TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json", "tokenizer_config.json")
+
+
+def build_text_model(kind: str, name: str, checkpoint: str | None) -> nn.Module:
+    """The text half of the tower ``name`` without weights; ``kind``: "clip" or "siglip"."""
+    config_class, model_class = {
+        "clip": (CLIPTextConfig, CLIPTextModel),
+        "siglip": (SiglipTextConfig, SiglipTextModel),
+    }[kind]
+    config = config_class.from_dict(text_config(name, checkpoint))
+    config._attn_implementation = "sdpa"
+    return model_class(config).requires_grad_(False)
+
+
+def fill_text_model(model: nn.Module, name: str, checkpoint: str | None) -> None:
+    """Weights from the tower's own files.
+
+    Raises:
+        TowerError: they are not there, or not all of them.
+    """
+    weights = weights_named(weight_files(name, checkpoint), (_PREFIX,))
+    weights = {key.removeprefix(_PREFIX): value for key, value in weights.items()}
+    wanted = model.state_dict()
+    missing = sorted(set(wanted) - set(weights))
+    if missing:
+        raise TowerError(f"the files of text tower {name!r} lack {len(missing)} weights: {missing[0]} ...")
+    model.load_state_dict({key: weights[key] for key in wanted}, strict=True)
+
+
+class TextTokens:
+    """The tokenizer of a text tower; its files are looked for when the first text is read.
+
+    Args:
+        name, checkpoint: of the tower, as in ``hosts.tower_files``; limit: positions that it has.
+        asker: name of the architecture, and what to give in the place of texts; for errors.
+    """
+
+    def __init__(self, name: str, checkpoint: str | None, limit: int, asker: tuple[str, str]):
+        self.name, self.checkpoint, self.limit, self.asker = name, checkpoint, limit, asker
+        self._tokenizer: Any = None
+
+    @property
+    def tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            source = _tokenizer_source(self.name, self.checkpoint)
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(source)
+            except Exception as error:  # files that are missing or damaged, and packages
+                who, instead = self.asker
+                raise MethodError(
+                    f"{who} reads the question with the tokenizer of {self.name!r}, which cannot be loaded from "
+                    f"{source!r} ({one_line(error)}). Put its files into the checkpoint's folder vision_tower, or give "
+                    f"{instead}."
+                ) from error
+        return self._tokenizer
+
+    def padded(self, texts: Sequence[str]) -> Tensor:
+        """[B, limit] ids, cut and padded to all positions."""
+        found = self.tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=self.limit, return_tensors="pt"
+        )
+        return found.input_ids
+
+    def one_by_one(self, texts: Sequence[str]) -> list[Tensor]:
+        """[L] ids of each, cut where the positions end."""
+        return [torch.tensor(self.tokenizer(text, truncation=True, max_length=self.limit).input_ids) for text in texts]
+
+
+def _tokenizer_source(name: str, checkpoint: str | None) -> str:
+    folder = tower_folder(name, checkpoint)
+    if folder is not None and any((Path(folder) / file).is_file() for file in _TOKENIZER_FILES):
+        return str(folder)
+    return name
