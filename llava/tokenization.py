@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import sentencepiece
-from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import (
+    GPT2Tokenizer,
+    PreTrainedTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+)
 
 from accelerate_methods.hosts.checkpoint_files import CheckpointError, find_file, read_json
 from accelerate_methods.stages.errors import one_line
@@ -196,8 +202,8 @@ def load_tokenizer(model_path: str | os.PathLike[str], config: Any = None) -> Pr
     """Load the tokenizer that a LLaVA-format checkpoint was trained with, chosen by the files that are there.
 
     tokenizer.model (LLaMA, Vicuna, Mistral, Yi) -> `SentencePieceLlamaTokenizer`; vocab.json + merges.txt of a Qwen2
-    model, with or without tokenizer.json -> `Qwen2Tokenizer`; any other tokenizer.json -> the generic fast tokenizer,
-    which runs the file as it is.
+    model, with or without tokenizer.json -> `Qwen2Tokenizer`; those of a Phi-2 model without it -> `GPT2Tokenizer`; any
+    other tokenizer.json -> the generic fast tokenizer, which runs the file as it is.
 
     Args:
         model_path: folder or hub id.
@@ -229,7 +235,10 @@ def load_tokenizer(model_path: str | os.PathLike[str], config: Any = None) -> Pr
 
     has_fast = find_file(model_path, FAST_FILE) is not None
     has_bpe = all(find_file(model_path, name) for name in BPE_FILES)
-    if has_bpe and (not has_fast or settings.get("tokenizer_class", "").startswith("Qwen2")):
+    named = settings.get("tokenizer_class") or ""
+    if has_bpe and not has_fast and named.startswith(("GPT2", "CodeGen")):  # Phi-2; splits words as GPT-2 does
+        return GPT2Tokenizer.from_pretrained(model_path, **fallback)
+    if has_bpe and (not has_fast or named.startswith("Qwen2")):
         return Qwen2Tokenizer.from_pretrained(model_path, **fallback)
     if has_fast:
         return PreTrainedTokenizerFast.from_pretrained(model_path, **fallback)

@@ -28,7 +28,7 @@ from accelerate_methods.engine.cached_keys import KeyView, cached_length, grown,
 from accelerate_methods.engine.devices import moved
 from accelerate_methods.engine.eviction import Evictions
 from accelerate_methods.engine.layers import DecoderLayers, LayerInput
-from accelerate_methods.engine.masks import cached_mask, key_mask, prefill_mask
+from accelerate_methods.engine.masks import cached_mask, key_mask, prefill_mask, visible_keys
 from accelerate_methods.engine.output_rows import DecoderOutput
 from accelerate_methods.engine.points import Attended, Numbered, acting_in, held_by
 from accelerate_methods.engine.prompt import PromptLayout
@@ -208,12 +208,15 @@ class _Loop:
         lengths = self.rows.lengths() if self.layout is None else self.layout.lengths
         state = self.state = CacheState(has_visual=self.decodes, length=self.new, name=self.pipeline.name)
         masks: dict[str, Any] = {}
+        update = None if self.layout is None else self.layout.update
         for index in range(len(self.layers)):
             if index in acting.before and self._select(acting.before[index], index):
                 masks.clear()
                 lengths = self.rows.lengths()
             if self._enter(index):
                 masks.clear()
+            if update is not None and update.layer == index:
+                self.rows.hidden = update(self.rows.hidden, self.rows.kept)
             if acting.asks_about(index):
                 self.attended = Attended(index, LayerInput(self.rows.hidden, self.rows.rope), self.rows.valid)
             kind = acting.unmasked.get(index) or self.layers.kind(index)
@@ -303,10 +306,10 @@ class _Loop:
                 visual = self._keys_visual(index)
                 keep = method.decode(DecodeStep(self, index, visual, valid, memory))
                 check_visible(method.name, keep, visual.shape)
-                shown = _visible(keep, valid)
+                shown = visible_keys(keep, valid)
             elif keep is not None and known.rows is not state.layers[index - 1].rows:  # a shorter cache from here on
                 keep = state.carried(keep, index - 1, index)
-                shown = _visible(keep, valid)
+                shown = visible_keys(keep, valid)
             if index + 1 == start:
                 self.attended = Attended(index, LayerInput(self.rows.hidden, self.rows.rope))
             if shown is None:
@@ -389,12 +392,3 @@ class _Loop:
         cached = rotary and self.cache is not None and attended.left is None  # or else it may have been cut
         keys = whole_keys(self.cache, index) if cached else None
         return dataclasses.replace(attended, given=dataclasses.replace(attended.given, keys=keys))
-
-
-def _visible(keep: Tensor | None, valid: Tensor | None) -> Selection | None:
-    """Indices of the keys to show, None for all."""
-    if keep is None:
-        return None
-    shown = Selection.from_mask(keep if valid is None else keep & valid)
-    everything = shown.valid is None and shown.indices.shape[1] == keep.shape[1]
-    return None if everything else shown

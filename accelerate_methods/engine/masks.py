@@ -14,6 +14,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from accelerate_methods.ops.select import on_device
 from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.prefill import Selection
 
 
 def prefill_mask(config: Any, kind: str | tuple[bool, ...], hidden: Tensor, valid: Tensor | None) -> Any:
@@ -72,3 +73,12 @@ def key_mask(config: Any, hidden: Tensor, valid: Tensor | None, allowed: Tensor 
 
 def is_flash(config: Any) -> bool:
     return "flash" in (config._attn_implementation or "")
+
+
+def visible_keys(keep: Tensor | None, valid: Tensor | None) -> Selection | None:
+    """Indices of the keys [B, S] to show, None for all; ``keep``: those that a method keeps; ``valid``: real ones."""
+    if keep is None:
+        return None
+    shown = Selection.from_mask(keep if valid is None else keep & valid)
+    everything = shown.valid is None and shown.indices.shape[1] == keep.shape[1]
+    return None if everything else shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +12,22 @@ from torch import Tensor
 from accelerate_methods.engine.devices import moved
 from accelerate_methods.ops.select import on_device
 from accelerate_methods.stages.prefill import VisualSpan
+
+
+class RowUpdate(Protocol):
+    """What a model itself does to some rows of its prompts in front of one decoder layer, with a method or without.
+
+    Attributes:
+        layer: in front of which.
+    """
+
+    layer: int
+
+    def __call__(self, hidden: Tensor, kept: Tensor | None) -> Tensor:
+        """The rows [B, q, D] that go on; ``kept`` [B, q]: which row of the prompt each is, None where all are there."""
+
+    def expanded(self, times: int) -> RowUpdate:
+        """For every prompt repeated ``times`` times."""
 
 
 @dataclasses.dataclass
@@ -26,6 +43,7 @@ class PromptLayout:
         full: rows of the prompts as the caller counts them, if more than there are here.
         stands: [B, L] row of its item's uncompressed layout at which each row stands, any at text; None where all of
             every item is there, in its order.
+        update: what the model itself does between its layers.
     """
 
     visual: Tensor
@@ -35,6 +53,7 @@ class PromptLayout:
     next_position: Tensor | None = None
     full: int | None = None
     stands: Tensor | None = None
+    update: RowUpdate | None = None
 
     def expanded(self, batch: int) -> PromptLayout:
         """Repeated for beams or several return sequences."""
@@ -50,6 +69,7 @@ class PromptLayout:
             next_position=None if following is None else following.repeat_interleave(times, dim=0),
             full=self.full,
             stands=None if self.stands is None else self.stands.repeat_interleave(times, dim=0),
+            update=None if self.update is None else self.update.expanded(times),
         )
 
     def moved(self, device: torch.device) -> PromptLayout:

@@ -171,7 +171,7 @@ LLAMA_VID = Architecture(
         "YanweiLi/llama-vid-7b-full-336",
         "YanweiLi/llama-vid-13b-full-336",
     ),
-    weights_licence="that of Vicuna v1.5 (Llama 2 community licence)",
+    weights_licence="CC BY-NC 4.0, research only; and that of Vicuna v1.5 (Llama 2 community licence)",
     tokens="2 per frame (question and content) in the video models; 257 or 577 per image in the image models",
     template="vicuna_v1",
     frames=1900,  # one per second; more do not fit into the context of the short-video models
@@ -211,6 +211,25 @@ VIDEO_XL = Architecture(
     ),
 )
 
+FLASHSLOTH = Architecture(
+    name="FlashSloth",
+    file="flashsloth",
+    key="flashsloth",
+    paper="arXiv 2412.04317",
+    venue="CVPR 2025",
+    code="codefanw/FlashSloth@881445a",
+    licence="Apache-2.0",
+    checkpoints=("Tongbo/FlashSloth-3.2B", "Tongbo/FlashSloth_HD-3.2B"),
+    weights_licence="",
+    tokens="81 per image, 405 in high resolution; and 9 queries per turn",
+    template="vicuna_v1",
+    # the tokens are regions of patches: no signal over patches is one over them
+    signals=_NONE,
+    modalities=_IMAGE,
+    limits="It was trained on images alone.",
+    stages=LATER_STAGES,
+)
+
 HICOM = Architecture(
     name="HICom",
     file="hicom",
@@ -229,8 +248,31 @@ HICOM = Architecture(
     tasks="videomme",
 )
 
+VOCO_LLAMA = Architecture(
+    name="VoCo-LLaMA",
+    file="voco_llama",
+    key="voco_llama",
+    paper="arXiv 2406.12275",
+    venue="CVPR 2025",
+    code="Yxxxb/VoCo-LLaMA@3b6e14d9",
+    licence="Apache-2.0",
+    tokens="576 per image or frame once, of which num_voco (2 by default) stay in the cache for the text",
+    template="voco_v1",
+    # its own two calls of the decoder take the place of the decoder loop: no method acts inside it or on its cache
+    signals=frozenset({"cls_attention", "received_attention", "key_states"}),
+    stages=frozenset({"sample", "encode", "compress"}),
+    arguments=(
+        Argument(
+            "num_voco",
+            Rule("integer", low=1),
+            2,
+            "``<voco>`` tokens behind the images of a prompt: as many as the checkpoint was trained with.",
+        ),
+    ),
+)
+
 #: in the order in which a checkpoint's config is shown to them; no two may recognise the same one
-ARCHITECTURES: tuple[Architecture, ...] = (MQT, FASTVLM, LLAVA_MINI, LLAMA_VID, VIDEO_XL, HICOM)
+ARCHITECTURES: tuple[Architecture, ...] = (MQT, FASTVLM, LLAVA_MINI, LLAMA_VID, VIDEO_XL, FLASHSLOTH, HICOM, VOCO_LLAMA)
 
 
 def architecture(file: str) -> Architecture:

@@ -201,7 +201,8 @@ def _finish_vision(model: Any, tokenizer: Any) -> Any:
         tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
     if getattr(config, "mm_use_im_start_end", False):
         tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
-    if len(tokenizer) != model.get_input_embeddings().weight.shape[0]:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows or (len(tokenizer) < rows and not model.spare_vocabulary):
         _resize_vocabulary(model, len(tokenizer))
     newline = getattr(model.get_model(), "image_newline", None)
     if newline is not None and newline.is_meta and not is_offloaded(model.get_model()):

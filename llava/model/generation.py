@@ -66,6 +66,8 @@ class MultimodalGeneration:
     visual_arguments: ClassVar[tuple[str, ...]] = ()
     #: the checkpoint's, for architectures that read the question out of the prompt; set by ``load_pretrained_model``
     prompt_tokenizer: Any = None
+    #: whether the embedding may keep rows that the tokenizer has no token for
+    spare_vocabulary: ClassVar[bool] = False
 
     def forward(
         self,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from accelerate_methods.engine.devices import moved
-from accelerate_methods.engine.prompt import PromptLayout
+from accelerate_methods.engine.prompt import PromptLayout, RowUpdate
 from accelerate_methods.engine.sequences import VisualSequence
 from accelerate_methods.ops.select import on_device
 from accelerate_methods.stages.prefill import VisualSpan
@@ -42,6 +42,8 @@ class Prompts:
     own: dict[str, Any] = dataclasses.field(default_factory=dict)
     #: [B, n, D] of the ids, where an architecture makes them itself: its ``compress`` sets them
     embeds: Tensor | None = None
+    #: what the steps of an architecture leave for each other (its ``encode_for`` for its ``embed``)
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @cached_property
     def on_host(self) -> tuple[Tensor, Tensor]:
@@ -72,6 +74,7 @@ class Spliced(ShapesShown):
             first ones.
         stands: [B, L] as in :class:`.prompt.PromptLayout`.
         cut: tokens that each sample lost at its end; max_length: the length beyond which they are cut, or None.
+        update: as in :class:`.prompt.PromptLayout`.
     """
 
     inputs_embeds: Tensor
@@ -86,6 +89,7 @@ class Spliced(ShapesShown):
     cut: list[int]
     stands: Tensor
     max_length: int | None = None
+    update: RowUpdate | None = None
 
     @property
     def shortened(self) -> bool:
@@ -95,7 +99,7 @@ class Spliced(ShapesShown):
     @property
     def layout(self) -> PromptLayout:
         """What the decoder loop needs to know."""
-        return PromptLayout(self.visual, self.lengths, self.spans, stands=self.stands)
+        return PromptLayout(self.visual, self.lengths, self.spans, stands=self.stands, update=self.update)
 
 
 def splice(
