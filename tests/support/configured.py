@@ -6,6 +6,7 @@ from accelerate_methods.stages.method import Method
 
 #: parameters without which a method does not fit a decoder of four layers, or has nothing to do
 OVERRIDES = {
+    "earlytom": {"k": 2},
     "flashvid": {"pruning_layer": 2},
     "holitom": {"k": 2},
     "mmtok": {"question": "prompt"},  # without a tokenizer
@@ -28,6 +29,11 @@ VARIANTS = {
     "cdpruner": [{"relevance": "none"}, {"visual_token_num": 3}],
     "dart": [{"k": 1, "max_num": 12}, {"pivot_image_token": 1, "pivot_text_token": 0}, {"reduction_ratio": 0.7}],
     "dycoke": [{"dp": False}, {"ttm": False, "threshold": 2.0}, {"p": 1.0, "threshold": 2.0}],
+    "earlytom": [
+        {"inner": False, "tau": -1.0, "max_window": 1000}, {"merge_mode": "naive_mixing", "layers": (0,)},
+        {"tau": 0.9, "keep_last_middle": True, "r": 0.8, "k": 1, "causal_score_layer": False},
+        {"grid_newlines": "as_released"},
+    ],
     "evit": [{"fuse_token": True, "token_order": "raster"}, {"fuse_token": True, "unmerge": True}],
     "tome": [{"unmerge": True}, {"token_order": "first_patch", "variant": "lightcompress"}],
     "fastervlm": [{"merge": "spatial_unpad"}],

@@ -6,8 +6,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 import accelerate_methods
+from accelerate_methods.earlytom import ATTENTION
 from accelerate_methods.hosts.layouts import flat_item, image_item, video_item
 from accelerate_methods.registry import method_class
+from accelerate_methods.stages.frames import FrameMap
 from accelerate_methods.stages.signals import SIGNALS, Signal
 from accelerate_methods.stages.views import Views
 from tests.support.configured import variants
@@ -72,6 +74,10 @@ def make_item(layout, frames, side, kind, dtype, seed):
     for name in ("pooling_attention", "cls_attention", "received_attention"):
         item.signals[name] = item.signals[name].float().softmax(-1).to(dtype)
     item.signals |= of_other_layers(item.signals, generator)
+    if item.modality == "video":  # as if a method inside the encoder had seen it
+        groups = [(first, min(first + 3, count - 1)) for first in range(0, count, 4)]
+        item.frames = FrameMap(torch.eye(count), {"groups": groups})
+        item.signals[ATTENTION] = item.signals["received_attention"]
     return item
 
 
