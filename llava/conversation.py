@@ -332,6 +332,7 @@ conv_templates: dict[str, Conversation] = {
         sep_style=SeparatorStyle.MPT, sep="</s>", version="mpt",
     ),
     "mistral_direct": _chatml_direct,
+    "voco_v1": _vicuna_template(USER.replace("assistant.", "assistant of the image.", 1)),  # VoCo-LLaMA
     "plain": _plain_template(),
     "v0_plain": _plain_template(),
     "chatml_direct": _chatml_direct,

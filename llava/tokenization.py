@@ -198,6 +198,22 @@ def _read_json(model_path: str, name: str) -> dict[str, Any]:
     return read_json(path) if path else {}
 
 
+def added_tokens(model_path: str | os.PathLike[str]) -> dict[str, int]:
+    """Tokens that were added to the vocabulary of a checkpoint, with their ids; empty where its files name none.
+
+    Raises:
+        CheckpointError: a file cannot be reached or read.
+    """
+    model_path = os.fspath(model_path)
+    listed = dict(_read_json(model_path, "added_tokens.json"))
+    decoder = _read_json(model_path, "tokenizer_config.json").get("added_tokens_decoder") or {}
+    listed.update({token["content"]: int(number) for number, token in decoder.items()})
+    if not listed:
+        more = _read_json(model_path, FAST_FILE).get("added_tokens") or []
+        listed.update({token["content"]: int(token["id"]) for token in more})
+    return listed
+
+
 def load_tokenizer(model_path: str | os.PathLike[str], config: Any = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer that a LLaVA-format checkpoint was trained with, chosen by the files that are there.
 

@@ -86,7 +86,7 @@ def load_pretrained_model(
         check_files(path)
     raw = read_config(model_path)
     # asked first: an architecture may have class names of its own, also in what save_pretrained wrote
-    model_class = architecture_of(raw) or model_class_of(checkpoint_decoder(raw, model_path))
+    model_class = architecture_of(raw, model_path) or model_class_of(checkpoint_decoder(raw, model_path))
     if model_name:
         check_model_name(model_name, decoder_of(model_class), model_path)
     load = {

@@ -46,17 +46,22 @@ class Prompts:
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @cached_property
-    def on_host(self) -> tuple[Tensor, Tensor]:
-        """[B, n] placeholders and [B, n] real ids, on the host: all sizes follow from them.
+    def ids_on_host(self) -> tuple[Tensor, Tensor]:
+        """[B, n] ids and [B, n] which are real, on the host: all sizes follow from them.
 
         One device read, which waits for nothing if it comes before the images are encoded.
         """
-        holes = self.input_ids == IMAGE_TOKEN_INDEX
         if self.attention_mask is None:
-            return holes.cpu(), torch.ones(holes.shape, dtype=torch.bool)
-        keep = self.attention_mask.bool()
-        holes, keep = torch.stack([holes & keep, keep]).cpu()
-        return holes, keep
+            ids = self.input_ids.cpu()
+            return ids, torch.ones(ids.shape, dtype=torch.bool)
+        ids, keep = torch.stack([self.input_ids, self.attention_mask.to(self.input_ids)]).cpu()
+        return ids, keep.bool()
+
+    @cached_property
+    def on_host(self) -> tuple[Tensor, Tensor]:
+        """[B, n] placeholders and [B, n] real ids, on the host."""
+        ids, keep = self.ids_on_host
+        return (ids == IMAGE_TOKEN_INDEX) & keep, keep
 
 
 @dataclasses.dataclass(repr=False)

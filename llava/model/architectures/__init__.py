@@ -1,27 +1,36 @@
 """Trained architectures: models that were trained to use few visual tokens, one file each.
 
 A file has a function ``recognises(config)``, which tells its checkpoints by keys of their config.json, and ``MODEL``,
-the class that loads them. Names do not tell: official checkpoints carry LLaVA's own class names. Which there are is
+the class that loads them. Names do not tell: official checkpoints carry LLaVA's own class names. Where config.json is
+LLaVA's, too, ``recognises_tokens(tokens)`` tells by the tokens that were added to the tokenizer. Which there are is
 declared in ``accelerate_methods.registry.architectures`` (docs/adding_an_architecture.md).
 """
 
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 from accelerate_methods.hosts.checkpoint_files import check_files
 from accelerate_methods.registry.architectures import ARCHITECTURES, Architecture
 from llava.model.checkpoint import CheckpointError, read_config
+from llava.tokenization import added_tokens
 
 
-def architecture_of(config: dict[str, Any]) -> Any:
-    """The class for a checkpoint with this config.json, None where it is plain LLaVA."""
-    for entry in ARCHITECTURES:
-        module = importlib.import_module(f"{__name__}.{entry.file}")
-        if module.recognises(config):
-            return module.MODEL
-    return None
+def architecture_of(config: dict[str, Any], path: str | Path | None = None) -> Any:
+    """The class for a checkpoint with this config.json, None where it is plain LLaVA.
+
+    Args:
+        path: of the checkpoint, whose tokenizer tells some of them.
+    """
+    modules = [importlib.import_module(f"{__name__}.{entry.file}") for entry in ARCHITECTURES]
+    found = next((module for module in modules if module.recognises(config)), None)
+    if found is None and path is not None:
+        by_tokens = [module for module in modules if hasattr(module, "recognises_tokens")]
+        tokens = added_tokens(path)
+        found = next((module for module in by_tokens if module.recognises_tokens(tokens)), None)
+    return None if found is None else found.MODEL
 
 
 def check_architecture(path: str, wanted: Architecture | None) -> None:
@@ -31,7 +40,7 @@ def check_architecture(path: str, wanted: Architecture | None) -> None:
         CheckpointError: it is of another one, with the model id that runs it.
     """
     check_files(path)
-    found = architecture_of(read_config(path))
+    found = architecture_of(read_config(path), path)
     about = None if found is None else found.about
     if about == wanted:
         return
