@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from accelerate_methods import MethodError, accelerate, record
 from accelerate_methods.engine.long_prompts import LongPromptError
+from llava.conversation import conv_templates
 from llava.model.architectures import architecture_of
 from llava.model.architectures.video_xl import VideoXLForCausalLM
 from llava.model.architectures.video_xl.windows import Settings, entries_of, pieces_of, summaries_of
@@ -102,8 +103,9 @@ def ratios(mix, rows=240, length=300, **more):
 
 def test_how_one_of_several_ratios_is_chosen():
     assert ratios("step-random") == ratios("step-random") == [2, 8, 4, 4, 4]
-    assert len(set(ratios("instance-random"))) == 1
-    assert ratios("sequence") == [2, 4, 8, 2, 4]
+    assert ratios("instance-random") == [2] * 5
+    assert ratios("instance-random", rows=99) == [2] * 3  # also of a window that it does not divide
+    assert ratios("sequence", rows=230) == [2, 4, 8, 2, 4]
     assert ratios("adapt-0", positions=1000) == [2] * 5
     assert ratios("adapt-100", positions=150) == [4] * 5  # (150 - 48) * 4 + 48 = 456 positions for 300 + 100 tokens
     assert ratios("adapt-100000", positions=150) == [8] * 5
@@ -123,6 +125,16 @@ def test_wrong_ratios_are_refused(model, value):
 # -- what is kept ------------------------------------------------------------------------------------------------------
 
 
+def test_prompts_are_those_of_the_official_script():
+    conversation = conv_templates[VideoXLForCausalLM.about.template].copy()
+    conversation.append_message(conversation.roles[0], "<image>\nWhat is it?")
+    conversation.append_message(conversation.roles[1], None)
+    assert conversation.get_prompt() == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
 def test_tokens_of_frames_tiles_and_single_views(model):
     def rows(images, kind):
         (item,) = model.prepare_multimodal(torch.tensor([[1, IMAGE, 5]]), None, None, images, [kind]).spans[0]
@@ -140,7 +152,8 @@ def test_tokens_of_frames_tiles_and_single_views(model):
 def test_only_summaries_stay_in_the_cache(model):
     ids, asked = torch.tensor([[1, 2, IMAGE, 5, 6, 7]]), {"images": [clip(5)], "modalities": ["video"]}
     with record() as requests:
-        out = model.generate(ids, **asked, **GREEDY, beacon_ratio=4, return_dict_in_generate=True)
+        where = {"beacon_skip_first": 2, "beacon_skip_last": 722}  # as the official scripts do
+        out = model.generate(ids, **asked, **GREEDY, **where, beacon_ratio=4, return_dict_in_generate=True)
     assert out.past_key_values.get_seq_length() == 2 + 180 + 3 + 4
     (request,) = requests
     assert [layers[0] for layers in request.cached] == [185, 186, 187, 188, 189]

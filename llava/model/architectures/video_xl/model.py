@@ -172,6 +172,10 @@ class VideoXLForCausalLM(LlavaQwenForCausalLM):
     prepare_multimodal = _with_ratio(LlavaQwenForCausalLM.prepare_multimodal)
 
     def generate(self, *args: Any, beacon_ratio: Any = None, **kwargs: Any):
+        """As for every model of the tree; ``beacon_skip_first`` and ``beacon_skip_last`` of the official scripts say
+        where the video stands, which is known here."""
+        for name in ("beacon_skip_first", "beacon_skip_last"):
+            kwargs.pop(name, None)
         if kwargs.get("past_key_values") is not None and has_images(kwargs.get("images")):
             raise ValueError("Video-XL makes the cache of a prompt with images or videos itself; leave it out.")
         with _using(beacon_ratio):

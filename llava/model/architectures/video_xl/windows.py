@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -134,7 +134,7 @@ def pieces_of(length: int, visuals: Sequence[tuple[int, int]], settings: Setting
         MethodError: none of several ratios divides a window.
     """
     pieces: list[Piece] = []
-    choose = _chooser(settings, length)
+    ratios = _Ratios(settings, length)
     row = 0
 
     def text(end: int) -> None:
@@ -144,10 +144,10 @@ def pieces_of(length: int, visuals: Sequence[tuple[int, int]], settings: Setting
 
     for first, rows in visuals:
         text(first)
-        offset, ratio_of = 0, choose()
+        offset = 0
         for start in range(0, rows, settings.window):
             own = min(settings.window, rows - start)
-            ratio, closes = ratio_of(own), start + own == rows
+            ratio, closes = ratios.of(own), start + own == rows
             pieces.append(Piece(first + start, own, entries_of(pieces), ratio, offset, closes))
             offset = (own + offset) % ratio
         row = first + rows
@@ -171,36 +171,40 @@ def summaries_of(pieces: Sequence[Piece]) -> list[int]:
     return counts
 
 
-def _chooser(settings: Settings, length: int) -> Callable[[], Callable[[int], int]]:
-    """For each image or video of a request, what chooses the ratio of its next window."""
-    drawing = np.random.default_rng(_SEED)
-    cycle: Iterator[int] | None = None
+class _Ratios:
+    """Chooses the ratio of each window of one request of ``length`` rows."""
 
-    def choose() -> Callable[[int], int]:
-        once: list[int] = []
+    def __init__(self, settings: Settings, length: int):
+        self._settings, self._length = settings, length
+        self._drawing = np.random.default_rng(_SEED)
+        self._following: Iterator[int] | None = None
 
-        def ratio_of(window: int) -> int:
-            nonlocal cycle
-            if len(settings.ratios) == 1:
-                return settings.ratios[0]
-            fitting = [ratio for ratio in settings.ratios if window >= ratio and window % ratio == 0]
-            if not fitting:
-                raise MethodError(
-                    f"none of the ratios {', '.join(map(str, settings.ratios))} divides a window of {window} visual "
-                    "tokens; give one number as beacon_ratio, which then counts on over the windows."
-                )
-            if settings.mix == "step-random":
-                return int(drawing.choice(fitting))
-            if settings.mix == "instance-random":
-                once[:] = once or [int(drawing.choice(fitting))]
-                return once[0]
-            if settings.mix == "sequence":
-                cycle = cycle or itertools.cycle(fitting)
-                return next(cycle)
-            wanted = length + int(_ADAPTS.fullmatch(settings.mix)[1])
-            reach = {ratio: (settings.positions - settings.window) * ratio + settings.window for ratio in fitting}
-            return min((ratio for ratio in fitting if reach[ratio] >= wanted), default=max(fitting))
+    def of(self, window: int) -> int:
+        """The ratio of the next window, of so many visual tokens."""
+        ratios, mix = self._settings.ratios, self._settings.mix
+        if len(ratios) == 1:
+            return ratios[0]
+        if self._following is not None:
+            return next(self._following)
+        fitting = [ratio for ratio in ratios if window >= ratio and window % ratio == 0]
+        if not fitting:
+            raise MethodError(
+                f"none of the ratios {', '.join(map(str, ratios))} divides a window of {window} visual tokens; give "
+                "one number as beacon_ratio, which then counts on over the windows."
+            )
+        if mix == "step-random":
+            return int(self._drawing.choice(fitting))
+        if mix == "sequence":
+            self._following = itertools.cycle(fitting)
+        elif mix == "instance-random":
+            self._following = itertools.repeat(int(self._drawing.choice(fitting)))
+        else:
+            self._following = itertools.repeat(self._smallest(fitting))
+        return next(self._following)
 
-        return ratio_of
-
-    return choose
+    def _smallest(self, ratios: Sequence[int]) -> int:
+        """The smallest ratio with which the positions hold the prompt and the answer, or else the largest."""
+        positions, window = self._settings.positions, self._settings.window
+        wanted = self._length + int(_ADAPTS.fullmatch(self._settings.mix)[1])
+        holding = [ratio for ratio in ratios if (positions - window) * ratio + window >= wanted]
+        return min(holding, default=max(ratios))
