@@ -137,7 +137,7 @@ class Bench:
         work = {
             "tower": tower,
             "projector": projector,
-            "llm_prefill": batch * flops.prefill_macs(layers, config),
+            "llm_prefill": batch * (sample.prefill_macs or flops.prefill_macs(layers, config)),
             "llm_prefill_dense": batch * flops.prefill_macs(dense, config),
             "llm_prefill_papers": batch * flops.prefill_macs_papers(layers, config),
             "llm_head": batch * flops.head_macs(config),

@@ -8,7 +8,7 @@ products: everything here is half of what it finds (tests/engine/test_flops.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +36,14 @@ def layer_macs(tokens: int, config: Any) -> int:
 def prefill_macs(layer_tokens: Sequence[int], config: Any) -> int:
     """Sum over the decoder layers; ``layer_tokens`` holds the tokens that each of them processes."""
     return sum(layer_macs(tokens, config) for tokens in layer_tokens)
+
+
+def pieces_macs(pieces: Iterable[tuple[int, int]], config: Any) -> int:
+    """Prefill of all decoder layers of a prompt that is read piece by piece, on top of what the pieces before it have
+    left in the cache: (rows, entries cached before them) of each."""
+    heads, _, head_dim = _heads(config)
+    one_layer = sum(layer_macs(rows, config) + 2 * rows * cached * heads * head_dim for rows, cached in pieces)
+    return config.num_hidden_layers * one_layer
 
 
 def prefill_macs_papers(layer_tokens: Sequence[int], config: Any) -> int:

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from accelerate_methods import MethodError, accelerate, record
 from accelerate_methods.engine.long_prompts import LongPromptError
+from accelerate_methods.engine.recording import new_request
 from llava.conversation import conv_templates
 from llava.model.architectures import architecture_of
 from llava.model.architectures.video_xl import VideoXLForCausalLM
@@ -174,6 +176,20 @@ def test_no_call_attends_to_more_than_a_window_and_the_cache(model, monkeypatch)
     ids = torch.tensor([[1, 2, IMAGE, 5, 6, 7]])
     model.generate(ids, images=[clip(5)], modalities=["video"], beacon_ratio=8, **{**GREEDY, "max_new_tokens": 2})
     assert seen[::3] == [(2, 2), (324, 326), (324, 362), (162, 236), (2, 94), (1, 95), (1, 96)]
+
+
+def test_the_recorded_work_is_what_torch_counts(model):
+    ids, asked = torch.tensor([[1, 2, IMAGE, 5, 6, 7]]), {"images": [clip(5)], "modalities": ["video"]}
+    with record() as requests:
+        spliced = model.prepare_multimodal(ids, None, None, **asked, request=new_request(), padding_side="left")
+    decoder = model.get_model()
+    with FlopCounterMode(display=False) as counter:
+        decoder.read(spliced.inputs_embeds, spliced.layout)
+    (sample,) = requests[0].samples
+    slots = (spliced.pieces[0][1], spliced.pieces[0][2], spliced.pieces[0][3])
+    width, heads = decoder.config.hidden_size, 4 * 12 + 2 * 2 * 12  # projections are computed for all rows, then again
+    again = sum(piece.summaries for piece in slots) * width * heads * decoder.config.num_hidden_layers
+    assert sample.prefill_macs == counter.get_total_flops() // 2 - again
 
 
 def test_a_video_that_leaves_nothing_is_as_if_it_were_not_there(model):

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
 from accelerate_methods.engine import recording
+from accelerate_methods.engine.flops import pieces_macs
 from accelerate_methods.engine.long_prompts import PromptFit, context_length, tell
 from accelerate_methods.engine.output_rows import OutputRows, on_the_right, real_rows
 from accelerate_methods.engine.prompt import PromptLayout
@@ -169,7 +170,15 @@ class VideoXLForCausalLM(LlavaQwenForCausalLM):
     # -- forward and generate ----------------------------------------------------------------------------------------
 
     forward = _with_ratio(LlavaQwenForCausalLM.forward)
-    prepare_multimodal = _with_ratio(LlavaQwenForCausalLM.prepare_multimodal)
+
+    def prepare_multimodal(
+        self, *args: Any, beacon_ratio: Any = None, request: recording.RequestRecord | None = None, **kwargs: Any
+    ) -> Spliced:
+        with _using(beacon_ratio):
+            spliced = super().prepare_multimodal(*args, request=request, **kwargs)
+        for sample, pieces in zip([] if request is None else request.samples, spliced.pieces, strict=False):
+            sample.prefill_macs = pieces_macs([(p.rows + p.summaries, p.cached) for p in pieces], self.config)
+        return spliced
 
     def generate(self, *args: Any, beacon_ratio: Any = None, **kwargs: Any):
         """As for every model of the tree; ``beacon_skip_first`` and ``beacon_skip_last`` of the official scripts say
