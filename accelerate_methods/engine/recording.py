@@ -120,6 +120,8 @@ class SampleRecord:
         over_dense: rows by which the uncompressed prompt is longer than the context: more than 0 also where the
             compressed one fits. What is relative to the dense run is then relative to answers without their question.
         limit: rows that the context holds, None if the config does not say.
+        prefill_macs: multiply-accumulates of the decoder layers until the prompt is read, where it is read in several
+            calls; None: they follow from the rows that each layer gets.
     """
 
     items: list[ItemRecord] = dataclasses.field(default_factory=list)
@@ -129,6 +131,7 @@ class SampleRecord:
     untrained: int = 0
     over_dense: int = 0
     limit: int | None = None
+    prefill_macs: int | None = None
 
     @property
     def visual_tokens_before(self) -> int:

@@ -91,7 +91,7 @@ def sample_costs(
             **{f"{stage}_ms": stage_ms.get(stage, 0.0) / size for stage in STAGES},
             "generate_ms": elapsed_ms / size,
             "llm_tflops_dense": prefill_macs([sample.dense_length] * config.num_hidden_layers, config) / 1e12,
-            "llm_tflops": prefill_macs(layers, config) / 1e12,
+            "llm_tflops": (sample.prefill_macs or prefill_macs(layers, config)) / 1e12,
             "generated_tokens": generated[number],
             "batch_size": size,
             "method": method,
