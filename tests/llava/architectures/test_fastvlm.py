@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -212,6 +213,13 @@ def test_frames_of_a_video_follow_each_other_whole(model):
 def test_copies_answer_alike(model):
     ids, images = torch.tensor([[1, IMAGE, 5]]), pictures(1)
     assert torch.equal(copy.deepcopy(model)(input_ids=ids, images=images).logits, model(ids, images=images).logits)
+
+
+def test_with_weights_in_cpu_memory(model):
+    ids, images = torch.tensor([[1, IMAGE, 5]]), pictures(1)
+    away = cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    assert away.get_vision_tower().vision_tower.head.proj.is_meta
+    assert torch.equal(away.generate(ids, images=images, **GREEDY), model.generate(ids, images=images, **GREEDY))
 
 
 # -- methods -----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,7 @@ from llava.model.architectures.video_xl.windows import Settings, entries_of, pie
 from llava.model.checkpoint import CheckpointError
 from llava.model.language_model.llava_qwen import LlavaQwenForCausalLM
 from tests.support.paths import GOLDEN
+from tests.support.several_devices import SeveralDevices
 
 FOLDER = GOLDEN / "video_xl/tiny_videoxl"
 IMAGE = -200
@@ -300,6 +302,27 @@ def test_drafts_of_a_look_up_change_nothing(model, batch):
     assert torch.equal(
         model.generate(ids, **asked, **plain, prompt_lookup_num_tokens=2), model.generate(ids, **asked, **plain)
     )
+
+
+def test_over_several_devices(model, batch):
+    spread = load()
+    spread.config.beacon_window = spread.config.beacon_stride = 288
+    places = {f"model.layers.{index}": f"cuda:{index % 2}" for index in range(3)}
+    places |= {"model.embed_tokens": "cuda:0", "model.norm": "cuda:1", "model.rotary_emb": "cuda:0"}
+    places |= {"model.beacon_embed_tokens": "cuda:1", "model.vision_tower": "cuda:2", "model.mm_projector": "cuda:1"}
+    beams = {**GREEDY, "num_beams": 2, "beacon_ratio": 8}
+    expected = model.generate(IDS, attention_mask=MASK, **batch, **beams)
+    with SeveralDevices():
+        dispatch_model(spread, places | {"lm_head": "cuda:1"}, main_device="cuda:0", skip_keys="past_key_values")
+        got = spread.generate(IDS, attention_mask=MASK, **batch, **beams)
+    assert torch.equal(got.as_subclass(torch.Tensor), expected)
+
+
+def test_with_weights_in_cpu_memory(model, batch):
+    away = cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    assert away.get_model().beacon_embed_tokens.weight.is_meta
+    got = away.generate(IDS, attention_mask=MASK, **batch, **GREEDY)
+    assert torch.equal(got, model.generate(IDS, attention_mask=MASK, **batch, **GREEDY))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
