@@ -271,8 +271,35 @@ VOCO_LLAMA = Architecture(
     ),
 )
 
+TG_LLAVA = Architecture(
+    name="TG-LLaVA",
+    file="tg_llava",
+    key="tg_llava",
+    paper="arXiv 2409.09564",
+    venue="AAAI 2025",
+    code="AIDC-AI/TG-LLaVA@0009eb8",
+    licence="Apache-2.0",
+    tokens="640 per image: its 576 patches and 64 latents",
+    template="mpt",
+    # patches with the question in them, and latents behind them: no signal over patches is one over all of them
+    signals=_NONE,
+    modalities=_IMAGE,
+    limits="It was trained on images alone.",
+    stages=LATER_STAGES,
+)
+
 #: in the order in which a checkpoint's config is shown to them; no two may recognise the same one
-ARCHITECTURES: tuple[Architecture, ...] = (MQT, FASTVLM, LLAVA_MINI, LLAMA_VID, VIDEO_XL, FLASHSLOTH, HICOM, VOCO_LLAMA)
+ARCHITECTURES: tuple[Architecture, ...] = (
+    MQT,
+    FASTVLM,
+    LLAVA_MINI,
+    LLAMA_VID,
+    VIDEO_XL,
+    FLASHSLOTH,
+    HICOM,
+    VOCO_LLAMA,
+    TG_LLAVA,
+)
 
 
 def architecture(file: str) -> Architecture:

@@ -107,9 +107,11 @@ class LlavaMetaForCausalLM(MediaInputs, MultimodalGeneration):
 
     Attributes:
         weight_names: pattern of names in checkpoints -> names here, where they differ.
+        unread_weights: beginnings of names of what checkpoints hold and nothing reads.
     """
 
     weight_names: ClassVar[Mapping[str, str]] = {}
+    unread_weights: ClassVar[tuple[str, ...]] = ()
 
     # -- building ----------------------------------------------------------------------------------------------------
 
@@ -148,8 +150,8 @@ class LlavaMetaForCausalLM(MediaInputs, MultimodalGeneration):
                 *args,
                 **{**kwargs, "config": config, "output_loading_info": True, "ignore_mismatched_sizes": True},
             )
-        # a tower runs up to the layer that the config selects, and its files have all
-        check_loaded(info, pretrained_model_name_or_path, allow_missing, allow_extra=(TOWER_PREFIX,))
+        extra = (TOWER_PREFIX, *cls.unread_weights)  # a tower runs up to the selected layer, and its files have all
+        check_loaded(info, pretrained_model_name_or_path, allow_missing, allow_extra=extra)
         return (model, info) if want_info else model
 
     def get_model(self) -> LlavaMetaModel:

@@ -21,6 +21,8 @@ from llava.tokenization import added_tokens
 def architecture_of(config: dict[str, Any], path: str | Path | None = None) -> Any:
     """The class for a checkpoint with this config.json, None where it is plain LLaVA.
 
+    Where an architecture has a class for each of several decoders, its ``model_of(config)`` says which.
+
     Args:
         path: of the checkpoint, whose tokenizer tells some of them.
     """
@@ -30,7 +32,9 @@ def architecture_of(config: dict[str, Any], path: str | Path | None = None) -> A
         by_tokens = [module for module in modules if hasattr(module, "recognises_tokens")]
         tokens = added_tokens(path)
         found = next((module for module in by_tokens if module.recognises_tokens(tokens)), None)
-    return None if found is None else found.MODEL
+    if found is None:
+        return None
+    return found.model_of(config) if hasattr(found, "model_of") else found.MODEL
 
 
 def check_architecture(path: str, wanted: Architecture | None) -> None:

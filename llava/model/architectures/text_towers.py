@@ -18,12 +18,20 @@ _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json", "tokenizer_c
 
 
 def build_text_model(kind: str, name: str, checkpoint: str | None) -> nn.Module:
-    """The text half of the tower ``name`` without weights; ``kind``: "clip" or "siglip"."""
+    """The text half of the tower ``name`` without weights; ``kind``: "clip" or "siglip".
+
+    Raises:
+        TowerError: there is none, or one of the other kind.
+    """
     config_class, model_class = {
         "clip": (CLIPTextConfig, CLIPTextModel),
         "siglip": (SiglipTextConfig, SiglipTextModel),
     }[kind]
-    config = config_class.from_dict(text_config(name, checkpoint))
+    raw = text_config(name, checkpoint)
+    found = raw.get("model_type", f"{kind}_text_model")
+    if found != f"{kind}_text_model":
+        raise TowerError(f"text tower {name!r} is of model_type {found!r}; the one of {kind} is needed here.")
+    config = config_class.from_dict(raw)
     config._attn_implementation = "sdpa"
     return model_class(config).requires_grad_(False)
 
