@@ -141,6 +141,32 @@ class DownsampledInput(SampleMethod):
         return side if kept == patches else patch * kept  # a side need not be a multiple of the patch
 
 
+@register("fewer_frames")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewerFrames(SampleMethod):
+    """Show fewer frames of a video, each with all of its tokens: what a method has to beat at equal tokens.
+
+    They are spread evenly over the stretch that the model would see. Frames are whole, so the realised count can be
+    below the ratio; models that make one token of two frames get an even number. Images are left alone.
+
+    Attributes:
+        retention_ratio: share of the frames that stay, rounded down, at least one.
+        num_frames: their number instead.
+    """
+
+    title: ClassVar[str] = "Fewer frames"
+    paper: ClassVar[str] = "baseline"
+    baseline: ClassVar[bool] = True
+    modalities: ClassVar[frozenset[str]] = frozenset({"video"})
+
+    retention_ratio: float | None = share(None, budget=True)
+    num_frames: int | None = integer(None, low=1, budget=True)
+
+    def frame_count(self, count: int) -> int:
+        wanted = self.num_frames or floor_share(count, self.retention_ratio)
+        return max(1, min(wanted, count))
+
+
 @register("random_prefill")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomPrefill(PrefillMethod):

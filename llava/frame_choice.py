@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,11 +26,18 @@ def uniform_frame_indices(total_frames: int, num_frames: int) -> list[int]:
 
 @dataclass(frozen=True)
 class FrameSample:
-    """Sampled frames of one video: indices, their times in seconds, and the length of the video in seconds."""
+    """Sampled frames of one video: indices, their times in seconds, and the length of the video in seconds.
+
+    Attributes:
+        group: frames that the model makes one of; their number stays a multiple of it.
+        of: how many there would be without a method that wants fewer, None if none does.
+    """
 
     indices: list[int]
     seconds: list[float]
     video_time: float
+    group: int = 1
+    of: int | None = None
 
     @property
     def frame_time(self) -> str:
@@ -78,7 +85,16 @@ _BATCH = 32  # frames that are decoded before they are scored; no more are held 
 
 
 class FrameSampler(Protocol):
-    """What chooses frames; ``accelerate(model, ...).frame_sampler`` is one."""
+    """What chooses frames; ``accelerate(model, ...).frame_sampler`` is one.
+
+    Attributes:
+        selects: whether :meth:`pick` says which frames; if not, they are spread evenly.
+    """
+
+    selects: bool
+
+    def count(self, count: int) -> int:
+        """How many frames a model gets that would get ``count``."""
 
     def pick(self, video: Candidates, question: str | None, count: int) -> list[int]:
         """Frame numbers, ascending, at most ``count`` of them."""
@@ -105,6 +121,17 @@ class Candidates:
 
 
 Read = Callable[[list[int]], np.ndarray]  # ascending frame numbers -> uint8 RGB [n, height, width, 3]
+
+
+def fewer_frames(sample: FrameSample, count: int, avg_fps: float) -> FrameSample:
+    """About ``count`` frames spread evenly over the stretch of ``sample``, a multiple of its ``group``."""
+    there = len(sample.indices)
+    count = max(sample.group, count // sample.group * sample.group)
+    if count >= there:
+        return sample
+    first, last = min(sample.indices), max(sample.indices)
+    indices = [first + index for index in uniform_frame_indices(last - first + 1, count)]
+    return replace(sample, indices=indices, seconds=[i / avg_fps for i in indices], of=there)
 
 
 def chosen_frames(

@@ -24,6 +24,7 @@ from llava.frame_choice import (
     Read,
     chosen_frames,
     evenly_spaced,
+    fewer_frames,
     sample_frames,
     uniform_frame_indices,  # noqa: F401 (its name here)
 )
@@ -68,8 +69,8 @@ def load_video(
         backend: "decord", "pyav", or "auto": decord if installed, PyAV if not or if decord cannot read the file (it
             has no AV1). A moving picture (GIF, WebP, PNG, AVIF) is read by Pillow with each of them.
         choose: in place of the three: (total frames, frames per second of the file) -> which to read.
-        sampler: chooses that many frames by looking at some (``accelerate(model, ...).frame_sampler``). It is shown
-            candidates a few at a time, and only those that it takes are read for good.
+        sampler: wants fewer frames, or chooses that many by looking at some (``accelerate(model, ...).frame_sampler``).
+            It is shown candidates a few at a time, and only those that it takes are read for good.
         question: what will be asked, for the sampler.
     Raises:
         ValueError: nothing says which frames to read, or an unknown backend.
@@ -108,10 +109,12 @@ def load_video(
         sample = (choose or by_count_or_rate)(total_frames, avg_fps)
         if sampler is None:
             return sample
+        if not sampler.selects:
+            return fewer_frames(sample, sampler.count(len(sample.indices)), avg_fps)
         span = (0, total_frames - 1) if choose is None else (min(sample.indices), max(sample.indices))
         state = os.stat(path)
         key = (os.path.abspath(path), state.st_mtime_ns, state.st_size)
-        count = num_frames or len(sample.indices)
+        count = sampler.count(num_frames or len(sample.indices))
         selected = sampler.pick(Candidates(key, total_frames, avg_fps, span, read), question, count)
         return chosen_frames(selected, count, total_frames, avg_fps, fps or 1, None if choose is None else sample)
 

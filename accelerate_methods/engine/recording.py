@@ -36,6 +36,7 @@ class ItemRecord:
 
     Attributes:
         tokens_before, tokens_after: visual tokens without compression, and those that the first decoder layer gets.
+        full_length: rows of the prompt that the item takes without compression, newlines included.
         grid: (rows, columns) of a frame or view, if there is one.
         owner: [F, N] for every original token the row of the item that holds it at the first decoder layer, -1 if none
             does; ``kept``: [F, N] True where such a row stands.
@@ -68,6 +69,7 @@ class ItemRecord:
     merged_at: torch.Tensor | None = None
     held_by: torch.Tensor | None = None
     num_layers: int = 0
+    full_length: int = 0
     info: dict[str, object] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -104,6 +106,7 @@ def item_record(
         owner=owner,
         positions=sequence.positions,
         kept=kept,
+        full_length=item.full_length or item.length,
         info=sequence.info,
     )
 

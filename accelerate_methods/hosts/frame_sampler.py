@@ -50,6 +50,22 @@ class FrameSampler:
         self._scorer: Scorer | None = None
         self._scores: collections.OrderedDict[Any, Tensor] = collections.OrderedDict()
 
+    @property
+    def selects(self) -> bool:
+        """Whether :meth:`pick` is to be asked which frames the model gets."""
+        return self.method.selects_frames()
+
+    def count(self, count: int) -> int:
+        """How many frames the model gets where it would get ``count``.
+
+        Raises:
+            MethodError: the method wants none, or more.
+        """
+        wanted = self.method.frame_count(count)
+        if not 1 <= wanted <= count:
+            raise MethodError(f"{self.method.name}.frame_count must return 1 to {count}, got {wanted!r}.")
+        return wanted
+
     def pick(self, video: Video, question: str | None, count: int) -> list[int]:
         """Numbers of the frames that the method chooses, ascending.
 

@@ -15,7 +15,8 @@ class SampleMethod(Method):
     """Acts on the input frames or pixels before the vision encoder.
 
     A method that overrides :meth:`frames` chooses the frames of a video where the video is read. It declares a scorer,
-    an image-text model that says how well each candidate frame fits the question.
+    an image-text model that says how well each candidate frame fits the question. One that overrides
+    :meth:`frame_count` has the model get fewer of them.
 
     Class attributes (a method may have fields of these names):
         scorer: "clip" or "blip", see ``accelerate_methods.hosts.scorers``; None: no scores are needed.
@@ -33,7 +34,19 @@ class SampleMethod(Method):
     @classmethod
     def chooses_frames(cls) -> bool:
         """Whether the method acts where videos are read, which every model family offers."""
+        return cls.selects_frames() or cls.frame_count is not SampleMethod.frame_count
+
+    @classmethod
+    def selects_frames(cls) -> bool:
+        """Whether the method looks at candidates, and says which of them the model gets."""
         return cls.frames is not SampleMethod.frames
+
+    def frame_count(self, count: int) -> int:
+        """How many frames of a video the model gets where it would get ``count``, 1 <= frames <= count.
+
+        They are spread evenly over the same stretch of the video, unless :meth:`frames` says which they are.
+        """
+        return count
 
     def candidates(self, total_frames: int, avg_fps: float) -> range:
         """Frames that are scored: one per second, counted in whole frames."""

@@ -18,7 +18,7 @@ from accelerate_methods import MethodError
 from accelerate_methods.hosts import frame_sampler as module
 from accelerate_methods.hosts.frame_sampler import FrameSampler, frame_sampler
 from accelerate_methods.hosts.scorers import BlipScorer, ClipScorer, Scorer
-from llava.frame_choice import Candidates
+from llava.frame_choice import Candidates, FrameSample
 from llava.video_utils import load_video
 from tests.support.clip_checkpoints import clip_folder
 from tests.support.native_models import tree_model
@@ -190,3 +190,54 @@ def test_attached_methods_bring_their_sampler(clip):
         assert acceleration.frame_sampler is None
     with pytest.raises(MethodError, match="video only"):
         accelerate_methods.accelerate(tree_model("tiny-llava-1.5"), "aks")
+
+
+# -- fewer of them -----------------------------------------------------------------------------------------------------
+
+
+def fewer(**params):
+    return frame_sampler(accelerate_methods.resolve("fewer_frames", **params))
+
+
+@pytest.mark.parametrize(
+    ("params", "count", "left"),
+    [
+        ({"retention_ratio": 0.25}, 32, 8),
+        ({"retention_ratio": 0.1}, 32, 3),  # rounded down
+        ({"retention_ratio": 0.1}, 4, 1),  # at least one
+        ({"retention_ratio": 1.0}, 32, 32),
+        ({"num_frames": 5}, 32, 5),
+        ({"num_frames": 40}, 32, 32),
+    ],
+)
+def test_fewer_frames_are_the_models_own_choice_of_that_many(params, count, left):
+    video = load_video(CLIP, num_frames=count, sampler=fewer(**params))
+    plain = load_video(CLIP, num_frames=left)
+    assert video.sample.indices == plain.sample.indices and video.sample.seconds == plain.sample.seconds
+    assert np.array_equal(video.frames, plain.frames)
+    assert video.sample.of == (None if left == count else count)
+
+
+def test_fewer_frames_of_a_rate_cover_the_same_stretch():
+    plain = load_video(CLIP, fps=4)
+    video = load_video(CLIP, fps=4, sampler=fewer(retention_ratio=0.5))
+    assert len(video.frames) == len(plain.frames) // 2 and video.sample.of == len(plain.frames)
+    assert (video.sample.indices[0], video.sample.indices[-1]) == (plain.sample.indices[0], plain.sample.indices[-1])
+    assert video.sample.video_time == plain.sample.video_time
+
+
+@pytest.mark.parametrize(("ratio", "left"), [(0.25, 2), (0.4, 2), (0.5, 4), (0.05, 2)])
+def test_frames_that_a_model_joins_stay_together(ratio, left):
+    def choose(total, rate):
+        return FrameSample(list(range(8)), [i / rate for i in range(8)], total / rate, group=2)
+
+    assert len(load_video(CLIP, choose=choose, sampler=fewer(retention_ratio=ratio)).frames) == left
+
+
+def test_a_method_may_not_want_more_frames_than_there_are():
+    class More(type(accelerate_methods.get("fewer_frames", num_frames=1))):
+        def frame_count(self, count):
+            return count + 1
+
+    with pytest.raises(MethodError, match="must return 1 to 4, got 5"):
+        load_video(CLIP, num_frames=4, sampler=FrameSampler(More(num_frames=1)))

@@ -83,13 +83,16 @@ def draw_clip(comparison: Comparison, setting: Setting, video: Path, path: Path)
         torch_dtype="auto" if torch.cuda.is_available() else "float32",
         overwrite_config=_changes(arguments.values),
     )
-    frames = load_video(str(video), num_frames=arguments.max_frames_num).frames
-    pixels = processor.preprocess(frames, return_tensors="pt")["pixel_values"]
     with (
-        accelerate_methods.accelerate(model, arguments.pipeline),
+        accelerate_methods.accelerate(model, arguments.pipeline) as acceleration,
         accelerate_methods.record() as requests,
         torch.no_grad(),
     ):
+        sampler = acceleration.frame_sampler
+        if sampler is not None and sampler.selects:
+            sampler = None  # by a question, of which a picture has none
+        frames = load_video(str(video), num_frames=arguments.max_frames_num, sampler=sampler).frames
+        pixels = processor.preprocess(frames, return_tensors="pt")["pixel_values"]
         model(torch.tensor([[IMAGE_TOKEN_INDEX, 0]], device=model.device), images=[pixels], modalities=["video"])
     item = requests[0].samples[0].items[0]
     title = f"{setting.label}: {item.tokens_after} of {item.tokens_before} visual tokens of {Path(video).name}"

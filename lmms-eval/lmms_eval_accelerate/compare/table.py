@@ -150,10 +150,9 @@ _OPTIONAL = {
     "too long": "too long: prompts longer than the model's context, whose end with the question was not read",
     "same answers": "same answers: as the dense run's",
     "KL": "KL: of the first token's distribution from the dense run's (docs/loyalty.md)",
-    "p": "p: McNemar's exact test of right and wrong answers, paired with the dense run's",
 }
 #: columns whose numbers are relative to the dense run
-_RELATIVE = ("vs dense", "same answers", "KL", "p", "LLM FLOPs", "speed up")
+_RELATIVE = ("vs dense", "same answers", "KL", "LLM FLOPs", "speed up")
 _NOTE = (
     "means per sample; visual tokens: mean over the LLM's layers; "
     "speed up: LLM prefill of the dense run / (compression + prefill)"
@@ -171,7 +170,6 @@ def _cells(row: TaskResult) -> dict[str, str]:
         "vs dense": f"{scale * row.change:+.1f}" if relative and row.change is not None else "",
         "same answers": f"{row.same_answers:.0%}" if relative and row.same_answers is not None else "",
         "KL": kl_text(row.first_token_kl) if relative else "",
-        "p": p_text(row.p_value) if relative and (row.lost or row.won) else "",
         "visual tokens": f"{row.tokens_after:.0f} ({row.kept:.0%})",
         "LLM FLOPs": f"{row.flops_share:.1%}",
         "compress ms": f"{row.compress_ms:.1f}",
@@ -199,6 +197,21 @@ def _realised(rows_of_task: list[TaskResult]) -> dict[str, list[str]]:
             "by layer": no_op.layers_text(row.kept_by_layer),
         }
         for row in uneven
+    ]
+    return _columns(cells)
+
+
+def _paired(rows_of_task: list[TaskResult]) -> dict[str, list[str]]:
+    """The columns of a third table: the documents on which a setting and dense differ; empty where they never do."""
+    cells = [
+        {
+            "documents that differ": row.setting,
+            "right in dense alone": str(row.lost),
+            "right here alone": str(row.won),
+            "McNemar's p": marked(p_text(row.p_value), row.not_comparable),
+        }
+        for row in rows_of_task
+        if row.lost or row.won
     ]
     return _columns(cells)
 
@@ -251,8 +264,7 @@ def tables(found: list[TaskResult]) -> Group:
     views: list[Table | str] = []
     for task, here in _by_task(found).items():
         views.append(_view(_grid(here), Text(_title(task, here))))
-        if realised := _realised(here):
-            views.append(_view(realised, None))
+        views += [_view(more, None) for more in (_paired(here), _realised(here)) if more]
     return Group(*views, *(Text(f"warning: {line}") for line in _warnings(found)), Text(_note(found)))
 
 
@@ -274,7 +286,7 @@ def markdown(found: list[TaskResult]) -> str:
     lines: list[str] = []
     for task, here in _by_task(found).items():
         lines += [f"**{_title(task, here)}**", ""]
-        for grid in filter(None, (_grid(here), _realised(here))):
+        for grid in filter(None, (_grid(here), _paired(here), _realised(here))):
             lines += ["| " + " | ".join(grid) + " |", "|---|" + "---:|" * (len(grid) - 1)]
             for row in zip(*grid.values(), strict=True):
                 lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")

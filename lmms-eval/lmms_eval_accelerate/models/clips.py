@@ -93,7 +93,9 @@ def read_clip(video: Any, how: Sampling, where: str, choosing: Mapping[str, Any]
         clip = _from_file(paths[0], how, span, where, choosing or {})
     else:
         count = how.frames or len(files)
-        frames, indices = read_frames(files, count if how.patch is None else _even(count, len(files)), where)
+        group = 1 if how.patch is None else qwen.FRAME_FACTOR
+        count = count if how.patch is None else _even(count, len(files))
+        frames, indices = read_frames(files, count, where, (choosing or {}).get("sampler"), group)
         clip = Clip(_planes(frames), _metadata(float(FRAME_FOLDER_FPS), indices, len(files)))
     clip = dataclasses.replace(clip, filename=paths[0])
     if how.patch is None:
@@ -123,7 +125,8 @@ def _from_file(
             element = {"fps": how.fps, "max_frames": how.frames}
             element = {key: value for key, value in element.items() if value is not None}
             indices = _spread(first, last, qwen.smart_nframes(element, total_frames=count, video_fps=rate))
-        return FrameSample(indices, [index / rate for index in indices], total / rate)
+        group = 1 if how.patch is None else qwen.FRAME_FACTOR
+        return FrameSample(indices, [index / rate for index in indices], total / rate, group)
 
     read = read_video(path, where, backend=how.backend, choose=choose, **choosing)
     return Clip(_planes(read.frames), _metadata(read.avg_fps, read.sample.indices, counts[0]))

@@ -22,14 +22,21 @@ from lmms_eval_accelerate import session
 from lmms_eval_accelerate.models import generation, loading, prompts
 from lmms_eval_accelerate.models.arguments import Arguments, defaults_of, parse_arguments
 from lmms_eval_accelerate.models.batching import cut, generation_arguments, grouped, is_padding, until_end
-from lmms_eval_accelerate.models.costs import Costs, log_costs, of_all_ranks, sample_costs, skipped_costs
+from lmms_eval_accelerate.models.costs import (
+    Costs,
+    add_left_out,
+    log_costs,
+    of_all_ranks,
+    sample_costs,
+    skipped_costs,
+)
 from lmms_eval_accelerate.models.failing import failing_loudly
 from lmms_eval_accelerate.models.first_token import FirstToken
 from lmms_eval_accelerate.models.journal import Journal
 from lmms_eval_accelerate.models.placement import Placement, placement_of
 from lmms_eval_accelerate.models.provenance import Provenance
 from lmms_eval_accelerate.models.question import Question, asked_of, naming
-from lmms_eval_accelerate.models.visuals import OF_THE_RUN, VisualError, reason
+from lmms_eval_accelerate.models.visuals import OF_THE_RUN, Choosing, VisualError, reason
 from lmms_eval_accelerate.progress import Progress
 
 _SHAPE = ("hidden_size", "num_hidden_layers", "vocab_size")
@@ -158,7 +165,7 @@ class Accelerated(lmms):
             text: what the prompt asks.
         """
         sampler = getattr(self._acceleration, "frame_sampler", None)
-        return {} if sampler is None else {"sampler": sampler, "question": asked_of(documents, doc_id, text)}
+        return {} if sampler is None else {"sampler": Choosing(sampler), "question": asked_of(documents, doc_id, text)}
 
     @abstractmethod
     def normalisation(self) -> tuple[Any, Any]:
@@ -287,7 +294,8 @@ class Accelerated(lmms):
             output = output[:, ids.shape[1] :]
         answers = [until_end(row, self._end_ids()) for row in output.tolist()]
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        costs = self._costs_of(calls[0], [len(answer) for answer in answers], elapsed)
+        generated = [len(answer) for answer in answers]
+        costs = self._costs_of(calls[0], generated, elapsed, [q.thinned for q in questions])
         for cost, distribution in zip(costs, first_token.packed(), strict=True):
             cost.extra["first_token"] = distribution
         self._provenance.save(questions, calls[0])
@@ -316,8 +324,12 @@ class Accelerated(lmms):
                     raise RefusedQuestion(message, question) from error
             raise
 
-    def _costs_of(self, call: RequestRecord, generated: list[int], elapsed: float) -> list[Costs]:
-        """Costs of a call's samples, counted in."""
+    def _costs_of(
+        self, call: RequestRecord, generated: list[int], elapsed: float, thinned: list[list[tuple[int, int]]]
+    ) -> list[Costs]:
+        """Costs of a call's samples, counted in; ``thinned``: of each sample's videos, see :class:`Question`."""
+        for number, frames in enumerate(thinned):
+            add_left_out(call.samples[number * (len(call.samples) // len(thinned))], frames)
         costs = sample_costs(call, self.text_config, generated, elapsed, self.args.pipeline.name, not self._warm)
         self._warm = True
         self._costs.extend(c.to_dict() for c in costs)

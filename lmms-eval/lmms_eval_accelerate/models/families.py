@@ -142,7 +142,7 @@ class LlavaOneVision(Llava):
         count = int(self.args.max_frames_num)
         files = frame_files(paths)
         if files is not None:
-            return self._frames(read_frames(files, count, where)[0])
+            return self._frames(read_frames(files, count, where, metadata.get("sampler"))[0])
         how = {"num_frames": count, "backend": self.args.video_decode_backend, **_choosing(metadata)}
         video = read_video(paths[0], where, **how)
         return self._frames(video.frames)
@@ -191,7 +191,7 @@ class LlavaVideo(LlavaOneVision):
         args = self.args
         files = frame_files(paths)
         if files is not None:
-            frames, indices = read_frames(files, int(args.max_frames_num), where)
+            frames, indices = read_frames(files, int(args.max_frames_num), where, metadata.get("sampler"))
             times = ",".join(f"{i / FRAME_FOLDER_FPS:.2f}s" for i in indices)
             return self._frames(frames), times, len(files) / FRAME_FOLDER_FPS
         video = read_video(

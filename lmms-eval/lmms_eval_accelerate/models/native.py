@@ -181,7 +181,9 @@ class HfAccelerated(Accelerated):
         kinds = {"video" if isinstance(visual, Clip) else "image" for visual in visuals}
         source = f"{where} ({names_of(visuals)})"
         form = "+".join(sorted(kinds)) or "text"
-        return ChatQuestion(text, visuals, form, document=(task, doc_id), plain=plain, source=source)
+        thinned = choosing["sampler"].thinned if choosing else []
+        of = {"document": (task, doc_id), "plain": plain, "source": source, "thinned": thinned}
+        return ChatQuestion(text, visuals, form, **of)
 
     def _image(self, image: Any, files: str, where: str) -> Any:
         image = read_image(from_file(image, files) if isinstance(image, Image.Image) else image, where)

@@ -28,6 +28,7 @@ class Question:
         document: (task, document number) that it came from.
         plain: what is asked, for methods that look at the question.
         source: the same with split and files, in words, for messages.
+        thinned: (frames without a method, frames) of each video, where a method wants fewer.
     """
 
     text: str | list[str]
@@ -37,6 +38,7 @@ class Question:
     document: tuple[str, Any] | None = None
     plain: str = ""
     source: str = "a prompt of no document"
+    thinned: list[tuple[int, int]] = dataclasses.field(default_factory=list)
 
     @property
     def pictures(self) -> list[Any]:

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from accelerate_methods.stages.errors import MethodError
+from llava.frame_choice import Candidates, FrameSampler
 from llava.media_kind import PICTURE_SUFFIXES, VIDEO_SUFFIXES, is_picture, kind_of
 from llava.video_utils import Video, load_video, uniform_frame_indices
 
@@ -127,10 +128,33 @@ def read_image(image: Any, where: str) -> Image.Image:
     return from_file(made, name)
 
 
+class Choosing:
+    """What chooses the frames of one document's videos, and how many it left of each.
+
+    Attributes:
+        thinned: (frames without the method, frames) of each video, in the order in which they are read.
+    """
+
+    def __init__(self, sampler: FrameSampler):
+        self._sampler = sampler
+        self.selects = sampler.selects
+        self.thinned: list[tuple[int, int]] = []
+
+    def count(self, count: int) -> int:
+        return self._sampler.count(count)
+
+    def pick(self, video: Candidates, question: str | None, count: int) -> list[int]:
+        return self._sampler.pick(video, question, count)
+
+
 def read_video(path: str, where: str, **how: Any) -> Video:
     """``llava.video_utils.load_video``; every failure is a :class:`VisualError` that names file and document."""
     with reading(where, f"video {path}"):
-        return load_video(path, **how)
+        video = load_video(path, **how)
+    if how.get("sampler") is not None:
+        there = len(video.sample.indices)
+        how["sampler"].thinned.append((video.sample.of or there, there))
+    return video
 
 
 def frame_files(paths: list[str]) -> list[str] | None:
@@ -143,8 +167,17 @@ def frame_files(paths: list[str]) -> list[str] | None:
     return paths if all(_suffix(p) in PICTURE_SUFFIXES or is_picture(p) for p in paths) else None
 
 
-def read_frames(paths: list[str], num_frames: int, where: str) -> tuple[np.ndarray, list[int]]:
-    """``num_frames`` evenly spaced of the given frame files: [T, H, W, 3], and their indices."""
+def read_frames(
+    paths: list[str], num_frames: int, where: str, sampler: Choosing | None = None, group: int = 1
+) -> tuple[np.ndarray, list[int]]:
+    """``num_frames`` evenly spaced of the given frame files: [T, H, W, 3], and their indices.
+
+    ``sampler`` may want fewer of them, a multiple of ``group``.
+    """
+    if sampler is not None:
+        wanted = max(group, sampler.count(num_frames) // group * group)
+        sampler.thinned.append((num_frames, wanted))
+        num_frames = wanted
     indices = uniform_frame_indices(len(paths), num_frames)
     frames: dict[int, np.ndarray] = {}
     for index in dict.fromkeys(indices):

@@ -109,7 +109,7 @@ def _seen_in_counts(pipeline: Pipeline) -> bool:
     """Whether the numbers of tokens must show that the methods act: not if they put patches back behind the encoder,
     choose as many other frames, or act on decode steps."""
     puts_back = pipeline.encode is not None and pipeline.encode.keeps_grid
-    other_frames = pipeline.sample is not None and pipeline.sample.chooses_frames()
+    other_frames = pipeline.sample is not None and pipeline.sample.selects_frames()
     return not (puts_back or other_frames or pipeline.decode is not None)
 
 

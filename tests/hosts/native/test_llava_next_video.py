@@ -368,4 +368,4 @@ def test_what_cannot_be_done(model, monkeypatch):
 
 
 def test_every_method_is_covered():
-    assert set(FITTING) | {"fastvid", "downsample", "aks"} == set(available())
+    assert set(FITTING) | {"fastvid", "downsample", "fewer_frames", "aks"} == set(available())
