@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from accelerate_methods.engine.recording import SampleRecord
+from accelerate_methods.hosts.questions import plain_question
 from accelerate_methods.registry.architectures import Architecture
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 
@@ -61,6 +62,11 @@ class MediaInputs:
         if getattr(self.config, "mm_use_im_start_end", False):
             token = DEFAULT_IM_START_TOKEN + token + DEFAULT_IM_END_TOKEN
         return f"{token}\n" * count + question
+
+    def asked_text(self, question: Any) -> str:
+        """What ``questions=`` says of a question (a text, or the turns of a chat): it without placeholders and without
+        what evaluations put behind it."""
+        return plain_question(question)
 
     def whole_prompt(self, prompt: str, **arguments: Any) -> str:
         """The finished prompt of a conversation, before it is tokenised."""

@@ -85,7 +85,7 @@ def asked_questions(
         )
     found: list[str] = []
     for own, here in zip(given, per_sample, strict=True):
-        texts = [own] if isinstance(own, str) else list(own)
+        texts = list(own) if isinstance(own, (list, tuple)) else [own]
         if not all(isinstance(text, str) for text in texts) or (here and len(texts) not in (1, here)):
             raise MethodError(
                 f"questions of a prompt with {here} placeholders: give one text, or one for each, got {own!r}."

@@ -18,17 +18,18 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PhiConfig, PhiForCausalLM, PhiModel
 
 from accelerate_methods.engine import recording
+from accelerate_methods.engine.cache import check_cache
 from accelerate_methods.engine.cached_keys import cached_length
 from accelerate_methods.engine.devices import moved
 from accelerate_methods.engine.loop import needs_loop, run_decoder
 from accelerate_methods.engine.prompt import PromptLayout
 from accelerate_methods.engine.recording import SampleRecord
 from accelerate_methods.engine.sequences import VisualSequence
-from accelerate_methods.hosts.calls import refuse_outputs
 from accelerate_methods.ops.select import on_device
 from accelerate_methods.registry.architectures import architecture
 from accelerate_methods.registry.pipeline import Pipeline
 from accelerate_methods.stages.compress import VisualItem
+from accelerate_methods.stages.errors import MethodError
 from llava.model.architectures.flashsloth.modules import REGION, EmbeddedQuery, LearnableTokens, RegionPooling
 from llava.model.architectures.flashsloth.queries import query_groups, update_of, with_query_ids
 from llava.model.checkpoint import CheckpointError
@@ -88,11 +89,13 @@ class FlashSlothModel(LlavaMetaModel, PhiModel):
         begins = layout is not None and layout.update is not None and not cached_length(kwargs.get("past_key_values"))
         if needs_loop(pipeline) or not begins:
             return super().forward(*args, pipeline=pipeline, layout=layout, request=request, **kwargs)
-        pipeline = pipeline or Pipeline()
-        refuse_outputs(pipeline, kwargs, self.config)
+        for name in ("output_attentions", "output_hidden_states"):
+            if kwargs.get(name, getattr(self.config, name, False)):
+                raise MethodError(f"{name} is not available for prompts with images: queries change between layers.")
+        check_cache(kwargs.get("past_key_values"), "FlashSloth")
         passed = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache")
         given = {name: kwargs.get(name) for name in passed}
-        return run_decoder(self, pipeline, layout=layout, request=request, **given)
+        return run_decoder(self, pipeline or Pipeline(), layout=layout, request=request, **given)
 
 
 class FlashSlothForCausalLM(LlavaMetaForCausalLM, PhiForCausalLM):

@@ -19,13 +19,20 @@ from accelerate_methods.engine import recording
 from accelerate_methods.engine.devices import moved, own_weights
 from accelerate_methods.engine.recording import SampleRecord
 from accelerate_methods.hosts.layouts import flat_item, shortened_item
+from accelerate_methods.hosts.questions import without_placeholders
 from accelerate_methods.ops.select import on_device
 from accelerate_methods.registry.architectures import architecture
 from accelerate_methods.stages.compress import VisualItem
 from llava.frame_choice import sample_frames
 from llava.model.architectures.asked import Place, places_of
 from llava.model.architectures.llama_vid.eva import EvaVisionTower
-from llava.model.architectures.llama_vid.long_video import is_features, run_lengths, spread, without_repeats
+from llava.model.architectures.llama_vid.long_video import (
+    is_features,
+    movie_prompt,
+    run_lengths,
+    spread,
+    without_repeats,
+)
 from llava.model.architectures.llama_vid.tokens import (
     MORE_WORDS,
     MOST_IDS,
@@ -164,6 +171,12 @@ class LlamaVidForCausalLM(LlavaLlamaForCausalLM):
         bert, out = decoder.vlm_att_encoder.bert, self.config.hidden_size
         context = width * (count * decoder.vlm_att_projector.in_features + patches * (width + 2 * count) + out)
         return views * (bert.macs(count, text, patches + 1) + context + content * out * (width + out))
+
+    def asked_text(self, question: Any) -> str:
+        """As it is written, instructions to answer briefly included: the Q-Former was trained so."""
+        return without_placeholders(question) if isinstance(question, str) else super().asked_text(question)
+
+    movie_prompt = staticmethod(movie_prompt)
 
     @torch.no_grad()
     def video_features(self, pixels: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoder, CLIPVisionEmbedd
 
 from accelerate_methods.hosts.tower_files import TowerError
 from accelerate_methods.stages.errors import one_line
-from llava.model.multimodal_encoder.tower import VisionTower, _fresh_init
+from llava.model.multimodal_encoder.tower import VisionTower
 
 #: blocks that run; the file holds more than BLIP-2 and LLaMA-VID use
 DEPTH = 39
@@ -53,7 +53,7 @@ class EvaVisionTower(VisionTower):
         checkpoint: folder of the LLaMA-VID checkpoint.
 
     Raises:
-        TowerError: on loading, if the file is nowhere or is no EVA-ViT.
+        TowerError: heads that do not fit, and on loading, if the file is nowhere or is no EVA-ViT.
     """
 
     model_class = EvaVisionModel
@@ -71,6 +71,8 @@ class EvaVisionTower(VisionTower):
         return self._described(args.mm_hidden_size, 14, self.depth, int(args.mm_hidden_size * 4.3637))
 
     def _described(self, width: int, patch: int, depth: int, mlp: int) -> CLIPVisionConfig:
+        if width % self.heads:
+            raise TowerError(f"EVA tower: a width of {width} cannot be divided among {self.heads} heads (eva_heads).")
         return CLIPVisionConfig(
             hidden_size=width,
             intermediate_size=mlp,
@@ -90,14 +92,14 @@ class EvaVisionTower(VisionTower):
         path = find_weights(self.vision_tower_name, self.checkpoint)
         weights = read_weights(path)
         width, _, patch, _ = weights["patch_embed.proj.weight"].shape
-        if width % self.heads:
-            raise TowerError(f"{path}: a width of {width} cannot be divided among {self.heads} heads (eva_heads).")
         blocks = {int(found[1]) for key in weights if (found := re.match(r"blocks\.(\d+)\.", key))}
         mlp = weights["blocks.0.mlp.fc1.weight"].shape[0]
         self.hub_config = self.config = self._described(width, patch, min(self.depth, max(blocks) + 1), mlp)
-        with _fresh_init():
+        with torch.device("meta"):  # no random initial values for a billion weights
             self.build()
-        self.vision_tower.load_state_dict(self._renamed(weights, path))
+        self.vision_tower.load_state_dict(self._renamed(weights, path), assign=True)
+        embeddings = self.vision_tower.embeddings
+        embeddings.position_ids = torch.arange(embeddings.num_positions)[None]  # not among the weights
         self.vision_tower.eval()
 
     def _renamed(self, weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -132,7 +134,7 @@ class EvaVisionTower(VisionTower):
         if missing:
             raise TowerError(f"{path} lacks {len(missing)} weights of EVA-ViT (first: {missing[0]}).")
         found = {
-            ours: weights[theirs] if change is None else change(weights[theirs])
+            ours: (weights[theirs] if change is None else change(weights[theirs])).to(torch.float32, copy=True)
             for ours, (theirs, change) in own_names.items()
         }
         wanted = self.vision_tower.state_dict()
