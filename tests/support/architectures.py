@@ -10,17 +10,30 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.support.paths import CHECKPOINTS
+import torch
+from safetensors.torch import load_file, save_file
+
+from llava.tokenization import load_tokenizer
+from tests.support.paths import CHECKPOINTS, GOLDEN
 
 _LLAVA = CHECKPOINTS / "tiny-llava-1.5"
+_ONEVISION = CHECKPOINTS / "tiny-llava-onevision"
 
 
 def _mqt(folder: Path) -> None:
     _with_llavas_tokenizer_and_tower(CHECKPOINTS / "tiny-mqt-llava", folder)
 
 
+def _fastvlm(folder: Path) -> None:
+    _with_qwens_tokenizer(GOLDEN / "fastvlm" / "tiny_fastvlm", folder)
+
+
+def _video_xl(folder: Path) -> None:
+    _with_qwens_tokenizer(GOLDEN / "video_xl" / "tiny_videoxl", folder)
+
+
 #: file of the architecture -> what writes its checkpoint into an empty folder
-TINY: dict[str, Callable[[Path], None]] = {"mqt": _mqt}
+TINY: dict[str, Callable[[Path], None]] = {"mqt": _mqt, "fastvlm": _fastvlm, "video_xl": _video_xl}
 
 
 def tiny_checkpoint(file: str, folder: Path) -> Path:
@@ -38,3 +51,18 @@ def _with_llavas_tokenizer_and_tower(source: Path, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["mm_vision_tower"] = str(_LLAVA / "vision_tower")
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def _with_qwens_tokenizer(source: Path, folder: Path) -> None:
+    """The tokenizer of the tiny OneVision, with rows for all of its words: those that are new do not differ."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(_ONEVISION / name, folder)
+    words = len(load_tokenizer(folder, None))
+    weights = load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        own = weights[name][:words]
+        weights[name] = torch.cat([own, own[:1].expand(words - len(own), -1)])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text("utf-8")) | {"vocab_size": words}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")

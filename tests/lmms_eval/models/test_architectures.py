@@ -83,6 +83,24 @@ def test_answers_and_costs_of_images_videos_and_text(mqt, folder):
     assert lines(more, "image")[0]["llm_tflops"] > lines(single, "image")[0]["llm_tflops"]
 
 
+@pytest.mark.parametrize(
+    ("file", "more", "tokens"),
+    [
+        ("fastvlm", "", {"image": 16, "images": 32, "video": 64}),
+        ("video_xl", ",beacon_ratio=8", {"image": 288, "images": 576, "video": 576}),
+    ],
+)
+def test_other_architectures_answer_alike_in_batches(file, more, tokens, folder, tmp_path):
+    args = f"pretrained={tiny_checkpoint(file, tmp_path)},max_frames_num=4{more}"
+    tasks = [*tokens, "text"]
+    single = evaluate(file, [*tasks, "choice_image"], folder, model_args=args)
+    batched = evaluate(file, tasks, folder, model_args=args, batch_size=3)
+    assert [answers(single, task) for task in tasks] == [answers(batched, task) for task in tasks]
+    for task, count in {**tokens, "text": 0}.items():
+        for cost in lines(single, task):
+            assert cost["visual_tokens_before"] == count and cost["prefill_ms"] > 0 and cost["llm_tflops"] > 0
+
+
 def test_methods_act_on_it(mqt, folder):
     args = f"pretrained={mqt},num_visual_tokens=40,method=fastv,k=1,r=0.5"
     (cost, *_) = lines(evaluate("mqt_llava", ["image"], folder, model_args=args, limit=1), "image")
