@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from accelerate_methods.engine.encoder_attention import Encoded
 from accelerate_methods.engine.encoder_blocks import acting_blocks
 from accelerate_methods.hosts.base import Host
-from accelerate_methods.hosts.layouts import pool_2d, tile_grid
+from accelerate_methods.hosts.layouts import tile_grid
 from accelerate_methods.hosts.pooling_head import SiglipPoolingHead
 from accelerate_methods.hosts.questions import (
     PromptText,
@@ -56,6 +56,7 @@ class LlavaAcceleration:
         self.pipeline = pipeline
         self._config = model.config
         self._tower = model.get_vision_tower()
+        self._pool = model.get_2dPool
         if pipeline.encode is not None:
             if self._tower.select_feature != "patch":
                 raise MethodError(
@@ -169,8 +170,7 @@ class LlavaAcceleration:
     def _to_tokens(self, signal: Tensor, item: VisualItem) -> Tensor:
         """[F, P, ...] over patches -> [F, N, ...] over the tokens that the LLM gets."""
         if item.modality == "video":  # pooled as the features are
-            mode = getattr(self._config, "mm_spatial_pool_mode", "average")
-            return pool_2d(signal[..., None], mode)[..., 0] if signal.ndim == 2 else pool_2d(signal, mode)
+            return self._pool(signal[..., None])[..., 0] if signal.ndim == 2 else self._pool(signal)
         return signal if item.source is None else signal.flatten(0, 1)[item.source][None]
 
 

@@ -139,7 +139,7 @@ def test_attention_of_the_compressor_is_what_it_uses(sharp):
 
 
 def test_a_map_must_be_square(model):
-    with pytest.raises(ValueError, match="square map.*575"):
+    with pytest.raises(ValueError, match=r"square map.*575"):
         model.get_model().compressor(torch.zeros(1, 575, 32))
 
 

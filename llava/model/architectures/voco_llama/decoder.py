@@ -46,7 +46,8 @@ class VocoModel(LlavaLlamaModel):
         kwargs.pop("pipeline", None)  # what is attached has acted in front of the decoder
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = past_key_values
-        if isinstance(layout, DividedLayout) and not isinstance(cache, VocoCache):
+        begins = isinstance(layout, DividedLayout) and inputs_embeds is not None  # generate repeats it at every step
+        if begins and getattr(cache, "awaits", None) is None:
             cache = VocoCache.of(layout, cache)
         given = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": cache, **kwargs}
         given |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
