@@ -141,7 +141,7 @@ def _part(selection: ChosenPart, choices: Choices, warnings: list[str]) -> dict[
 
 def _same_encoding(row: TableRow) -> bool:
     """Whether the row's methods act after the encoder and ask it for nothing."""
-    if row.pipeline is None:
+    if row.pipeline is None or row.arguments:
         return False
     return not row.pipeline.signals and not {"sample", "encode"} & set(row.pipeline.stages)
 

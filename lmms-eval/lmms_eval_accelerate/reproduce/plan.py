@@ -175,8 +175,8 @@ def _model_arguments(part: Part, choices: Choices) -> dict[str, Any]:
 
 def _check_method(row: TableRow, arguments: Mapping[str, Any]) -> None:
     """The arguments must give the row's very method back (defaults and budgets could get in the way)."""
-    own = {k: v for k, v in arguments.items() if k in row.model_args() and k != "method"}
-    if resolve(row.model_args().get("method"), **own).to_dict() != row.pipeline.to_dict():
+    own = {k: v for k, v in arguments.items() if k in row.method_args() and k != "method"}
+    if resolve(row.method_args().get("method"), **own).to_dict() != row.pipeline.to_dict():
         raise MethodError(f"{row.pipeline.describe()} (row {row.name!r}) cannot be written as model arguments.")
 
 

@@ -41,6 +41,7 @@ class TableRow:
         name: as in the table; unique in its part.
         method: name, names joined by "+", or config below ``configs/``; None for the dense row and for rows not run.
         params: parameters over those of ``method``.
+        arguments: run parameters of a trained architecture, over the part's.
         pipeline: what these make; empty for the dense row, None for rows not run.
         published: column title -> printed number, in the column's unit.
         unmeasured: the same for the columns of the part's ``unmeasured``.
@@ -60,6 +61,7 @@ class TableRow:
     not_run: str
     secondary: bool
     source: str
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def dense(self) -> bool:
@@ -72,9 +74,13 @@ class TableRow:
         return re.sub(r"[^\w@.+-]+", "_", name).strip("_")
 
     def model_args(self) -> dict[str, Any]:
-        """Arguments that the row adds to the part's: ``method`` and every parameter that is given or is no default.
+        """Arguments that the row adds to the part's: run parameters of an architecture, and :meth:`method_args`."""
+        return {**self.arguments, **self.method_args()}
 
-        A config is written out, so that nothing but the method can come from it. Empty for the dense row.
+    def method_args(self) -> dict[str, Any]:
+        """``method`` and every parameter that is given or is no default.
+
+        A config is written out, so that nothing but the method can come from it. Empty for rows without a method.
         """
         if self.pipeline is None:
             raise MethodError(f"row {self.name!r} is not run: {self.not_run}")

@@ -23,6 +23,7 @@ from typing import Any
 
 from accelerate_methods.registry import compatibility
 from accelerate_methods.registry.configs import read_config
+from accelerate_methods.registry.architectures import architecture_named
 from accelerate_methods.registry.families import keys
 from accelerate_methods.registry.pipeline import Pipeline, resolve
 from accelerate_methods.registry.yaml_files import read_yaml
@@ -57,7 +58,7 @@ _PART_KEYS = (
 )
 _COLUMN_KEYS = ("benchmark", "metric", "scale", "note")
 _ROW_KEYS = (
-    *("name", "method", "config", "params", "published", "tflops"),
+    *("name", "method", "config", "params", "arguments", "published", "tflops"),
     *("source", "secondary", "note", "not_run"),
 )
 
@@ -157,6 +158,7 @@ def _row(content: Any, part: Part, inherited: Mapping[str, Any], where: str) -> 
     content = _mapping(content, _ROW_KEYS, where)
     not_run = _text(content, "not_run", where) or part.not_run
     spec, params = _method(content, bool(not_run), where)
+    arguments = _arguments(content, part, where)
     titles = [column.title for column in part.columns]
     numbers = _mapping(content.get("published", {}), [*titles, *part.unmeasured], f"{where}: published")
     if "tflops" in content:
@@ -179,6 +181,7 @@ def _row(content: Any, part: Part, inherited: Mapping[str, Any], where: str) -> 
         not_run=not_run,
         secondary=secondary,
         source=_text(content, "source", where) or inherited["source"],
+        arguments=arguments,
     )
 
 
@@ -190,9 +193,23 @@ def _method(content: Mapping[str, Any], not_run: bool, where: str) -> tuple[str 
             why = "the dense row" if content["name"] == DENSE else "a row with not_run"
             raise TableError(f"{where}: {why} has no method, config or params.")
         return None, {}
+    if not given and "arguments" in content:
+        return None, {}
     if len(given) != 1 or not isinstance(given[0], str):
-        raise TableError(f"{where}: give one of method, config and not_run.")
+        raise TableError(f"{where}: give one of method, config, arguments and not_run.")
     return given[0], dict(_mapping(content.get("params") or {}, None, f"{where}: params"))
+
+
+def _arguments(content: Mapping[str, Any], part: Part, where: str) -> dict[str, Any]:
+    """Run parameters of a row; of trained architectures only, what others are told belongs to the whole part."""
+    given = _mapping(content.get("arguments", {}), None, f"{where}: arguments")
+    entry = architecture_named(str(part.family))
+    if given and entry is None:
+        raise TableError(f"{where}: arguments are run parameters of a trained architecture; {part.family} has none.")
+    try:
+        return {name: entry.argument(name).checked(entry.name, value) for name, value in given.items()}
+    except MethodError as error:
+        raise TableError(f"{where}: {error}") from error
 
 
 def _pipeline(spec: str | None, params: Mapping[str, Any], part: Part, where: str) -> Pipeline:

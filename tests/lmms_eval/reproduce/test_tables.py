@@ -16,7 +16,12 @@ from accelerate_methods.registry.pipeline import resolve
 from accelerate_methods.stages.errors import UnknownNameError
 from tests.support.paths import ROOT
 
-TABLES = ["dycoke", "embedded", "fastervlm", "fastv", "fastvid", "prunevid", "visionzip"]
+TABLES = sorted(
+    [
+        *("dycoke", "embedded", "fastervlm", "fastv", "fastvid", "prunevid", "visionzip"),
+        *("fastvlm", "flashsloth", "hicom", "llama_vid", "llava_mini", "mqt", "video_xl", "voco_llama"),
+    ]
+)
 ROWS = [
     pytest.param(part, row, id=f"{name}-{part.name}-{row.name}")
     for name in available()
@@ -55,7 +60,8 @@ def test_row_is_run_or_says_why_not(part, row):
 def test_row_resolves_and_runs_on_its_family(part, row):
     compatibility.check(row.pipeline, part.family)
     arguments = row.model_args()
-    assert bool(arguments) != row.dense
+    assert bool(arguments) != row.dense or row.arguments
+    arguments = row.method_args()
     # what is typed after --model_args gives the same methods, and no argument of the model's own
     assert resolve(arguments.pop("method", None), **arguments) == row.pipeline
     assert not set(arguments) & set(MODEL_KEYS[part.family])
@@ -222,7 +228,10 @@ def test_model_keys_are_those_of_the_plugin():
     pytest.importorskip("lmms_eval")
     families = pytest.importorskip("lmms_eval_accelerate.models.families")
     arguments = pytest.importorskip("lmms_eval_accelerate.models.arguments")
-    assert set(families.FAMILY_CLASSES) == set(MODEL_KEYS)
+    manifest = pytest.importorskip("lmms_eval_accelerate.manifest")
+    assert {*families.FAMILY_CLASSES, *manifest.TRAINED} == set(MODEL_KEYS)
+    for family in manifest.TRAINED:
+        assert {*MODEL_KEYS[family], *OTHER_KEYS} == set(arguments.defaults_of(family))
     for family, cls in families.FAMILY_CLASSES.items():
         assert {*MODEL_KEYS[family], *OTHER_KEYS} == {*arguments.COMMON, *getattr(cls, "defaults", {})}, family
 
@@ -230,13 +239,11 @@ def test_model_keys_are_those_of_the_plugin():
 def test_plugin_reads_every_row_as_it_is_meant():
     """What is typed after --model_args, read by lmms-eval and by the plugin: the same methods and settings."""
     utils = pytest.importorskip("lmms_eval.utils")
-    families = pytest.importorskip("lmms_eval_accelerate.models.families")
     arguments = pytest.importorskip("lmms_eval_accelerate.models.arguments")
+    any_method = pytest.importorskip("lmms_eval_accelerate.manifest").any_method
     for part, row in (row.values for row in RUNNABLE):
         model = {key: value for key, value in part.model.items() if key != "family"}
         typed = ",".join(f"{key}={value}" for key, value in {**model, **row.model_args()}.items())
-        defaults = {**arguments.COMMON, **getattr(families.FAMILY_CLASSES[part.family], "defaults", {})}
-        given = utils.simple_parse_args_string(typed)
-        read = arguments.parse_arguments(f"{part.family}_accelerated", part.family, None, defaults, given)
+        read = arguments.parse(any_method(part.family), utils.simple_parse_args_string(typed))
         assert read.pipeline == row.pipeline, typed
-        assert {key: read.values[key] for key in model} == model
+        assert {key: read.values[key] for key in (*model, *row.arguments)} == {**model, **row.arguments}
