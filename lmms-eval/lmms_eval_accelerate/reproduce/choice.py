@@ -93,6 +93,9 @@ def select(table: Table, choices: Choices) -> list[ChosenPart]:
         if (there or part.not_run) and not only_dense:
             chosen.append(ChosenPart(part, here, there))
     if not any(selection.columns for selection in chosen if not selection.part.not_run):
+        if all(part.not_run for part in table.parts):
+            reasons = "; ".join(f"{part.name}: {part.not_run}" for part in table.parts)
+            raise MethodError(f"nothing of table {table.name} can be run: {reasons}.")
         raise MethodError(f"no part of table {table.name} that can be run has both the chosen rows and columns.")
     if choices.pretrained is not None:
         _check_given(choices, [selection.part for selection in chosen if not selection.part.not_run])

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from accelerate_methods.registry import compatibility
-from accelerate_methods.registry.configs import read_config
 from accelerate_methods.registry.architectures import architecture_named
+from accelerate_methods.registry.configs import read_config
 from accelerate_methods.registry.families import keys
 from accelerate_methods.registry.pipeline import Pipeline, resolve
 from accelerate_methods.registry.yaml_files import read_yaml
