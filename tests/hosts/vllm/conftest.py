@@ -1,0 +1,57 @@
+"""Engines of vLLM, one per model family, and transformers beside them. Skipped where vLLM is not installed."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.served_engines import SETTINGS, Reference, engine
+
+#: what stands in a prompt for an image and a video
+_LLAVA = {"image": "<image>"}
+_QWEN = {kind: f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video")}
+MARKS = {
+    "llava_1_5": _LLAVA,
+    "llava_next": _LLAVA,
+    "llava_onevision": {"image": "<image>", "video": "<video>"},
+}
+#: more than one run of the tower, and of the language model, for every prompt
+SMALL_STEPS = {"max_num_batched_tokens": 96}
+FEW_VIEWS = "3"
+#: families whose engines have to be told that methods may come
+ASKED: set[str] = set()
+
+
+def pytest_collection_modifyitems(items):
+    if importlib.util.find_spec("vllm") is None:
+        reason = "vLLM is not installed here: scripts/test.sh runs these in an environment of their own"
+        for item in items:
+            if item.get_closest_marker("engine"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(request, tmp_path_factory):
+    """Folder of the family's checkpoint."""
+    from tests.support.served_models import CHECKPOINTS
+
+    return CHECKPOINTS[request.param](tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="module")
+def served(checkpoint):
+    """The checkpoint in an engine that does everything in small steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        # what vLLM has found out about its own classes is kept beside it: that takes a process of its own each time
+        settings = {**SETTINGS, "VLLM_CACHE_ROOT": str(Path(sys.prefix, "vllm-cache"))}
+        for name, value in {**settings, "ACCELERATE_METHODS_VLLM_VIEWS": FEW_VIEWS}.items():
+            patch.setenv(name, value)
+        more = {"hf_overrides": {"visual_compression": "none"}} if checkpoint.name in ASKED else {}
+        yield from engine(checkpoint, MARKS[checkpoint.name], **SMALL_STEPS, **more)
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint):
+    """The checkpoint in transformers, under this project's host."""
+    return Reference(checkpoint)

@@ -1,0 +1,92 @@
+"""Every served method on every served model: the same greedy ids and log-probabilities as under transformers."""
+
+import pytest
+
+from tests.hosts.vllm.conftest import MARKS
+from tests.support.served_engines import clip, picture
+from tests.support.served_methods import PARAMETERS, specification
+
+pytestmark = [pytest.mark.engine, pytest.mark.parametrize("checkpoint", sorted(MARKS), indirect=True)]
+UNIFORM = {"method": "uniform", "retention_ratio": 0.25}
+MEDIA = {"image": picture, "video": clip}
+#: why a method does not act on a family's images or videos
+REFUSED = ("cannot act on", "needs")
+
+
+def each_kind(served):
+    return [(kind, make()) for kind, make in MEDIA.items() if kind in served.marks]
+
+
+@pytest.mark.parametrize("name", [None, *PARAMETERS])
+def test_answers_are_those_of_transformers(served, reference, name):
+    asked = None if name is None else specification(name)
+    compared = 0
+    for kind, medium in each_kind(served):
+        prompt = served.prompt([medium], method=asked)
+        try:
+            answer = served.ask(prompt)[0]
+        except ValueError as error:
+            assert any(reason in str(error) for reason in REFUSED), error
+            continue
+        expected = reference.answer(prompt)
+        assert answer.ids == expected.ids, kind
+        assert answer.near(expected, 1e-3), kind
+        compared += 1
+    if not compared:
+        pytest.skip(f"{name} does not act on this model, and says so")
+
+
+def test_mixed_requests_of_one_batch_do_not_touch_each_other(served):
+    prompts = [
+        served.prompt([MEDIA[kind](seed=seed)], method=method)
+        for kind in served.marks
+        for seed, method in enumerate((UNIFORM, None, {**UNIFORM, "retention_ratio": 0.5}, {"method": "none"}))
+    ]
+    together = served.ask(*prompts)
+    assert together == [served.ask(prompt)[0] for prompt in prompts]
+
+
+def test_several_media_per_prompt(served, reference):
+    kinds = list(served.marks)
+    media = [MEDIA[kinds[0]](seed=1), MEDIA[kinds[-1]](seed=2)]
+    prompt = served.prompt(media, method=UNIFORM)
+    answer, expected = served.ask(prompt)[0], reference.answer(prompt)
+    assert answer.ids == expected.ids
+    assert answer.near(expected, 1e-3)
+
+
+def test_videos_of_different_lengths_in_one_step(served):
+    if "video" not in served.marks:
+        pytest.skip("no videos")
+    for method in (None, UNIFORM):
+        prompts = [served.prompt([clip(frames, seed=7)], method=method) for frames in (4, 8, 6)]
+        assert served.ask(*prompts) == [served.ask(prompt)[0] for prompt in prompts]
+
+
+def test_a_repeated_prompt_hits_the_prefix_cache_and_answers_alike(served):
+    prompt = served.prompt([picture(seed=5)], method=UNIFORM)
+    assert served.ask(prompt) == served.ask(prompt)
+
+
+def test_retentions_share_no_cache_entry(served):
+    lengths = [served.one(picture(seed=6), method={**UNIFORM, "retention_ratio": r}).prompt for r in (0.25, 0.5, 1.0)]
+    dense = served.one(picture(seed=6)).prompt
+    assert lengths[0] < lengths[1] < lengths[2] <= dense
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"method": "uniforn"}, "Did you mean 'uniform'"),
+        ({"method": "uniform", "ratio": 0.5}, "unknown parameter"),
+        ({"method": "uniform", "retention_ratio": 2}, "retention_ratio"),
+        ({"method": "fastv"}, "between decoder layers"),
+        ({"method": "cdpruner"}, "looks at the question"),
+        ({"retention_ratio": 0.5}, "names no method"),
+        (7, "must be a method's name or a mapping"),
+    ],
+)
+def test_a_bad_request_is_refused_and_the_engine_goes_on(served, asked, said):
+    with pytest.raises(ValueError, match=said):
+        served.one(picture(), method=asked)
+    assert served.one(picture(), method=UNIFORM).ids
