@@ -62,7 +62,7 @@ LLAVA_ONEVISION_HF = _native(
 QWEN_VL = _native(
     "Qwen2/2.5/3-VL",
     {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"},
-    *("qwen_vl:QwenVL", _SIGLIP, _BOTH),
+    *("qwen_vl:QwenVL", _SIGLIP | {"patch_pixels"}, _BOTH),
 )
 INTERNVL = _native(
     *("InternVL", {"internvl": "InternVL"}, "internvl:InternVL", _CLS, _IMAGE),

@@ -26,6 +26,7 @@ SIGNALS = {
     "prompt_mean": "[D] mean embedding of the prompt's text tokens, as the language model gets them",
     "prompt_rows": "[L, D] embeddings of the prompt's text tokens, zeros in the rows of all others",
     "question_rows": "[M, D] the question's words (Method.words) as rows of the language model's embedding table",
+    "patch_pixels": "[F, N, W] pixels in [0, 1] of each token, of the first of the frames that it holds",
     "encoder_tokens": "[F, N, C] tokens as they enter the projector, patches that make one averaged; if they are kept",
 }
 #: what compares images with text, for which a CLIP checkpoint with its text tower is needed

@@ -48,6 +48,10 @@ VARIANTS = {
     "vidcom2": [{"exact": True}],
     "fastvid": [{"c": 2, "tau": 0.5, "d": 1.0}],
     "pdrop": [{"image_token_ratio_list": (0.5, 0.0)}, {"layer_list": (1,)}, {"tokens_per_image": 2}],
+    "pixelprune": [
+        {"threshold": 0.8, "metric": "mae"}, {"threshold": 0.9, "scan": "serpentine", "vit_layer": 1},
+        {"threshold": 0.8, "metric": "rmse", "anchored": False, "vit_layer": -1},
+    ],
     "prumerge": [{"retention_ratio": None}, {"reduction_ratio": 0.125}],
     "prumerge_plus": [{"retention_ratio": None}],
     "prunevid": [{"merging": False}, {"selection": False}, {"selected_layer": 0, "alpha": 0.9}],

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from accelerate_methods.engine.devices import moved
 from accelerate_methods.engine.encoder_attention import asked_layers, received_per_map
@@ -21,12 +22,14 @@ from accelerate_methods.hosts.native.encoding import TakenOver, frames_in_place,
 from accelerate_methods.hosts.native.family import Call, Family, ItemRows, Seen, locate_items
 from accelerate_methods.hosts.native.prompt import PromptItem
 from accelerate_methods.hosts.native.qwen_encoding import FrameShape, QwenRun, rotated
+from accelerate_methods.hosts.native.qwen_pixels import Layout, PixelTower
 from accelerate_methods.hosts.native.wrapping import Wrappers
 from accelerate_methods.registry import families
 from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.encode import EncodeMethod
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.frames import FrameMap
+from accelerate_methods.stages.pixels import PixelMethod
 from accelerate_methods.stages.signals import Signal
 
 _ATTENTION = frozenset({"pooling_attention", "received_attention"})
@@ -67,7 +70,7 @@ class QwenVL(Family):
 
     @property
     def signals(self) -> frozenset[str]:
-        return (_FROM_BLOCK if self.sees_frames else _FROM_BLOCK - _ATTENTION) | {"frame_features"}
+        return (_FROM_BLOCK if self.sees_frames else _FROM_BLOCK - _ATTENTION) | {"frame_features", "patch_pixels"}
 
     def prepare(self, wanted: frozenset[str]) -> None:
         self._names = sorted(self._asked(wanted))
@@ -112,6 +115,9 @@ class QwenVL(Family):
             )
         self._merging, visual = True, self.model.model.visual
         self._keeps_tokens = False  # those that are left have no grid
+        if isinstance(method, PixelMethod):
+            PixelTower(visual, method, self._layout(), wrappers, seen, seeing)
+            return
         run = QwenRun(
             visual.blocks, method, whole=self.whole, unit=self.unit, shape_of=self._shape,
             keep=getattr(visual, "deepstack_visual_indexes", ()),
@@ -134,6 +140,15 @@ class QwenVL(Family):
 
         before = wrappers.wrap(visual, "forward", visual_forward)
         TakenOver(wrappers, visual.blocks, first_block)
+
+    def _layout(self) -> Layout:
+        config = self.config.vision_config
+        halves = self.config.model_type.startswith("qwen3")
+        mean, scale = ((0.5,) * 3,) * 2 if halves else (tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD))
+        return Layout(
+            side=config.spatial_merge_size, frames=config.temporal_patch_size, mean=mean, scale=scale,
+            whole=self.whole, shape_of=self._shape,
+        )  # fmt: skip
 
     def _shape(self, rows: int, columns: int) -> FrameShape:
         if not self.windowed:
@@ -165,6 +180,7 @@ class QwenVL(Family):
         shapes = [(frames, rows // side, columns // side) for frames, rows, columns in grids]
         lengths = [frames * rows * columns for frames, rows, columns in shapes]
         maps = seen.encoded[0] if self._merging else None
+        pixels = self._pixels(seen, shapes) if "patch_pixels" in call.wanted and not self._merging else None
         signals = self._signals(seen, shapes, lengths, call.wanted)
         out = []
         for at in locate_items(call.ids, token, lengths, kind, call.embeds.device):
@@ -176,7 +192,11 @@ class QwenVL(Family):
                 out.append(frames_in_place(features, found, at, (rows, columns), marks))
                 continue
             if maps is not None and maps[at.number] is not None:
-                found = tokens_in_place(features, moved(maps[at.number], features.device), at, kind, (rows, columns))
+                tokens = moved(maps[at.number], features.device)
+                own_grid = (rows, columns)
+                if len(tokens.owner) != frames:  # frames of an image that keep different numbers
+                    features, own_grid = features.flatten(0, 1)[None], None if frames > 1 else own_grid
+                found = tokens_in_place(features, tokens, at, kind, own_grid)
                 if "frame_features" in call.wanted:
                     found.item.signals["frame_features"] = found.item.features.mean(1)
                 out.append(found)
@@ -192,8 +212,18 @@ class QwenVL(Family):
             )
             if "frame_features" in call.wanted:
                 item.signals["frame_features"] = features.mean(1)
+            if pixels is not None:
+                item.signals["patch_pixels"] = pixels[at.number].to(features.device)
             out.append(PromptItem(at.sample, at.rows, at.start, at.end, item, marks=marks))
         return out
+
+    def _pixels(self, seen: Seen, shapes: list[tuple[int, int, int]]) -> list[Tensor]:
+        """Signal "patch_pixels" of each image or video."""
+        layout = self._layout()
+        cells = layout.cells(seen.arguments[f"pixel_values{'_videos' * (seen.kind == 'video')}"], shapes)
+        mean, scale = (torch.tensor(part)[:, None] for part in (layout.mean, layout.scale))
+        frames = [torch.stack([one.values.flatten(0, 1) for one in own]) for own in cells]
+        return [(part * scale.to(part) + mean.to(part)).flatten(2) for part in frames]
 
     def _marks(self, ids: Tensor, at: ItemRows) -> Tensor | None:
         """Rows of the tokens that Qwen3-VL's prompts have around each frame of a video; other models mark the whole."""
