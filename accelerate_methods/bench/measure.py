@@ -168,8 +168,7 @@ class Bench:
         side = tower.image_size
         if state is not None and state.pipeline.sample is not None:
             side = state.pipeline.sample.input_side(side, tower.hub_config.patch_size)
-        layers = tower._layers_to_run()
-        macs = flops.tower_macs(views, tower.hub_config, layers, tower.special_tokens, side)
+        macs = tower.macs(views, side)
         tokens = views * (side // tower.hub_config.patch_size) ** 2
         if state is not None and state.acts_on_views(self.inputs.modality):
             tokens = visual_tokens * self.inputs.batch  # only what stays is projected

@@ -17,6 +17,7 @@ from transformers import CLIPVisionModel, SiglipVisionModel
 from accelerate_methods.engine.devices import computes_on, own_weights
 from accelerate_methods.engine.encoder_attention import Encoded, asked_layers, signals_of_layers
 from accelerate_methods.engine.encoder_blocks import run_clip
+from accelerate_methods.engine.flops import tower_macs
 from accelerate_methods.hosts.tower_files import TowerError, VisionConfig, tower_config, tower_file, tower_weights
 from accelerate_methods.stages.encode import EncodeMethod
 
@@ -191,6 +192,10 @@ class VisionTower(nn.Module):
     def num_blocks(self) -> int:
         """Encoder layers that run."""
         return self._layers_to_run()
+
+    def macs(self, views: int, side: int | None = None) -> int:
+        """Multiply-accumulates for so many views, of ``side`` pixels instead of the tower's own."""
+        return tower_macs(views, self.hub_config, self.num_blocks, self.special_tokens, side)
 
     @property
     def num_patches_per_side(self) -> int:

@@ -9,6 +9,7 @@ import torch
 from accelerate import cpu_offload
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from accelerate_methods import MethodError, accelerate, record
 from accelerate_methods.hosts.tower_files import TowerError
@@ -64,6 +65,14 @@ def test_the_encoder_of_released_checkpoints():
         maps = encoder(torch.empty(1, 3, 1024, 1024))
     own = sum(value.numel() for name, value in encoder.named_parameters() if not name.startswith("head."))
     assert maps.shape == (1, 3072, 16, 16) and own == 122_714_208
+
+
+def test_the_work_of_the_encoder(model):
+    tower = model.get_vision_tower()
+    for side in (None, 128):
+        with FlopCounterMode(display=False) as counter:
+            tower(pictures(3, side or 256))
+        assert tower.macs(3, side) == counter.get_total_flops() // 2
 
 
 def test_statistics_stay_those_of_the_checkpoint_in_training():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from accelerate_methods.engine.encoder_attention import Encoded
+from accelerate_methods.engine.flops import MacCounter
 from accelerate_methods.hosts.tower_files import TowerError
 from llava.image_processing import clip_image_processor
 from llava.model.architectures.fastvlm.fastvithd import FastViTHD, FastViTHDConfig
@@ -63,6 +64,14 @@ class FastViTHDTower(VisionTower):
 
     def signals(self, encoded: Encoded, names: Collection[str]) -> dict[str, Tensor]:
         return {}
+
+    def macs(self, views: int, side: int | None = None) -> int:
+        counter = MacCounter()
+        with torch.device("meta"):
+            twin, pixels = FastViTHD(self.config), torch.empty(1, 3, *[side or self.image_size] * 2)
+        with torch.no_grad(), counter.counting():
+            twin(pixels)
+        return views * counter.macs
 
     @property
     def dtype(self) -> torch.dtype:
