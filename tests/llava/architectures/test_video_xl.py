@@ -357,6 +357,11 @@ def test_prompts_that_cannot_be_answered(model):
             call(torch.tensor([[1, IMAGE, 2]]), **asked, past_key_values=out.past_key_values.__class__())
 
 
+def test_embeddings_that_hide_a_video_are_not_offered(model):
+    with pytest.raises(NotImplementedError, match="give ids and images"):
+        model.prepare_inputs_labels_for_multimodal(IDS, None, MASK, None, None, [clip(1)], ["video"])
+
+
 def test_what_counts_for_the_context_is_what_stays(model, monkeypatch):
     monkeypatch.setattr(model.config, "tokenizer_model_max_length", 100)
     monkeypatch.setattr(model.config, "on_long_prompt", "error", raising=False)
@@ -375,6 +380,7 @@ def test_what_counts_for_the_context_is_what_stays(model, monkeypatch):
         {"beacon_param": ["q", "mlp"]},
         {"beacon_ratio_mix": "join"},
         {"beacon_parallel_window": 2},
+        {"use_sliding_window": True, "max_window_layers": 1},
     ],
 )
 def test_settings_that_mean_something_else_are_refused(tmp_path, keys):

@@ -127,6 +127,10 @@ class SummaryCache(DynamicCache):
     def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         self.padding = None if self.padding is None else change(self.padding)
 
+    def reset(self) -> None:
+        super().reset()
+        self.padding = None
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         self._change_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))

@@ -38,6 +38,7 @@ from llava.model.architectures.video_xl.windows import (
     pieces_of,
     summaries_of,
 )
+from llava.model.checkpoint import CheckpointError
 from llava.model.language_model.llava_qwen import LlavaQwenForCausalLM
 from llava.model.splice import Prompts, Spliced, beside_text, splice_prompts
 from llava.model.vision import has_images
@@ -98,6 +99,8 @@ class VideoXLForCausalLM(LlavaQwenForCausalLM):
     def __init__(self, config: VideoXLConfig):
         super(Qwen2ForCausalLM, self).__init__(config)
         Settings.of(config)  # refuses what is not supported
+        if "sliding_attention" in config.layer_types:
+            raise CheckpointError("config.use_sliding_window: summary tokens must stay in reach; it is not supported.")
         self.build(config, VideoXLModel)
 
     # -- visual tokens -----------------------------------------------------------------------------------------------
@@ -179,6 +182,10 @@ class VideoXLForCausalLM(LlavaQwenForCausalLM):
         for sample, pieces in zip([] if request is None else request.samples, spliced.pieces, strict=False):
             sample.prefill_macs = pieces_macs([(p.rows + p.summaries, p.cached) for p in pieces], self.config)
         return spliced
+
+    def prepare_inputs_labels_for_multimodal(self, *args: Any, **kwargs: Any):
+        """Not offered: embeddings do not say where a video stands, and would be read without windows."""
+        raise NotImplementedError("Video-XL reads prompts in windows: give ids and images to forward or generate.")
 
     def generate(self, *args: Any, beacon_ratio: Any = None, **kwargs: Any):
         """As for every model of the tree; ``beacon_skip_first`` and ``beacon_skip_last`` of the official scripts say
