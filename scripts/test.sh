@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Set up the environment and run all tests, several files at a time. Arguments go to pytest:
-# `bash scripts/test.sh -k fastvid`; `-n 0` runs everything in one process, `-n 8` in eight.
-source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
+# `bash scripts/test.sh -k fastvid`; `-n 0` runs everything in one process, `-n 8` in eight. Without arguments the tests
+# that need vLLM follow, in an environment of their own (scripts/lib/vllm.sh); `-m engine tests/hosts/vllm` are those.
+source "$(dirname "${BASH_SOURCE[0]}")/lib/vllm.sh"
 ensure_env
 cd "$ROOT"
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -11,4 +12,16 @@ if "$PY" -c 'import xdist' 2>/dev/null; then  # an interpreter of your own (PYTH
     workers=(-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 fi
-exec "$PY" -m pytest ${workers[@]+"${workers[@]}"} "$@"
+status=0
+if [[ "$*" != *"-m engine"* ]]; then
+    "$PY" -m pytest ${workers[@]+"${workers[@]}"} "$@" || status=$?
+    [[ $# -eq 0 ]] || exit "$status" # a choice of tests
+    set -- -m engine tests/hosts/vllm
+fi
+if ensure_vllm; then
+    vllm_environment
+    "$VLLM_PY" -m pytest -n 0 "$@" || status=$?
+else
+    say "SKIPPED: tests of the vLLM plugin, because $VLLM_WHY"
+fi
+exit "$status"
