@@ -27,12 +27,14 @@ class GuidedSigLipTower(SigLipVisionTower):
         self.guided = mode_of(getattr(args, "use_guide", None)) != "off"
         self.tokens: TextTokens | None = None
         super().__init__(name, args, delay_load, checkpoint)
-        if not isinstance(self.hub_config, SiglipVisionConfig):
-            raise TowerError(f"HICom with the tower {name!r} is not supported: released is a model with SigLIP.")
         if self.select_feature != "patch":
             raise TowerError(f"mm_vision_select_feature {self.select_feature!r}: SigLIP has patches only ('patch').")
 
     def _used_config(self, config: VisionConfig) -> VisionConfig:
+        if not isinstance(config, SiglipVisionConfig):
+            raise TowerError(
+                f"HICom with the tower {self.vision_tower_name!r} is not supported: released is a model with SigLIP."
+            )
         used = type(config).from_dict(config.to_dict())
         used.vision_use_head = True
         return used
