@@ -11,7 +11,7 @@ All rules, and the faults of the official code: docs/methods/pixelprune.md.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -23,7 +23,7 @@ from accelerate_methods.stages.fields import choice, flag, integer, real
 from accelerate_methods.stages.pixels import PixelCells, PixelMethod
 
 _TOGETHER = 1 << 18  # values that are compared at a time, so that differences stay in the cache
-_RUN = 16  # cells that a run is compared with at a time
+_RUN = 16  # tokens that are compared with the beginning of their run at a time, at most
 
 
 @register("pixelprune")
@@ -69,7 +69,7 @@ class PixelPrune(PixelMethod):
             cells = PixelCells(cells.values.cpu().float(), cells.scale)
         alike = Alike(cells, "exact" if exact else self.metric, self.threshold)
         if self.scan == "pred_2d":
-            left, above = alike.neighbours()
+            left, above = alike.left(), alike.above()
             if exact or not self.anchored:
                 return predicted(left, above)
             return predicted_anchored(alike, left, above)
@@ -77,53 +77,61 @@ class PixelPrune(PixelMethod):
         if self.scan == "serpentine":
             order[1::2] = order[1::2].flip(1)
         order = order.flatten()
-        kept = torch.ones(rows * columns, dtype=torch.bool, device=order.device)
-        kept[order[1:]] = ~alike(order[1:], order[:-1])  # to be like the last one kept is to be like the one before
-        if not exact:
-            kept[order] = in_runs(alike, order, kept[order])
-        return kept.view(rows, columns)
+        changes = differs_from_before(alike, order)
+        # exactly like the last one that stays is exactly like the one before
+        stays = changes if exact else in_runs(alike, order, changes)
+        return torch.empty_like(stays).index_copy_(0, order, stays).view(rows, columns)
 
 
 class Alike:
     """Whether tokens of an image resemble each other.
 
     Args:
-        metric: as in :class:`PixelPrune`; "exact" compares without arithmetic.
-        threshold: largest difference of two tokens that are alike.
+        metric: as in :class:`PixelPrune`; threshold: largest difference of two tokens that are alike.
     """
 
     def __init__(self, cells: PixelCells, metric: str, threshold: float):
-        self._cells, self._threshold = cells, threshold
-        self.grid = cells.grid
+        metric, self._threshold = ("max", 0.0) if metric == "exact" else (metric, threshold)
+        self._cells, self.grid = cells, cells.grid
+        #: the host looks at one patch's first channel before it fetches the others
+        self._peeks = metric == "max" and cells.values.device.type == "cpu"
         self._values = cells.values.flatten(0, 1)
         self._scale = torch.tensor(cells.scale, device=cells.values.device)
         self._test: Callable[[Tensor, Tensor], Tensor] = getattr(self, f"_{metric}")
 
     def __call__(self, first: Tensor, second: Tensor) -> Tensor:
         """[K] bool of tokens by their raster numbers [K]."""
-        parts = zip(first.split(self._step), second.split(self._step), strict=True)
-        found = [self._test(self._values[one], self._values[other]) for one, other in parts]
-        return torch.cat(found) if found else first.bool()
+        if not self._peeks or len(first) < 2:
+            return self._test(self._values[first], self._values[second])
+        corner = self._values[:, 0, 0]
+        found = (corner[first] - corner[second]).abs_().amax(-1) * self._scale[0] <= self._threshold
+        near = found.nonzero().squeeze(1)
+        found[near] = self._test(self._values[first[near]], self._values[second[near]])
+        return found
 
-    def neighbours(self) -> tuple[Tensor, Tensor]:
-        """[R, C] bool each: like the token to the left, and like the one above; False where there is none."""
-        values = self._cells.values
-        left, above = (torch.zeros(self.grid, dtype=torch.bool, device=values.device) for _ in range(2))
-        step = max(1, self._step // self.grid[1])
-        for row in range(0, self.grid[0], step):  # a few rows at a time
-            here = values[row : row + step]
-            left[row : row + step, 1:] = self._test(here[:, 1:], here[:, :-1])
-            top = max(row, 1)
-            below = values[top : row + step]
-            above[top : row + step] = self._test(below, values[top - 1 : top - 1 + len(below)])
-        return left, above
+    def left(self) -> Tensor:
+        """[R, C] whether each token is like the one to the left; False where there is none."""
+        values, found = self._cells.values, self._nowhere()
+        for rows in self._together():
+            found[rows, 1:] = self._test(values[rows, 1:], values[rows, :-1])
+        return found
 
-    @property
-    def _step(self) -> int:
-        return max(1, _TOGETHER // max(1, self._values[0].numel()))
+    def above(self) -> Tensor:
+        """[R, C] whether each token is like the one above; False where there is none."""
+        values, found = self._cells.values, self._nowhere()
+        for rows in self._together():
+            rows = slice(max(rows.start, 1), rows.stop)
+            found[rows] = self._test(values[rows], values[rows.start - 1 : rows.stop - 1])
+        return found
 
-    def _exact(self, one: Tensor, other: Tensor) -> Tensor:
-        return (one == other).flatten(-3).all(-1)
+    def _nowhere(self) -> Tensor:
+        return torch.zeros(self.grid, dtype=torch.bool, device=self._values.device)
+
+    def _together(self) -> Iterator[slice]:
+        """A few rows at a time."""
+        step = max(1, _TOGETHER // (self._cells.values[0].numel() or 1))
+        for row in range(0, self.grid[0], step):
+            yield slice(row, min(row + step, self.grid[0]))
 
     def _max(self, one: Tensor, other: Tensor) -> Tensor:
         return ((one - other).abs_().amax((-1, -3)) * self._scale).amax(-1) <= self._threshold
@@ -185,6 +193,20 @@ def _rebuilt(alike: Alike, one: Tensor, other: Tensor, own: Tensor, known: Tenso
     return found
 
 
+def differs_from_before(alike: Alike, order: Tensor) -> Tensor:
+    """[N] bool: whether each token in ``order`` differs from the one before it, the first as if it did.
+
+    Args:
+        order: [N] rows one after the other, forwards or backwards.
+    """
+    before, here, columns = order[:-1], order[1:], alike.grid[1]
+    same = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+    same[1:] = alike.left().flatten()[torch.maximum(before, here)]
+    turns = torch.arange(columns, len(order), columns, device=order.device)
+    same[turns] = alike(order[turns - 1], order[turns])
+    return ~same
+
+
 def in_runs(alike: Alike, order: Tensor, changes: Tensor) -> Tensor:
     """[N] bool: which of the tokens in ``order`` stay, each compared with the last one that did.
 
@@ -193,17 +215,17 @@ def in_runs(alike: Alike, order: Tensor, changes: Tensor) -> Tensor:
     """
     changed, total = changes.tolist(), len(order)
     kept, at = [True] + [False] * (total - 1), 1
-    anchor = 0
+    anchor, ahead = 0, 1
     while at < total:
         if anchor == at - 1:  # known already
             kept[at] = changed[at]
-            anchor = at if changed[at] else anchor
+            anchor, ahead = at if changed[at] else anchor, 1
             at += 1
             continue
-        run = order[at : at + _RUN]
+        run = order[at : at + ahead]
         same = alike(run, order[anchor].expand_as(run)).tolist()
         length = same.index(False) if False in same else len(same)
-        at += length
+        at, ahead = at + length, min(2 * ahead, _RUN)
         if length < len(same):
             kept[at], anchor, at = True, at, at + 1
     return torch.tensor(kept)
