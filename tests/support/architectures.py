@@ -32,8 +32,43 @@ def _video_xl(folder: Path) -> None:
     _with_qwens_tokenizer(GOLDEN / "video_xl" / "tiny_videoxl", folder)
 
 
+def _llava_mini(folder: Path) -> None:
+    """With a chat template, which its prompts are made by."""
+    _with_llavas_tokenizer_and_tower(CHECKPOINTS / "tiny-llava-mini", folder)
+    path = folder / "tokenizer_config.json"
+    turns = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": turns}))
+
+
+def _voco_llama(folder: Path) -> None:
+    shutil.copytree(CHECKPOINTS / "tiny-voco-llama", folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text()) | {"mm_vision_tower": str(_LLAVA / "vision_tower")}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _llama_vid(folder: Path) -> None:
+    """With Vicuna's tokenizer; tower and BERT's vocabulary are in the golden checkpoint."""
+    shutil.copytree(CHECKPOINTS / "tiny-llama-vid", folder, dirs_exist_ok=True)
+    for path in _LLAVA.glob("*token*"):
+        shutil.copy(path, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"eva_heads": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _flashsloth(folder: Path) -> None:
+    _with_qwens_tokenizer(GOLDEN / "flashsloth" / "tiny_flashsloth", folder)
+
+
 #: file of the architecture -> what writes its checkpoint into an empty folder
-TINY: dict[str, Callable[[Path], None]] = {"mqt": _mqt, "fastvlm": _fastvlm, "video_xl": _video_xl}
+TINY: dict[str, Callable[[Path], None]] = {
+    "mqt": _mqt,
+    "fastvlm": _fastvlm,
+    "video_xl": _video_xl,
+    "llava_mini": _llava_mini,
+    "voco_llama": _voco_llama,
+    "llama_vid": _llama_vid,
+    "flashsloth": _flashsloth,
+}
 
 
 def tiny_checkpoint(file: str, folder: Path) -> Path:
@@ -60,9 +95,9 @@ def _with_qwens_tokenizer(source: Path, folder: Path) -> None:
         shutil.copy(_ONEVISION / name, folder)
     words = len(load_tokenizer(folder, None))
     weights = load_file(folder / "model.safetensors")
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+    for name in {"model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"} & set(weights):
         own = weights[name][:words]
-        weights[name] = torch.cat([own, own[:1].expand(words - len(own), -1)])
+        weights[name] = torch.cat([own, own[:1].expand(words - len(own), *own.shape[1:])])
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text("utf-8")) | {"vocab_size": words}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")

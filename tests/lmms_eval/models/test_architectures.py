@@ -88,10 +88,12 @@ def test_answers_and_costs_of_images_videos_and_text(mqt, folder):
     [
         ("fastvlm", "", {"image": 16, "images": 32, "video": 64}),
         ("video_xl", ",beacon_ratio=8", {"image": 288, "images": 576, "video": 576}),
+        ("llama_vid", ",fps=1000", {"image": 2, "images": 4, "video": 8}),
+        ("flashsloth", "", {"image": 81, "images": 162}),
     ],
 )
 def test_other_architectures_answer_alike_in_batches(file, more, tokens, folder, tmp_path):
-    args = f"pretrained={tiny_checkpoint(file, tmp_path)},max_frames_num=4{more}"
+    args = f"pretrained={tiny_checkpoint(file, tmp_path)}{',max_frames_num=4' * ('video' in tokens)}{more}"
     tasks = [*tokens, "text"]
     single = evaluate(file, [*tasks, "choice_image"], folder, model_args=args)
     batched = evaluate(file, tasks, folder, model_args=args, batch_size=3)
