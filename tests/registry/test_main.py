@@ -14,7 +14,7 @@ import accelerate_methods
 from accelerate_methods import __main__ as command
 from accelerate_methods.registry import available, names, register
 from accelerate_methods.registry.compatibility import why_not
-from accelerate_methods.registry.families import FAMILIES
+from accelerate_methods.registry.families import families
 from accelerate_methods.registry.models import families_of
 from accelerate_methods.registry.names import method_class
 from accelerate_methods.stages.compress import CompressMethod
@@ -66,7 +66,7 @@ def test_list_has_every_method_with_its_models(capsys):
         assert title == method.title + (" (baseline)" if method.baseline else "")
         assert stages.split(", ") == list(method.class_stages())
         assert modalities.split(", ") == sorted(f"{m}s" for m in method.modalities)
-        assert models == [", ".join(f.name for f in FAMILIES if why_not(method, f) is None)]
+        assert models == [", ".join(f.name for f in families() if why_not(method, f) is None)]
     baselines = [method_class(line.split()[0]).baseline for line in lines[1:] if line]
     assert baselines == sorted(baselines)  # behind the methods
 
@@ -77,7 +77,7 @@ def test_show_has_everything_that_a_user_can_set(name, capsys):
     assert text.startswith(method.title)
     for field in method.parameters():
         assert re.search(rf"^{field} ", text, re.MULTILINE)
-    for said in (method.paper, method.code, method.licence, *(f.name for f in FAMILIES)):
+    for said in (method.paper, method.code, method.licence, *(f.name for f in families())):
         assert said in text
     for path in (ROOT / "configs" / name).glob("*.yaml"):
         assert f"{name}/{path.stem}" in text
