@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Tokenizer
 
 from accelerate_methods import MethodError, accelerate, record
+from accelerate_methods.engine.recording import ItemRecord, SampleRecord
 from llava.conversation import conv_templates
 from llava.model.architectures import architecture_of
 from llava.model.architectures.flashsloth import LAYER, QUERIES, FlashSlothForCausalLM
@@ -324,6 +326,18 @@ def test_methods_in_front_of_the_queries_and_behind_them(model):
     (sample,) = requests[0].samples
     assert (sample.visual_tokens_before, sample.visual_tokens_after) == (81, 40) and model.own_macs(sample) > 0
     assert requests[0].layer_lengths(0)[:3] == [91, 91, 71]
+
+
+def test_the_work_of_pooling_and_queries_is_what_torch_counts(model):
+    words = 7
+    sample = SampleRecord(items=[ItemRecord("image", 162, 162)], dense_length=162 + QUERIES + words)
+    features, decoder = torch.randn(2, 729, 32), model.get_model()
+    with FlopCounterMode(display=False) as counter:
+        model.project(features)
+        decoder.lqformer(
+            torch.randn(1, 9, 40), features.view(1, -1, 32), torch.randn(1, words, 40), torch.ones(1, words)
+        )
+    assert model.own_macs(sample) == pytest.approx(counter.get_total_flops() // 2, rel=0.01)  # the weighted sums
 
 
 def test_a_cut_in_front_of_the_queries_leaves_a_batch_as_its_samples(model):

@@ -7,8 +7,10 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from accelerate_methods import MethodError, accelerate, record
+from accelerate_methods.engine.recording import ItemRecord, SampleRecord
 from accelerate_methods.hosts.tower_files import TowerError
 from llava.model.architectures import architecture_of, llama_vid
 from llava.model.architectures.llama_vid import LlamaVidForCausalLM
@@ -362,6 +364,17 @@ def test_methods_inside_the_llm_and_on_tokens(model):
     assert requests[0].layer_lengths(0) == [13, 8, 8, 8] and model.own_macs(sample) > 0
     with accelerate(model, "streamingllm"):
         assert model.generate(ids, **asked).shape == dense.shape
+
+
+@pytest.mark.parametrize("kind", ["mean", "grid:4", None])
+def test_the_work_of_the_q_former_is_what_torch_counts(kind):
+    model, words = load(compress_type=kind).requires_grad_(False), 7
+    tokens = 1 + content_cells(kind, 256)
+    sample = SampleRecord(items=[ItemRecord("video", 3 * tokens, 3 * tokens)], dense_length=3 * tokens + words)
+    features = model.get_vision_tower()(pixels(3))
+    with FlopCounterMode(display=False) as counter:
+        model.get_model().look_for(features, [0] * 3, torch.ones(1, words, dtype=torch.long), None)
+    assert model.own_macs(sample) == counter.get_total_flops() // 2
 
 
 @pytest.mark.parametrize(("method", "says"), [("fastervlm", "cls_attention"), ("downsample", "sample stage")])
