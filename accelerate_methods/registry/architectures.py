@@ -64,6 +64,7 @@ class Architecture(ModelFamily):
         tokens: visual tokens that reach the language model, per image (per frame, per video), a phrase for tables.
         template: conversation of its prompts, a name in ``llava.conversation``.
         arguments: what a user chooses at run time.
+        levels: values of run parameters that the paper's tables have, for scripts (``METHODS=levels``).
         frames: of a video, unless the user says otherwise (``max_frames_num``).
         bench: name of its shape in the bench (``bench/architecture_shapes.py``); "" without one.
     """
@@ -78,6 +79,7 @@ class Architecture(ModelFamily):
     tokens: str
     template: str
     arguments: tuple[Argument, ...] = ()
+    levels: tuple[dict[str, Any], ...] = ()
     frames: int = 32
     stock_model: str = "llava"
     chat: bool = False
@@ -104,6 +106,7 @@ MQT = Architecture(
     weights_licence="that of Vicuna-7B v1.5 (Llama 2 community licence)",
     tokens="1 to 256 per image or frame, as asked; 256 by default",
     template="vicuna_v1",
+    levels=tuple({"num_visual_tokens": count} for count in (2, 16, 36, 64, 144)),
     frames=8,  # at 256 tokens each they fill half of Vicuna's context
     # the tokens are those of queries: no patch has a place among them, so no signal over patches and no encode stage
     signals=_NONE,

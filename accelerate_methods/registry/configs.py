@@ -67,11 +67,15 @@ def read_model(name: str) -> dict[str, Any]:
 def read_config(spec: str | Path) -> dict[str, Any]:
     """The whole config file as a mapping, its ``model:`` section complete (whether it names a model or describes one).
 
+    "models/llava_onevision" is a config without a method.
+
     Raises:
         UnknownNameError: no such file or model, or a key that the model's file does not have.
         MethodError: the file is no mapping.
     """
     content = written_config(spec)
+    if config_path(spec).parent == CONFIG_DIR / "models":
+        content = {"model": config_path(spec).stem}
     if content.get("model") is not None:
         content["model"] = _model_section(content["model"], str(config_path(spec)))
     return content

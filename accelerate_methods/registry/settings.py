@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from accelerate_methods.registry import compatibility
+from accelerate_methods.registry.architectures import architecture_named
 from accelerate_methods.registry.names import available, method_class
 from accelerate_methods.registry.pipeline import resolve
 from accelerate_methods.stages.errors import MethodError
@@ -20,7 +21,10 @@ _WORD = re.compile(r"([^\s,@()]+)(?:@([^\s,()]+))?(?:\(([^()]*)\))?")
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One run: a method (None: dense) with the parameters that differ from those of its config."""
+    """One run: a method (None: dense) with the parameters that differ from those of its config.
+
+    A trained architecture has dense runs with parameters: its own run parameters.
+    """
 
     method: str | None = None
     params: tuple[tuple[str, Any], ...] = ()
@@ -35,7 +39,7 @@ class Setting:
     def label(self) -> str:
         """Name in tables."""
         if self.method is None:
-            return DENSE
+            return f"{DENSE}({','.join(f'{name}={value}' for name, value in self.params)})" if self.params else DENSE
         if [name for name, _ in self.params] == ["retention_ratio"]:
             return f"{self.method}@{self.params[0][1]:g}"
         given = ",".join(f"{name}={value}" for name, value in self.params)
@@ -59,11 +63,13 @@ def settings_of(
 
     ========================  ======================================================================================
     ``dense``                 no method
+    ``dense(tokens=64)``      no method, with these run parameters of a trained architecture
     ``fastvid``               the method at ``retention``, or as its config says if it has no free budget
     ``fastvid@0.25``          at this retention ratio
     ``dycoke(k=0.3,p=0.7)``   with these parameters
     ``visionzip+fastv``       a combination, with the defaults of its methods or with ``(fastv.k=3)``
-    ``levels``                the method of ``config`` at every level that the config lists
+    ``levels``                the method of ``config`` at every level that the config lists; of a trained
+                              architecture without one, its own run parameters at every level of its entry
     ``all``, ``all@0.1``      dense and every method, at ``retention`` or at this ratio
     ========================  ======================================================================================
 
@@ -101,6 +107,10 @@ class _Word:
     params: dict[str, Any]
 
     def settings(self, retention: float, config: Mapping[str, Any], family: str, asked: float | None) -> list[Setting]:
+        entry = architecture_named(family)
+        if self.name == DENSE and entry is not None and self.ratio is None:
+            given = {name: entry.argument(name).checked(entry.name, value) for name, value in self.params.items()}
+            return [Setting(None, tuple(given.items()))]
         if self.name in (DENSE, "levels", "all"):
             self._refuse_what_means_nothing()
         share = retention if asked is None else asked
@@ -111,6 +121,8 @@ class _Word:
             fit = [method for method in available() if compatibility.runs_on(method, family)]
             return [Setting(), *(_at(method, share) for method in fit)]
         if self.name == "levels":
+            if entry is not None and config.get("method") is None:
+                return [Setting(), *(Setting(None, tuple(level.items())) for level in entry.levels)]
             if "method" not in config:
                 raise MethodError("'levels' are those of a config, and none is given; name methods instead.")
             return [Setting(), *(Setting.of(config["method"], **level) for level in config.get("levels") or [{}])]

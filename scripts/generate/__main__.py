@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 #: in the first lines of a file that nobody should edit
 MARK = "Made by `python scripts/generate`"
 #: where files with that mark may lie; one that no generator makes any more is stale
-MARKED = ("scripts/eval/*.sh", "docs/**/*.md")
+MARKED = ("scripts/eval/*.sh", "docs/**/*.md", "configs/models/*.yaml")
 
 
 def generated() -> dict[Path, str]:

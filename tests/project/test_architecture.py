@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from accelerate_methods.registry.architectures import ARCHITECTURES
 from accelerate_methods.registry.names import built_in
 from tests.support.paths import ROOT
 from tests.support.source_tree import PACKAGES, Source, circles, imports, sources, words
 
 #: every method of this project -> the module of its file
 METHODS = built_in()
+ARCHITECTURE_IDS = {entry.key for entry in ARCHITECTURES}
 METHOD_FILES = {module.rpartition(".")[2] for module in METHODS.values()}
 #: methods with a file of their own; baselines.py holds several and needs no page, golden folder or scripts
 NAMED = sorted(name for name, module in METHODS.items() if not module.endswith(".baselines"))
@@ -163,7 +165,8 @@ def test_nothing_is_called_after_a_method_that_is_not_there():
     configs = {p.name for p in (ROOT / "configs").iterdir() if p.is_dir()} - {"models", "reproduce"}
     assert configs <= set(METHODS), f"configs has folders of no method: {sorted(configs - set(METHODS))}"
     for script in (ROOT / "scripts" / "eval").glob("*.sh"):
-        assert script.stem.startswith(tuple(f"{m}_" for m in METHODS)), f"{script.name}: call it <method>_<model>.sh"
+        known = script.stem.startswith(tuple(f"{m}_" for m in METHODS)) or script.stem in ARCHITECTURE_IDS
+        assert known, f"{script.name}: call it <method>_<model>.sh, or as the model id of an architecture"
 
 
 @pytest.mark.parametrize("name", ["Encoded", "Plan", "Row", "Selection"])

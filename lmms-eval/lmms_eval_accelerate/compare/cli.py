@@ -131,6 +131,8 @@ def _settings(args: argparse.Namespace, comparison: Comparison) -> list[Setting]
     config = read_config(args.config)
     own = (config.get("params") or {}).get("retention_ratio")
     retention = 0.1 if own is None else own
+    if config.get("method") is None:  # a trained architecture, at the levels of its own parameters
+        return settings_of(args.methods or "levels", retention, config, comparison.family, args.retention_ratio)
     default = EMBEDDED_METHODS if has_budget(config["method"]) else EMBEDDED_METHODS_FIXED
     default = default if args.pretrained is None else "dense {method}"
     words = default.format(method=config["method"]) if args.methods is None else args.methods
@@ -160,7 +162,7 @@ def _pictures(
     if video is None and args.pretrained is None:
         video = embedded.CLIPS / "0000.mp4"
     config = read_config(args.config)
-    of_config = [s for s in settings if s.method == config["method"]]
+    of_config = [s for s in settings if s.method is not None and s.method == config.get("method")]
     usual = [s for s in of_config if dict(s.params).items() <= (config.get("params") or {}).items()]
     drawn = next(iter(usual or of_config), None)
     if video is not None and drawn is not None:

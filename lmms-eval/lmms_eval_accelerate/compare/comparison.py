@@ -16,7 +16,7 @@ from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from lmms_eval_accelerate import WORK, embedded
 from lmms_eval_accelerate.benchmarks.contents import task_facts
 from lmms_eval_accelerate.benchmarks.task_names import checked_tasks
-from lmms_eval_accelerate.manifest import any_method
+from lmms_eval_accelerate.manifest import TRAINED, any_method
 from lmms_eval_accelerate.models.arguments import COMMON, HF, Arguments, names_of, parse
 from lmms_eval_accelerate.runs.files import COMPARISON_PLAN, read_json, write_json
 from lmms_eval_accelerate.runs.fingerprint import checkpoint_facts, code_hash, versions
@@ -84,7 +84,7 @@ class Comparison:
                 arguments |= {"method": setting.method, **_replaced(setting, read_config(config).get("params") or {})}
             else:
                 arguments |= {"config": config, **self._not_from(config)}
-            arguments |= dict(setting.params)
+        arguments |= dict(setting.params)
         return any_method(self.family), arguments
 
     def _of_another_model(self, config: str) -> bool:
@@ -109,7 +109,7 @@ class Comparison:
     def config_of(self, method: str) -> str | None:
         """The config that holds a method's parameters for this model, or None: then its defaults."""
         own = config_path(self.config)
-        if not own.is_relative_to(CONFIG_DIR) and read_config(own)["method"] == method:
+        if not own.is_relative_to(CONFIG_DIR) and read_config(own).get("method") == method:
             return str(own.resolve())  # a file of the user's own
         model = Path(self.config).name
         names = [EMBEDDED_CONFIG, model, EMBEDDED_FAMILY] if self.pretrained == str(embedded.MODEL) else [model]
@@ -183,14 +183,14 @@ def comparison_of(wanted: Wanted) -> Comparison:
         MethodError: files of the embedded model or tasks are missing.
     """
     config = read_config(wanted.config)
-    for key in ("method", "model"):
+    model = config.get("model") or {}
+    for key in ("model",) if model.get("family") in TRAINED else ("method", "model"):
         if not config.get(key):
             raise MethodError(f"config {wanted.config} has no {key!r}, and a comparison needs it.")
-    model = config["model"]
     if model.get("family") not in keys():
         raise UnknownNameError(f"family of config {wanted.config}:", str(model.get("family")), keys())
     tasks, model_args = wanted.tasks, dict(wanted.model_args)
-    if wanted.pretrained is None and model["family"] == "hf":
+    if wanted.pretrained is None and model["family"] in (TRAINED | {"hf"}):
         raise NoCheckpointError(f"{wanted.config} needs a checkpoint, e.g. PRETRAINED={model['pretrained']}.")
     if wanted.pretrained is None:
         embedded.require_model()

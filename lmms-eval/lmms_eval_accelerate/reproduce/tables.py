@@ -201,13 +201,16 @@ def _method(content: Mapping[str, Any], not_run: bool, where: str) -> tuple[str 
 
 
 def _arguments(content: Mapping[str, Any], part: Part, where: str) -> dict[str, Any]:
-    """Run parameters of a row; of trained architectures only, what others are told belongs to the whole part."""
+    """Run parameters of a row, and ``max_frames_num``; of trained architectures only, what others are told belongs to
+    the whole part."""
     given = _mapping(content.get("arguments", {}), None, f"{where}: arguments")
     entry = architecture_named(str(part.family))
     if given and entry is None:
         raise TableError(f"{where}: arguments are run parameters of a trained architecture; {part.family} has none.")
+    frames = {name: given[name] for name in ("max_frames_num",) if name in given and "video" in entry.modalities}
+    own = {name: value for name, value in given.items() if name not in frames}
     try:
-        return {name: entry.argument(name).checked(entry.name, value) for name, value in given.items()}
+        return {**frames, **{name: entry.argument(name).checked(entry.name, value) for name, value in own.items()}}
     except MethodError as error:
         raise TableError(f"{where}: {error}") from error
 

@@ -88,6 +88,8 @@ def test_answers_and_costs_of_images_videos_and_text(mqt, folder):
     [
         ("fastvlm", "", {"image": 16, "images": 32, "video": 64}),
         ("video_xl", ",beacon_ratio=8", {"image": 288, "images": 576, "video": 576}),
+        ("llava_mini", "", {"image": 1, "images": 2}),
+        ("voco_llama", ",num_voco=3", {"image": 576, "images": 1152, "video": 2304}),
         ("llama_vid", ",fps=1000", {"image": 2, "images": 4, "video": 8}),
         ("flashsloth", "", {"image": 81, "images": 162}),
     ],
@@ -101,6 +103,14 @@ def test_other_architectures_answer_alike_in_batches(file, more, tokens, folder,
     for task, count in {**tokens, "text": 0}.items():
         for cost in lines(single, task):
             assert cost["visual_tokens_before"] == count and cost["prefill_ms"] > 0 and cost["llm_tflops"] > 0
+
+
+def test_a_rule_of_its_own_chooses_the_frames(folder, tmp_path):
+    args = f"pretrained={tiny_checkpoint('llava_mini', tmp_path)}"
+    asked = [evaluate("llava_mini", ["video"], folder, model_args=args + more) for more in ("", ",max_frames_num=1")]
+    tokens, single = ([cost["visual_tokens_before"] for cost in lines(results, "video")] for results in asked)
+    assert len(set(tokens)) > 1 and max(tokens) < 10, "one frame for each of the few seconds of these clips"
+    assert single == [1] * len(tokens)
 
 
 def test_methods_act_on_it(mqt, folder):
@@ -128,3 +138,27 @@ def test_wrong_checkpoints_are_one_clear_error(mqt):
         load("mqt_llava", CHECKPOINTS / "tiny-llava-1.5")
     with pytest.raises(CheckpointError, match=r"is a checkpoint of MQT-LLaVA, .*run it as model mqt_llava"):
         load("llava_fastv", mqt)
+
+
+def test_compare_runs_an_architecture_at_levels_and_with_methods(mqt, folder, tmp_path):
+    from lmms_eval_accelerate.compare.cli import _settings
+    from lmms_eval_accelerate.compare.comparison import NoCheckpointError, Wanted, comparison_of
+
+    wanted = Wanted("models/mqt_llava", pretrained=str(mqt), tasks="gqa", output=tmp_path / "out")
+    comparison = comparison_of(wanted)
+
+    class Asked:
+        config, pretrained, retention_ratio, methods = "models/mqt_llava", str(mqt), None, None
+
+    labels = [setting.label for setting in _settings(Asked, comparison)]
+    assert labels[:3] == ["dense", "dense(num_visual_tokens=2)", "dense(num_visual_tokens=16)"]
+    Asked.methods = "dense(num_visual_tokens=36) random@0.5"
+    runs = [comparison.run(setting).argv for setting in _settings(Asked, comparison)]
+    assert all(argv[argv.index("--model") + 1] == "mqt_llava" for argv in runs)
+    typed = [argv[argv.index("--model_args") + 1] for argv in runs]
+    assert "num_visual_tokens=36" in typed[0] and "method=random" in typed[1] and "max_frames_num=8" in typed[0]
+    Asked.methods = "dense(num_visual_tokens=300)"
+    with pytest.raises(MethodError, match=r"num_visual_tokens=300 is outside the allowed range \[1, 256\]"):
+        _settings(Asked, comparison)
+    with pytest.raises(NoCheckpointError, match="needs a checkpoint, e.g. PRETRAINED=gordonhu/MQT-LLaVA-7b"):
+        comparison_of(Wanted("models/mqt_llava"))
