@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from accelerate_methods import MethodError, accelerate, record
 from llava.conversation import conv_templates
@@ -18,6 +19,7 @@ from llava.model.architectures.llava_mini import LlavaMiniForCausalLM, prefusion
 from llava.model.architectures.llava_mini.compressor import QueryCompressor, position_table, stitched
 from llava.model.architectures.llava_mini.media import sample_frames
 from llava.model.checkpoint import CheckpointError, load_config
+from llava.model.splice import Prompts
 from tests.support.paths import GOLDEN
 
 CHECKPOINTS = GOLDEN / "checkpoints"
@@ -351,3 +353,17 @@ def test_methods_on_tokens_and_inside_the_llm(model):
 def test_methods_that_read_patches_are_refused(model, method, says):
     with pytest.raises(MethodError, match=f"{says}.*LLaVA-Mini|LLaVA-Mini.*{says}"):
         accelerate(model, method)
+
+
+# -- work --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model", "sharp"])
+def test_the_work_of_its_modules_is_what_torch_counts(request, name):
+    model, views = request.getfixturevalue(name), 1 if name == "model" else 5
+    with record() as requests:
+        model.generate(torch.tensor([[1, IMAGE, 5, 6]]), images=[pixels(views)], max_new_tokens=1, pad_token_id=0)
+    (item,) = model.encode([pixels(views)], ["image"])
+    with FlopCounterMode(display=False) as counter:
+        model.compress([item], Prompts(torch.tensor([[1, IMAGE, 5, 6]])))
+    assert model.own_macs(requests[0].samples[0]) == counter.get_total_flops() // 2

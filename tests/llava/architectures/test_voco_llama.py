@@ -6,11 +6,14 @@ import shutil
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, LlamaModel
 
 from accelerate_methods import MethodError, accelerate, record
+from accelerate_methods.engine import recording
 from llava.model.architectures import architecture_of
 from llava.model.architectures.voco_llama import VocoLlamaForCausalLM, decoder
+from llava.model.architectures.voco_llama.cache import VocoCache
 from llava.model.architectures.voco_llama.division import visible
 from llava.model.architectures.voco_llama.model import voco_prompt
 from llava.model.builder import load_pretrained_model
@@ -324,6 +327,19 @@ def test_kept_images_fit_the_prompt_or_are_refused(model):
             model.generate(torch.tensor(ids), images=images, **ASKED)
     with pytest.raises(MethodError, match="every prompt needs <voco> tokens"):
         model.compress_images(torch.tensor([[1, IMAGE, 9]]), pixels(1))
+
+
+def test_the_work_of_a_prompt_is_what_torch_counts(model):
+    ids, video = torch.tensor([[1, IMAGE, 7, VOCO, VOCO, 9, 10]]), pixels(2)
+    asked = {"images": [video], "modalities": ["video"]}
+    (kept,) = model.compress_images(ids, **asked)
+    for images in (asked, {"images": [kept]}):
+        with record() as requests:
+            spliced = model.prepare_multimodal(ids, None, None, **images, request=recording.new_request())
+        cache = VocoCache.of(spliced.layout)
+        with FlopCounterMode(display=False) as counter:
+            model.get_model()(inputs_embeds=spliced.inputs_embeds, past_key_values=cache)
+        assert requests[0].samples[0].prefill_macs == counter.get_total_flops() // 2
 
 
 # -- videos ------------------------------------------------------------------------------------------------------------

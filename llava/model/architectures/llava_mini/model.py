@@ -16,6 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from accelerate_methods.engine import recording
 from accelerate_methods.engine.devices import moved
+from accelerate_methods.engine.flops import pieces_macs, projector_macs
+from accelerate_methods.engine.recording import SampleRecord
 from accelerate_methods.engine.sequences import VisualSequence
 from accelerate_methods.hosts.layouts import flat_item, shortened_item
 from accelerate_methods.ops.select import on_device
@@ -243,6 +245,23 @@ class LlavaMiniForCausalLM(LlavaLlamaForCausalLM):
         parts = [part for frame in squeezed(frames, side) for part in split_image(frame, ratio)]
         pixels = process_images(parts, image_processor, self.config)
         return pixels if ratio == 1 else pixels.unflatten(0, (len(frames), -1))
+
+    def own_macs(self, sample: SampleRecord, **call: Any) -> int:
+        """Of compressor, projector and pre-fusion, for every image and frame with the text of the prompt."""
+        decoder, config = self.get_model(), self.config
+        count, width = decoder.compressor.side ** 2, config.mm_hidden_size
+        frames = sum(item.tokens_before for item in sample.items) // count
+        if not frames:
+            return 0
+        ratio, patches = self._ratio(), self.get_vision_tower().num_patches
+        mapped = patches * ratio**2
+        image = mapped + (patches if ratio > 1 else 0)
+        text = sample.dense_length + len(sample.items) - sum(item.tokens_before for item in sample.items)
+        compressor = 2 * (count + mapped) * width**2 + 2 * count * mapped * width
+        projector = projector_macs(image + count, decoder.mm_projector)
+        halves = [(image + count, 0), (text, image + count)]
+        fusion = pieces_macs(halves, config) // config.num_hidden_layers * len(decoder.prefusion_layers)
+        return frames * (compressor + projector + fusion)
 
     def frame_indices(self, total: int, rate: float, **arguments: Any) -> list[int]:
         return sample_frames(total, rate, arguments.get("max_frames_num"))

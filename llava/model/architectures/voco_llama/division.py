@@ -72,6 +72,15 @@ class Division:
     last: Tensor
     positions: dict[int, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
 
+    def pieces(self, sample: int, given: int | None = None) -> list[tuple[int, int]]:
+        """What the decoder layers run for one sample: rows, and entries cached before them, of every look and of the
+        text; ``given``: entries that are kept already."""
+        text = int(self.real_text[sample].sum())
+        if self.looks is None:
+            return [(text, given or 0)]
+        looked = self.looks.real[self.looks.sample == sample].sum(1).tolist()
+        return [*((rows, 0) for rows in looked), (text, int(self.real_entries[sample].sum()))]
+
 
 @dataclasses.dataclass
 class PromptRows:

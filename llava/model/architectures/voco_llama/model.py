@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from accelerate_methods.engine import recording
 from accelerate_methods.engine.cached_keys import cached_length
 from accelerate_methods.engine.devices import computes_on, moved
+from accelerate_methods.engine.flops import pieces_macs
 from accelerate_methods.engine.prompt import PromptLayout
 from accelerate_methods.engine.sequences import VisualSequence
 from accelerate_methods.registry.architectures import architecture
@@ -98,9 +99,11 @@ class VocoLlamaForCausalLM(LlavaLlamaForCausalLM):
     ) -> Spliced:
         kept = [isinstance(image, CompressedImages) for image in images]
         if not any(kept):
-            return super().prepare_multimodal(
+            spliced = super().prepare_multimodal(
                 input_ids, attention_mask, labels, images, *args, request=request, **how
             )
+            self._tell_work(spliced, request)
+            return spliced
         if not all(kept) or len(images) != len(input_ids):
             raise MethodError(
                 f"compressed images are given one for each prompt ({len(input_ids)}) and not mixed with others, "
@@ -254,9 +257,19 @@ class VocoLlamaForCausalLM(LlavaLlamaForCausalLM):
         fits = self.told_fits(spliced, only, [])
         if request is not None:
             describe(request, [], [], spliced, fits)
-        return DividedPrompts(
+        divided = DividedPrompts(
             **{**vars(spliced), "position_ids": positions}, division=division, given=Kept.of(images)
         )
+        self._tell_work(divided, request)
+        return divided
+
+    def _tell_work(self, spliced: DividedPrompts, request: recording.RequestRecord | None) -> None:
+        """The work of the two calls, for the record: less than that of one prompt."""
+        if request is None or spliced.division is None:
+            return
+        for number, sample in enumerate(request.samples):
+            entries = None if spliced.given is None else int(spliced.given.real[number].sum())
+            sample.prefill_macs = pieces_macs(spliced.division.pieces(number, entries), self.config)
 
     # -- prompts -----------------------------------------------------------------------------------------------------
 
