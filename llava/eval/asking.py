@@ -111,17 +111,18 @@ class Assistant:
             raise UnknownNameError("conversation template", asked, conv_templates)
 
     def _template(self) -> str:
-        from llava.model.decoders import checkpoint_decoder
+        from llava.model.decoders import decoder_of
 
         asked = self._option("conv_mode")
         if asked is not None:
             return asked
+        if self.model.about is not None:  # a trained architecture has one template
+            return self.model.about.template
         name = self.name.lower()
         for part, template in _NAMED_TEMPLATES.items():
             if part in name:
                 return template
-        decoder = checkpoint_decoder({"model_type": self.model.config.model_type})
-        return _TEMPLATES.get(decoder, "llava_v1")
+        return _TEMPLATES.get(decoder_of(type(self.model)), "llava_v1")
 
     # -- prompts -----------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 import copy
 import json
-import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,12 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from accelerate_methods import MethodError, accelerate, record
 from accelerate_methods.hosts.tower_files import TowerError
 from llava.conversation import conv_templates
+from llava.eval.asking import Assistant
 from llava.mm_utils import process_images
 from llava.model.architectures import architecture_of
 from llava.model.architectures.fastvlm import FastVlmConfig, LlavaQwen2ForCausalLM
 from llava.model.architectures.fastvlm.fastvithd import FastViTHD, FastViTHDConfig
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import CheckpointError
+from tests.support.architectures import tiny_checkpoint
 from tests.support.paths import GOLDEN
 
 FOLDER = GOLDEN / "fastvlm/tiny_fastvlm"
@@ -120,11 +122,7 @@ def test_checkpoints_are_told_by_their_config():
 
 
 def test_loaded_as_any_checkpoint_and_saved_in_the_official_format(model, tmp_path):
-    source, again = tmp_path / "source", tmp_path / "again"
-    shutil.copytree(FOLDER, source)
-    for name in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"):
-        if (path := GOLDEN / "checkpoints/tiny-llava-onevision" / name).is_file():
-            shutil.copy(path, source)
+    source, again = tiny_checkpoint("fastvlm", tmp_path / "source"), tmp_path / "again"
     how = {"torch_dtype": "float32", "device_map": "cpu"}
     tokenizer, loaded, processor, context = load_pretrained_model(str(source), None, "llava_qwen", **how)
     assert context == 4096 and processor.size["shortest_edge"] == 256
@@ -182,6 +180,14 @@ def test_prompts_are_those_of_the_official_script():
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
+
+
+def test_llavas_scripts_ask_in_its_template(tmp_path):
+    args = {"model_path": str(tiny_checkpoint("fastvlm", tmp_path)), "device": "cpu", "max_new_tokens": 2}
+    assistant = Assistant(SimpleNamespace(**args))
+    assert assistant.template == "qwen_2"
+    prompt = assistant.prompt(assistant.with_images("What is it?"))
+    assert isinstance(assistant.ask(prompt, [Image.new("RGB", (80, 50))]), str)
 
 
 def test_images_are_padded_with_black_or_cropped(model):
