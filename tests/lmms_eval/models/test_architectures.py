@@ -160,5 +160,5 @@ def test_compare_runs_an_architecture_at_levels_and_with_methods(mqt, folder, tm
     Asked.methods = "dense(num_visual_tokens=300)"
     with pytest.raises(MethodError, match=r"num_visual_tokens=300 is outside the allowed range \[1, 256\]"):
         _settings(Asked, comparison)
-    with pytest.raises(NoCheckpointError, match="needs a checkpoint, e.g. PRETRAINED=gordonhu/MQT-LLaVA-7b"):
+    with pytest.raises(NoCheckpointError, match=r"needs a checkpoint, e\.g\. PRETRAINED=gordonhu/MQT-LLaVA-7b"):
         comparison_of(Wanted("models/mqt_llava"))
