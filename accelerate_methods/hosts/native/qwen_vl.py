@@ -278,26 +278,14 @@ class QwenVL(Family):
         query, key, _ = self.attentions[block].qkv(got.states).unflatten(-1, (3, self.heads, -1)).unbind(1)
         plain = key
         query, key = (rotated(part, *(table[:, None] for table in got.rotary)) for part in (query, key))
-        out, first = [], 0
-        for (frames, rows, columns), length in zip(shapes, lengths, strict=True):
-            here = slice(first, first + length * self.unit)
-            first = here.stop
-            parts = [part[here].unflatten(0, (frames, -1)) for part in (query, key, plain)]
-            found: dict[str, Tensor] = {}
-            for name in names:
-                asked = Signal(name)
-                q, k, bare = parts if asked.heads == "mean" else (part.flatten(2)[:, :, None] for part in parts)
-                if asked.name == "pooling_attention":
-                    found[name] = frame_attention(q, k, self.unit)
-                elif asked.name == "received_attention":
-                    found[name] = received_attention(q, k, self.unit)
-                else:
-                    found[name] = bare.unflatten(1, (-1, self.unit)).mean(2).mean(2)
-            if self.windowed:
-                back = torch.argsort(self._window_order(rows, columns)).to(query.device)
-                found = {name: value[:, back] for name, value in found.items()}
-            out.append(found)
-        return out
+        found = block_signals((query, key, plain), lengths, [shape[0] for shape in shapes], self.unit, names)
+        return [self._by_raster(own, shape) for own, shape in zip(found, shapes, strict=True)]
+
+    def _by_raster(self, signals: dict[str, Tensor], shape: tuple[int, int, int]) -> dict[str, Tensor]:
+        if not self.windowed:
+            return signals
+        order = torch.argsort(self._window_order(*shape[1:]))
+        return {name: value[:, order.to(value.device)] for name, value in signals.items()}
 
     def _window_order(self, rows: int, columns: int) -> Tensor:
         """[N] merged tokens of a frame, window by window, as Qwen2.5-VL's tower sorts them."""
@@ -305,10 +293,42 @@ class QwenVL(Family):
 
     def _windows(self, rows: int, columns: int) -> Tensor:
         """[N] window of each merged token of a frame, by raster."""
-        config = self.config.vision_config
-        size = config.window_size // config.spatial_merge_size // config.patch_size
-        windows = (torch.arange(rows)[:, None] // size) * (columns // size + 1) + torch.arange(columns) // size
-        return windows.flatten()
+        return frame_windows(self.config.vision_config, rows, columns)
+
+
+def frame_windows(config: Any, rows: int, columns: int) -> Tensor:
+    """[N] window of each merged token of a frame, by raster, under Qwen2.5-VL's vision config."""
+    size = config.window_size // config.spatial_merge_size // config.patch_size
+    windows = (torch.arange(rows)[:, None] // size) * (columns // size + 1) + torch.arange(columns) // size
+    return windows.flatten()
+
+
+def block_signals(
+    projected: tuple[Tensor, Tensor, Tensor], lengths: list[int], frames: list[int], unit: int, names: list[str]
+) -> list[dict[str, Tensor]]:
+    """Signals of a vision block, per item [T, N, ...] over merged tokens in the order in which the block has them.
+
+    Args:
+        projected: [S, H, d] queries and keys, rotated, and keys that are not, of the patches of all items.
+        lengths: merged tokens of each item; frames: T of each; unit: patches per merged token.
+    """
+    out, first = [], 0
+    for length, count in zip(lengths, frames, strict=True):
+        here = slice(first, first + length * unit)
+        first = here.stop
+        parts = [part[here].unflatten(0, (count, -1)) for part in projected]
+        found: dict[str, Tensor] = {}
+        for name in names:
+            asked = Signal(name)
+            q, k, bare = parts if asked.heads == "mean" else (part.flatten(2)[:, :, None] for part in parts)
+            if asked.name == "pooling_attention":
+                found[name] = frame_attention(q, k, unit)
+            elif asked.name == "received_attention":
+                found[name] = received_attention(q, k, unit)
+            else:
+                found[name] = bare.unflatten(1, (-1, unit)).mean(2).mean(2)
+        out.append(found)
+    return out
 
 
 def frame_attention(query: Tensor, key: Tensor, unit: int) -> Tensor:
