@@ -1,8 +1,10 @@
-"""What methods there are, what one of them can be told, and where it runs.
+"""What methods and trained architectures there are, what one of them can be told, and where a method runs.
 
     python -m accelerate_methods list
     python -m accelerate_methods show fastvid
+    python -m accelerate_methods show mqt_llava
     python -m accelerate_methods check fastvid LLaVA-1.5
+    python -m accelerate_methods check fastv mqt_llava
 
 `check` ends with 0 if the method can run on the model, with 1 and the reason if not, and with 2 if a name is unknown.
 A model is a name of configs/models/ or a title out of `list`. Methods joined by "+" are checked together.
@@ -20,6 +22,7 @@ import accelerate_methods
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from accelerate_methods.registry.architectures import Architecture, Argument
     from accelerate_methods.registry.families import ModelFamily
     from accelerate_methods.stages.fields import Parameter
     from accelerate_methods.stages.method import Method
@@ -33,9 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"accelerate_methods {accelerate_methods.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    commands.add_parser("list", help="all methods: stages, what they act on, models")
-    show = commands.add_parser("show", help="parameters, published settings, models, paper and licence of a method")
-    show.add_argument("method", metavar="METHOD")
+    commands.add_parser("list", help="all methods and trained architectures: stages, what they act on, models")
+    show = commands.add_parser("show", help="parameters, published settings, models, paper and licence")
+    show.add_argument("method", metavar="NAME", help="a method, or the model id of a trained architecture")
     check = commands.add_parser("check", help="whether a method runs on a model, and why not")
     check.add_argument("method", metavar="METHOD", help='e.g. fastvid, or "visionzip+fastv"')
     check.add_argument("model", metavar="MODEL", help="e.g. llava_onevision or LLaVA-1.5")
@@ -68,10 +71,59 @@ def _list() -> int:
         models = ", ".join(family.name for family in _families(method))
         rows.append([method.name, title, ", ".join(method.class_stages()), _modalities(method), models])
     _table("", ["name", "title", "stages", "acts on", "models"], rows)
+    from accelerate_methods.registry.architectures import ARCHITECTURES
+
+    columns = ["model id", "name", "visual tokens", "checkpoint", "paper"]
+    about = [[e.key, e.name, e.tokens, next(iter(e.checkpoints), "none released"), e.paper] for e in ARCHITECTURES]
+    _table("Trained architectures (models of their own)", columns, about)
     return 0
 
 
+def _show_architecture(entry: Architecture) -> int:
+    from accelerate_methods.registry import available, method_class
+    from accelerate_methods.registry.compatibility import adaptation, why_not
+
+    facts = {
+        "model id": entry.key,
+        "paper": f"{entry.paper} ({entry.venue})" if entry.venue else entry.paper,
+        "official code": entry.code,
+        "licence": entry.licence,
+        "checkpoints": ", ".join(entry.checkpoints) or "none released",
+        "licence of the weights": entry.weights_licence or "not said",
+        "visual tokens": entry.tokens,
+        "reads": ", ".join(f"{modality}s" for modality in sorted(entry.modalities)),
+        "conversation template": entry.template,
+    }
+    _table(f"{entry.name} (trained architecture)", [], [[key, value] for key, value in facts.items()])
+    arguments = [
+        [a.name, "-" if a.default is None else str(a.default), _rule(a), a.meaning.replace("``", "`")]
+        for a in entry.arguments
+    ]
+    _table("Run parameters", ["name", "default", "allowed", "meaning"], arguments)
+    rows = []
+    for method in map(method_class, available()):
+        reason = why_not(method, entry)
+        adapted = adaptation(method, entry) if reason is None else None
+        rows.append([method.name, f"no: {reason}" if reason else f"adaptation: {adapted}" if adapted else "yes"])
+    _table("Methods", ["method", "runs"], rows)
+    return 0
+
+
+def _rule(argument: Argument) -> str:
+    shown = argument.rule.allowed.replace("(-inf, inf)", "")
+    return f"{argument.rule.kind} {shown}".strip() if argument.rule.kind in ("number", "integer") else shown
+
+
 def _show(name: str) -> int:
+    from accelerate_methods.registry.architectures import ARCHITECTURES
+
+    for entry in ARCHITECTURES:
+        if name.lower() in (entry.key, entry.file, entry.name.lower()):
+            return _show_architecture(entry)
+    return _show_method(name)
+
+
+def _show_method(name: str) -> int:
     from accelerate_methods.registry import method_class
     from accelerate_methods.registry.compatibility import adaptation, why_not
     from accelerate_methods.registry.families import families

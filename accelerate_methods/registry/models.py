@@ -23,7 +23,7 @@ def families_of(name: str) -> list[ModelFamily]:
             wanted = content.get("model_class")
             fit = [f for f in families() if f.key == content["family"] and (wanted is None or wanted in f.classes)]
             return [f for f in fit if f.name == content["title"]] or fit
-    fit = [f for f in families() if f.name.lower() == name.lower()]
+    fit = [f for f in families() if name.lower() in (f.name.lower(), getattr(f, "file", None))]
     if not fit:
         raise UnknownNameError("model", name, {*models, *(f.name for f in families())})
     return fit

@@ -13,6 +13,7 @@ import pytest
 import accelerate_methods
 from accelerate_methods import __main__ as command
 from accelerate_methods.registry import available, names, register
+from accelerate_methods.registry.architectures import ARCHITECTURES
 from accelerate_methods.registry.compatibility import why_not
 from accelerate_methods.registry.families import families
 from accelerate_methods.registry.models import families_of
@@ -58,7 +59,9 @@ def test_version(capsys):
 
 
 def test_list_has_every_method_with_its_models(capsys):
-    lines = shown(capsys, "list").splitlines()
+    methods, _, architectures = shown(capsys, "list").partition("\nTrained architectures")
+    assert all(f"\n{entry.key} " in architectures and entry.name in architectures for entry in ARCHITECTURES)
+    lines = methods.splitlines()
     rows = {line.split()[0]: re.split(r" {2,}", line) for line in lines[1:] if line}
     assert set(rows) == set(available())
     for name, (_, title, stages, modalities, *models) in rows.items():
@@ -94,6 +97,19 @@ def test_show_gives_ranges_defaults_meanings_levels_and_reasons(capsys):
     assert ["LLaVA-Video", "adaptation: received_attention in place of cls_attention"] in adapted
 
 
+@pytest.mark.parametrize("entry", ARCHITECTURES, ids=lambda entry: entry.file)
+def test_show_has_everything_of_an_architecture(entry, capsys):
+    text = shown(capsys, "show", entry.key)
+    assert text.startswith(entry.name) and text == shown(capsys, "show", entry.name)
+    for said in (entry.paper, entry.code, entry.licence, entry.tokens, entry.template, *entry.checkpoints):
+        assert said in text
+    for argument in entry.arguments:
+        assert re.search(rf"^{argument.name} ", text, re.MULTILINE) and argument.meaning.replace("``", "`") in text
+    for name in available():
+        runs = why_not(method_class(name), entry) is None
+        assert bool(re.search(rf"^{name} +(yes|adaptation)", text, re.MULTILINE)) == runs
+
+
 @pytest.mark.parametrize(
     ("method", "model", "code", "says"),
     [
@@ -103,6 +119,9 @@ def test_show_gives_ranges_defaults_meanings_levels_and_reasons(capsys):
         ("prunevid", "embedded", 0, "prunevid runs on embedded"),
         ("fastervlm", "llava_video", 0, "(adaptation: received_attention in place of cls_attention)"),
         ("visionzip+fastv", "llava_next", 0, "visionzip+fastv runs on llava_next"),
+        ("fastv", "mqt_llava", 0, "fastv runs on mqt_llava"),
+        ("fastv", "MQT-LLaVA", 0, "fastv runs on MQT-LLaVA"),
+        ("evit", "mqt_llava", 1, "acts at the encode stage, which this architecture does not offer"),
         ("fastvid", "LLaVA-1.5", 1, "it needs frame_features, pooling_attention"),
         ("fastvid", "InternVL", 1, "fastvid cannot run on InternVL"),
         ("dycoke", "llava_1_5", 1, "it acts on video only"),
