@@ -8,6 +8,7 @@ the model class follows the checkpoint's own config, and a ``model_name`` that s
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def load_pretrained_model(
         "dtype": resolve_dtype(torch_dtype),
         "attn_implementation": _attention(attn_implementation, device_map),
         "device_map": None if _only_cpu(device_map, kwargs) else device_map,
-        **_quantisation(load_8bit, load_4bit),
+        **_quantisation(load_8bit, load_4bit, model_class.unquantised),
         **kwargs,
     }
     config = customized_config
@@ -163,7 +164,7 @@ def _check_fits(model: Any, path: str) -> None:
         )
 
 
-def _quantisation(load_8bit: bool, load_4bit: bool) -> dict[str, Any]:
+def _quantisation(load_8bit: bool, load_4bit: bool, unquantised: Sequence[str] = ()) -> dict[str, Any]:
     if not (load_8bit or load_4bit):
         return {}
     if load_8bit and load_4bit:
@@ -172,7 +173,7 @@ def _quantisation(load_8bit: bool, load_4bit: bool) -> dict[str, Any]:
         raise ImportError("load_8bit / load_4bit need bitsandbytes: pip install bitsandbytes")
     from transformers import BitsAndBytesConfig
 
-    skip = ["lm_head", "vision_tower", "mm_projector"]
+    skip = ["lm_head", "vision_tower", "mm_projector", *unquantised]
     if load_8bit:
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)}
     config = BitsAndBytesConfig(

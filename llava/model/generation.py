@@ -66,6 +66,8 @@ class MultimodalGeneration:
     visual_arguments: ClassVar[tuple[str, ...]] = ()
     #: the checkpoint's, for architectures that read the question out of the prompt; set by ``load_pretrained_model``
     prompt_tokenizer: Any = None
+    #: modules beside tower and projector that 8-bit and 4-bit loading leaves as they are
+    unquantised: ClassVar[tuple[str, ...]] = ()
     #: whether the embedding may keep rows that the tokenizer has no token for
     spare_vocabulary: ClassVar[bool] = False
 

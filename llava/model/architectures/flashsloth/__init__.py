@@ -111,6 +111,7 @@ class FlashSlothForCausalLM(LlavaMetaForCausalLM, PhiForCausalLM):
     about = architecture("flashsloth")
     decoder_reads_layout: ClassVar[bool] = True
     spare_vocabulary: ClassVar[bool] = True  # Phi-2 has more rows than tokens
+    unquantised: ClassVar[tuple[str, ...]] = ("pooling", "lqformer")
 
     def __init__(self, config: FlashSlothConfig):
         super(PhiForCausalLM, self).__init__(config)

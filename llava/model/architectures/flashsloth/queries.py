@@ -122,10 +122,10 @@ def with_query_ids(
     source[real] = torch.arange(ids.numel()).repeat_interleave(times.flatten())
     starts = times.cumsum(1) - times
     groups = [(sample, int(starts[sample, at])) for sample, at in asks.nonzero().tolist()]
-    source = on_device(source, input_ids.device)
+    repeated, source = asks.flatten()[source], on_device(source, input_ids.device)
     if labels is not None:
-        repeated = on_device(asks.flatten()[source.cpu()], labels.device)
-        labels = labels.flatten()[source.to(labels.device)].masked_fill(repeated, IGNORE_INDEX)
+        own = labels.flatten()[source.to(labels.device)]
+        labels = own.masked_fill(on_device(repeated, labels.device), IGNORE_INDEX)
     return QueryIds(input_ids.flatten()[source], on_device(real, input_ids.device), labels, groups)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +128,9 @@ class LlamaVidForCausalLM(LlavaLlamaForCausalLM):
 
     config_class = LlamaVidConfig
     about = architecture("llama_vid")
+    unquantised: ClassVar[tuple[str, ...]] = tuple(
+        f"vlm_att_{part}" for part in ("encoder", "projector", "key_projector", "val_projector")
+    )
 
     def __init__(self, config: LlamaVidConfig):
         super(LlamaForCausalLM, self).__init__(config)
