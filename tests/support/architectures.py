@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from llava.tokenization import load_tokenizer
 from tests.support.paths import CHECKPOINTS, GOLDEN
+from tests.support.texts import tiny_text_tokenizer
 
 _LLAVA = CHECKPOINTS / "tiny-llava-1.5"
 _ONEVISION = CHECKPOINTS / "tiny-llava-onevision"
@@ -59,6 +60,16 @@ def _flashsloth(folder: Path) -> None:
     _with_qwens_tokenizer(GOLDEN / "flashsloth" / "tiny_flashsloth", folder)
 
 
+def _hicom(folder: Path) -> None:
+    _with_qwens_tokenizer(GOLDEN / "hicom" / "tiny_hicom", folder)
+    tiny_text_tokenizer(folder / "vision_tower")
+
+
+def _tg_llava(folder: Path) -> None:
+    _with_qwens_tokenizer(GOLDEN / "tg_llava" / "tiny_tgllava_qwen2", folder)
+    tiny_text_tokenizer(folder / "vision_tower", begin="<s>")
+
+
 #: file of the architecture -> what writes its checkpoint into an empty folder
 TINY: dict[str, Callable[[Path], None]] = {
     "mqt": _mqt,
@@ -68,6 +79,8 @@ TINY: dict[str, Callable[[Path], None]] = {
     "voco_llama": _voco_llama,
     "llama_vid": _llama_vid,
     "flashsloth": _flashsloth,
+    "hicom": _hicom,
+    "tg_llava": _tg_llava,
 }
 
 

@@ -92,6 +92,8 @@ def test_answers_and_costs_of_images_videos_and_text(mqt, folder):
         ("voco_llama", ",num_voco=3", {"image": 576, "images": 1152, "video": 2304}),
         ("llama_vid", ",fps=1000", {"image": 2, "images": 4, "video": 8}),
         ("flashsloth", "", {"image": 81, "images": 162}),
+        ("hicom", "", {"image": 113, "images": 226, "video": 113}),
+        ("tg_llava", "", {"image": 640, "images": 1280}),
     ],
 )
 def test_other_architectures_answer_alike_in_batches(file, more, tokens, folder, tmp_path):

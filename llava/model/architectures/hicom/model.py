@@ -156,12 +156,15 @@ class HIComQwen2ForCausalLM(LlavaQwenForCausalLM):
             return process_images(images, image_processor, self.config)
         return _squares(images, image_processor)
 
-    def video_inputs(self, frames: np.ndarray, image_processor: Any, **arguments: Any) -> Tensor:
-        """Frames of a video, with black ones behind them up to the number that the model looks at."""
-        count = arguments.get("max_frames_num") or getattr(self.config, "num_frames", None) or len(frames)
+    def video_inputs(
+        self, frames: np.ndarray, image_processor: Any, max_frames_num: int | None = None, **arguments: Any
+    ) -> Tensor:
+        """Frames of a video; where nobody says how many were to be chosen, black ones fill up the config's number."""
         pictures = [Image.fromarray(frame) for frame in frames]
-        # black as the official code makes it: of the size of a frame on its side
-        pictures += [Image.new("RGB", pictures[0].size[::-1])] * (count - len(pictures))
+        if max_frames_num is None:
+            # black as the official code makes it: of the size of a frame on its side
+            black = Image.new("RGB", pictures[0].size[::-1])
+            pictures += [black] * ((getattr(self.config, "num_frames", None) or 0) - len(pictures))
         if getattr(self.config, "image_aspect_ratio", "pad") == "pad":
             return _squares(pictures, image_processor)
         return image_processor.preprocess(pictures, return_tensors="pt")["pixel_values"]
