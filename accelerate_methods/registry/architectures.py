@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate_methods.registry.model_family import LATER_STAGES, ModelFamily
@@ -92,6 +93,26 @@ class Architecture(ModelFamily):
         if name not in known:
             raise UnknownNameError(f"run parameter of {self.name}:", name, known)
         return known[name]
+
+    def checked(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Every run parameter by name: as given, in its type, or its default.
+
+        Raises:
+            UnknownNameError: one that there is not. MethodError: a value that is not allowed.
+        """
+        own = {name: self.argument(name).checked(self.name, value) for name, value in given.items()}
+        return {**{argument.name: argument.default for argument in self.arguments}, **own}
+
+    def for_generate(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of ``values`` that ``forward`` and ``generate`` take; what is None is left to the model."""
+        given = {argument.name: values.get(argument.name) for argument in self.arguments if argument.call}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def for_inputs(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of ``values`` that the steps of ``llava/model/inputs.py`` take, ``max_frames_num`` among them."""
+        own = {argument.name: values[argument.name] for argument in self.arguments if not argument.call}
+        count = values.get("max_frames_num")
+        return own if count is None else {"max_frames_num": count, **own}
 
 
 MQT = Architecture(

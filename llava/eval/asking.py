@@ -44,6 +44,7 @@ def add_model_options(parser: argparse.ArgumentParser, max_new_tokens: int = 102
     model.add_argument("--device", default=None, help="cuda, cuda:1, cpu ... (default: cuda if there is one)")
     model.add_argument("--load-8bit", action="store_true", help="8-bit weights (needs bitsandbytes)")
     model.add_argument("--load-4bit", action="store_true", help="4-bit weights (needs bitsandbytes)")
+    model.add_argument("--model-args", default=None, help="run parameters of a trained architecture: k=v,k=v")
     model.add_argument("--method", default=None, help="compress visual tokens: NAME (keeps 25 %%), NAME@0.2 ...")
     answers = parser.add_argument_group("answers")
     answers.add_argument("--temperature", type=float, default=0.2, help="0: the likeliest token (default: 0.2)")
@@ -96,6 +97,7 @@ class Assistant:
             method_params=params,
         )
         self.template = self._template()
+        self._inputs, self._call = self._run_parameters()
 
     def _option(self, name: str, default: Any = None) -> Any:
         value = getattr(self.args, name, None)
@@ -124,6 +126,21 @@ class Assistant:
                 return template
         return _TEMPLATES.get(decoder_of(type(self.model)), "llava_v1")
 
+    def _run_parameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Of a trained architecture: those of the steps that make inputs, and those of ``generate``. Official scripts
+        have them as attributes of their arguments."""
+        from accelerate_methods.stages.errors import MethodError
+
+        about, words = self.model.about, self._option("model_args")
+        if about is None:
+            if words:
+                raise MethodError(f"--model-args {words}: {self.name} has no run parameters; it is a plain LLaVA model.")
+            return {}, {}
+        own = {a.name: self._option(a.name) for a in about.arguments if self._option(a.name) is not None}
+        pairs = [word.partition("=") for word in (words or "").split(",") if word.strip()]
+        values = about.checked({**own, **{name.strip(): value.strip() for name, _, value in pairs}})
+        return about.for_inputs(values), about.for_generate(values)
+
     # -- prompts -----------------------------------------------------------------------------------------------------
 
     def conversation(self) -> Any:
@@ -143,6 +160,8 @@ class Assistant:
             token = DEFAULT_IM_START_TOKEN + token + DEFAULT_IM_END_TOKEN
         if IMAGE_PLACEHOLDER in question:
             return question.replace(IMAGE_PLACEHOLDER, token)
+        if self.model.about is not None:
+            return self.model.question_text(question, "image", count, **self._inputs)
         return f"{token}\n" * count + question
 
     def prompt(self, question: str) -> str:
@@ -156,14 +175,12 @@ class Assistant:
 
     def ask(self, prompt: str, images: Sequence[Image.Image] = (), **generate: Any) -> str:
         """The answer to a whole prompt; ``generate`` goes to the model's ``generate``."""
-        from llava.mm_utils import process_images, tokenizer_image_token
-
-        ids = tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt")[None].to(self.model.device)
+        model = self.model
+        prompt = model.whole_prompt(prompt, **self._inputs)
+        ids = model.prompt_ids(prompt, self.tokenizer, **self._inputs)[None].to(model.device)
         if images:
-            pixels = process_images(images, self.processor, self.model.config)
-            like = {"device": self.model.device, "dtype": self.model.dtype}
-            pixels = [image.to(**like) for image in pixels] if isinstance(pixels, list) else pixels.to(**like)
-            generate |= {"images": pixels, "image_sizes": [image.size for image in images]}
+            pixels = model.to_model(model.image_inputs(images, self.processor, **self._inputs))
+            generate |= {"images": pixels, "image_sizes": [image.size for image in images], **self._call}
         generate.setdefault("max_new_tokens", self._option("max_new_tokens", 1024))
         output = self.model.generate(ids, **self._sampling(), pad_token_id=self._pad(), use_cache=True, **generate)
         return self.tokenizer.batch_decode(output, skip_special_tokens=True)[0].strip()

@@ -37,14 +37,11 @@ class TrainedArchitecture(LlavaAccelerated):
     @property
     def steps(self) -> dict[str, Any]:
         """Run parameters for the steps that prepare pictures and prompts, by name."""
-        own = {argument.name: self.args.values[argument.name] for argument in self.entry.arguments if not argument.call}
-        count = self.args.values.get("max_frames_num")
-        return own if count is None else {"max_frames_num": count, **own}
+        return self.entry.for_inputs(self.args.values)
 
     def _call_arguments(self) -> dict[str, Any]:
         """Run parameters that ``forward`` and ``generate`` take; those left to the model are not given."""
-        given = {argument.name: self.args.values[argument.name] for argument in self.entry.arguments if argument.call}
-        return {name: value for name, value in given.items() if value is not None}
+        return self.entry.for_generate(self.args.values)
 
     # -- questions ---------------------------------------------------------------------------------------------------
 
