@@ -111,6 +111,18 @@ def test_a_copy_answers_alike(model):
                        model.generate(ids, images=images, **ASKED))  # fmt: skip
 
 
+def test_weights_may_lie_elsewhere(model, tmp_path):
+    places = {f"model.{name}": "disk" for name, _ in model.get_model().named_children()} | {"lm_head": "cpu"}
+    offloaded = load(device_map=places | {"model.norm": "cpu"}, offload_folder=str(tmp_path))
+    ids, images = torch.tensor([[1, IMAGE, 5, 6]]), pixels(1)
+    expected = model.generate(ids, images=images, **ASKED)
+    assert torch.equal(offloaded.generate(ids, images=images, **ASKED), expected)
+    assert torch.equal(offloaded.generate(ids, images=offloaded.prefuse(images), **ASKED), expected)
+    features = torch.randn(1, 36, 32)
+    own, other = (each.get_model().compressor.attention(features) for each in (model, offloaded))
+    assert torch.equal(own, other)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_near_full(model, dtype):
     half, ids, images = load(dtype=dtype), torch.tensor([[1, IMAGE, 5, 6]]), pixels(1)

@@ -135,6 +135,14 @@ def test_prompts_without_pictures_are_left_as_they_are():
     assert voco_prompt("a <image>\nb <image>c", 1) == "<image>\n<image>\n<voco>\na b c"
 
 
+def test_weights_may_lie_elsewhere(model, tmp_path):
+    places = {f"model.{name}": "disk" for name, _ in model.get_model().named_children()} | {"lm_head": "cpu"}
+    offloaded = load(device_map=places | {"model.norm": "cpu"}, offload_folder=str(tmp_path))
+    asked = {"images": [pixels(2)], "modalities": ["video"], **ASKED}
+    ids = torch.tensor(BATCHES["two_voco"][0])
+    assert torch.equal(offloaded.generate(ids, **asked), model.generate(ids, **asked))
+
+
 # -- two calls ---------------------------------------------------------------------------------------------------------
 
 

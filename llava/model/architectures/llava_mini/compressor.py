@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from accelerate_methods.engine.devices import own_weights
 from llava.model.checkpoint import CheckpointError
 
 
@@ -47,6 +48,10 @@ class QueryCompressor(nn.Module):
 
     def _heads(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, H, C*C, d], keys and values [B, H, M, d]."""
+        with own_weights(self), own_weights(self.attn):
+            return self._projected(features)
+
+    def _projected(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         values = self.ln_kv(features)
         queries = (self.ln_q(self.query) + self.pos_embed).expand(len(features), -1, -1)
         states = (queries, values + self.key_positions(features.shape[1]), values)

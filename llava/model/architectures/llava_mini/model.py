@@ -184,7 +184,8 @@ class LlavaMiniForCausalLM(LlavaLlamaForCausalLM):
             embeds, ignored = (part[rows[some]] for part in text)
             if earlier is not None:
                 seen = earlier.frames(some)
-                part, fused = seen.tokens, read(decoder, seen.cache(), moved(embeds, seen.tokens.device), ignored)
+                part = seen.tokens
+                fused = read(decoder, seen.cache(), *moved((embeds, ignored), part.device))
             else:
                 image, compressed = self._visual_rows(features[some])
                 embeds, ignored = moved((embeds, ignored), image.device)

@@ -96,6 +96,7 @@ class VocoModel(LlavaLlamaModel):
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
+            hidden = moved(hidden, device)
             numbers = torch.arange(len(out), device=device)[:, None].expand_as(text)
             filled = moved(division.real_text.repeat_interleave(times, 0).nonzero(), device)
             places = numbers[filled[:, 0], 0], text[filled[:, 0], filled[:, 1]]
@@ -149,15 +150,14 @@ class VocoModel(LlavaLlamaModel):
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        return hidden, cache
+        return moved(hidden, device), cache
 
     def _kept(self, states: Tensor, looks: Looks, shift: bool) -> Tensor:
         """[R, G, H, d] -> [R, G, K, d] of the ``<voco>`` tokens; keys turned on to where they stand in the prompt."""
         kept = gather_keys(states, moved(looks.kept, states.device))
         if not shift:
             return kept
-        by = moved(looks.shift, self.rotary_emb.inv_freq.device)[:, None]
-        cos, sin = self.rotary_emb(kept.float(), position_ids=by)
+        cos, sin = self.rotary_emb(kept.float(), position_ids=moved(looks.shift, kept.device)[:, None])
         cos, sin = (moved(part, kept.device)[:, None] / self.rotary_emb.attention_scaling for part in (cos, sin))
         turned = kept.float() * cos + rotate_half(kept.float()) * sin
         return turned.to(kept.dtype)
