@@ -21,6 +21,7 @@ from llava.model.architectures.flashsloth.modules import EmbeddedQuery, RegionPo
 from llava.model.architectures.flashsloth.queries import with_query_ids
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import CheckpointError
+from llava.token_places import image_panels, token_cells
 from tests.support.paths import GOLDEN
 
 FOLDER = GOLDEN / "flashsloth/tiny_flashsloth"
@@ -326,6 +327,16 @@ def test_methods_in_front_of_the_queries_and_behind_them(model):
     (sample,) = requests[0].samples
     assert (sample.visual_tokens_before, sample.visual_tokens_after) == (81, 40) and model.own_macs(sample) > 0
     assert requests[0].layer_lengths(0)[:3] == [91, 91, 71]
+
+
+def test_a_picture_shows_regions_where_they_are(model):
+    ids, picture = torch.tensor([prompt(6)]), Image.new("RGB", (60, 60))
+    processor = model.get_vision_tower().image_processor
+    with accelerate(model, "random", retention_ratio=0.5), record() as requests:
+        model.generate(ids, images=model.image_inputs([picture], processor), **ASKED)
+        panels = image_panels(picture, processor, "pad", None)
+        (cells,) = token_cells(model, requests[0].samples[0].items[0], panels, "plain")
+    assert cells.state.shape == (9, 9) and np.allclose(cells.xs, np.linspace(0, 1, 10), atol=0.02)
 
 
 def test_the_work_of_pooling_and_queries_is_what_torch_counts(model):

@@ -196,6 +196,12 @@ class FlashSlothForCausalLM(LlavaMetaForCausalLM, PhiForCausalLM):
         weight = next(pooling.parameters())
         return super().project(moved(pooling(features.to(weight.dtype)), features.device))
 
+    def lay_out(self, tokens: Tensor, kind: str, size: tuple[int, int] | None) -> VisualItem:
+        """Tokens of regions; in place of them the coordinates of patches, for pictures, become those of regions."""
+        if tokens.shape[1] == self.get_vision_tower().num_patches:
+            tokens = self.get_model().pooling.middles(tokens)
+        return super().lay_out(tokens, kind, size)
+
     def embed(self, prompts: Prompts, sequences: Sequence[VisualSequence]) -> Spliced:
         decoder, starts = self.get_model(), prompts.notes["queries"]
         if starts:

@@ -44,6 +44,12 @@ class RegionPooling(nn.Module):
         weights = self._regions(scores).softmax(2).to(patches.dtype)
         return (weights * self._regions(maps)).sum(2)
 
+    def middles(self, values: Tensor) -> Tensor:
+        """[B, N, C] values of patches, like their coordinates -> [B, n, C] plain means over the regions."""
+        side = math.isqrt(values.shape[1])
+        maps = values.transpose(1, 2).unflatten(2, (side, side))
+        return functional.avg_pool2d(maps, self.region, ceil_mode=True).flatten(2).transpose(1, 2)
+
     def _regions(self, maps: Tensor) -> Tensor:
         """[B, s, s, D] -> [B, (s/k)^2, k*k, D] in the order in which regions are read."""
         k = self.region
