@@ -112,6 +112,8 @@ def test_saved_and_loaded_again(model, tmp_path):
         ({"compress_type": "grid:99"}, "grid:N needs a number from 1 to 16"),
         ({"eva_heads": 16}, "width of 44 cannot be divided among 16 heads"),
         ({"image_processor": "clip-large"}, "names no side"),
+        ({"bert_type": "qformer"}, "place for 2 of its weights .first: model.vlm_att_ln"),
+        ({"mm_vision_select_feature": "cls_patch"}, "tokens are those of patches alone"),
         ({"bert_type": "qformer_pretrain:9"}, "number of layers must be 1 to 4"),
         ({"num_query": 16}, "1 of the wrong shape"),
         ({"mm_vision_tower": "nowhere/eva.pth"}, "cannot find the weights of the EVA tower"),
@@ -187,6 +189,17 @@ def test_the_question_changes_the_context_token_alone(model):
 def test_the_harness_gives_the_question_as_it_is_written(model):
     text = "<image>\nwhat is this?\nAnswer the question using a single word or phrase."
     assert model.asked_text(text) == "what is this?\nAnswer the question using a single word or phrase."
+
+
+def test_the_image_stands_in_the_latest_turn_of_a_chat(model):
+    first = "A chat. USER: <image>\nwhat is this? ASSISTANT:"
+    assert model.whole_prompt(first) == first
+    second = f"{first} A dog.</s>USER: where is it? ASSISTANT:"
+    assert model.whole_prompt(second) == (
+        "A chat. USER: what is this? ASSISTANT: A dog.</s>USER: <image>\nwhere is it? ASSISTANT:"
+    )
+    own = second.replace("where", "<image>\nwhere")
+    assert model.whole_prompt(own) == own and model.whole_prompt("no turns") == "no turns"
 
 
 def test_words_of_a_long_question_are_lost_at_its_beginning(model):

@@ -23,6 +23,8 @@ from accelerate_methods.hosts.questions import without_placeholders
 from accelerate_methods.ops.select import on_device
 from accelerate_methods.registry.architectures import architecture
 from accelerate_methods.stages.compress import VisualItem
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation import conv_templates
 from llava.frame_choice import sample_frames
 from llava.model.architectures.asked import Place, places_of
 from llava.model.architectures.llama_vid.eva import EvaVisionTower
@@ -72,7 +74,7 @@ class LlamaVidModel(LlavaLlamaModel):
         super().__init__(config)
         bert, width = bert_config(config), config.mm_hidden_size
         self.vlm_att_query = nn.Parameter(torch.zeros(1, getattr(config, "num_query", 32), bert.hidden_size))
-        self.vlm_att_ln = nn.LayerNorm(width)
+        self.vlm_att_ln = nn.LayerNorm(width) if "pretrain" in config.bert_type else nn.Identity()
         self.vlm_att_encoder = TextGuide(QFormer(bert, width, bert.vocab_size + MORE_WORDS))
         self.vlm_att_projector = nn.Linear(bert.hidden_size, width)
         self.vlm_att_key_projector = nn.Linear(width, width)
@@ -140,6 +142,11 @@ class LlamaVidForCausalLM(LlavaLlamaForCausalLM):
                 f"bert_type {kind!r}: only LLaMA-VID models with a Q-Former are supported ('qformer_pretrain' and its "
                 "variants); no weights of others were released."
             )
+        feature = getattr(config, "mm_vision_select_feature", "patch")
+        if feature != "patch":
+            raise CheckpointError(
+                f"mm_vision_select_feature {feature!r}: LLaMA-VID's tokens are those of patches alone."
+            )
         self.build(config, LlamaVidModel)
         tower = self.get_vision_tower()
         if tower is not None:
@@ -174,6 +181,14 @@ class LlamaVidForCausalLM(LlavaLlamaForCausalLM):
         bert, out = decoder.vlm_att_encoder.bert, self.config.hidden_size
         context = width * (count * decoder.vlm_att_projector.in_features + patches * (width + 2 * count) + out)
         return views * (bert.macs(count, text, patches + 1) + context + content * out * (width + out))
+
+    def whole_prompt(self, prompt: str, **arguments: Any) -> str:
+        """The images in the latest turn of a chat, whose question they are seen with, as in the official one."""
+        before, turn, latest = prompt.rpartition(f"{conv_templates[self.about.template].roles[0]}: ")
+        images = f"{DEFAULT_IMAGE_TOKEN}\n"
+        if not turn or images not in before or DEFAULT_IMAGE_TOKEN in latest:
+            return prompt
+        return before.replace(images, "") + turn + images * before.count(images) + latest
 
     def asked_text(self, question: Any) -> str:
         """As it is written, instructions to answer briefly included: the Q-Former was trained so."""
