@@ -51,6 +51,13 @@ def fill_text_model(model: nn.Module, name: str, checkpoint: str | None) -> None
     model.load_state_dict({key: weights[key] for key in wanted}, strict=True)
 
 
+def text_macs(config: Any, tokens: int) -> int:
+    """Multiply-accumulates of a text model for one text of so many tokens."""
+    width = config.hidden_size
+    layer = 4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * config.intermediate_size
+    return config.num_hidden_layers * layer
+
+
 class TextTokens:
     """The tokenizer of a text tower; its files are looked for when the first text is read.
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from accelerate_methods import MethodError, accelerate, record
 from accelerate_methods.hosts.tower_files import TowerError
@@ -498,3 +499,19 @@ def test_methods_on_tokens_and_inside_the_llm(model):
 def test_methods_that_read_patches_are_refused(model):
     with pytest.raises(MethodError, match="HICom"):
         accelerate(model, "fastervlm")
+
+
+@pytest.mark.parametrize("frames", [4, 8])
+def test_own_work_is_what_torch_counts(model, frames):
+    model = copy.deepcopy(model).requires_grad_(False)  # torch's counter fails on views of parameters
+    ids, asked = torch.tensor([[1, VIDEO, 5]]), {"images": [pixels(frames)], "guided_input": guide()}
+    with record() as requests:
+        model.generate(ids, **asked, **GREEDY)
+    with FlopCounterMode(display=False) as counter:
+        spliced(model, ids.tolist(), **asked)
+    with FlopCounterMode(display=False) as vision:
+        model.get_vision_tower().see(pixels(frames))
+    own = model.own_macs(requests[0].samples[0])
+    assert own == pytest.approx(
+        (counter.get_total_flops() - vision.get_total_flops()) // 2, rel=0.01
+    )  # the text's head

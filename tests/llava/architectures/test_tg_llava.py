@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from accelerate_methods import MethodError, accelerate, record
 from accelerate_methods.hosts.tower_files import TowerError
@@ -329,3 +330,22 @@ def test_methods_on_tokens_and_inside_the_llm(model):
 def test_methods_that_read_patches_or_videos_are_refused(model, method, says):
     with pytest.raises(MethodError, match=says):
         accelerate(model, method)
+
+
+def test_own_work_is_what_torch_counts(model):
+    model = copy.deepcopy(model).requires_grad_(False)  # torch's counter fails on views of parameters
+    ids, asked = torch.tensor([[1, IMAGE, 5, IMAGE]]), {"text_guide_ids": torch.tensor([62, 3])}
+    with record() as requests:
+        model.generate(ids, images=pictures(2), **asked, **GREEDY)
+    with FlopCounterMode(display=False) as counter:
+        spliced(model, ids.tolist(), pictures(2), **asked)
+    tower, decoder = model.get_vision_tower(), model.get_model()
+    with FlopCounterMode(display=False) as shared:  # the text is read once for both, and each picture once more
+        tower(pictures(2))
+        model.get_text_tower()(asked["text_guide_ids"][None])
+        decoder.guidance(torch.zeros(1, 24))
+    with FlopCounterMode(display=False) as twice:
+        model.get_text_tower()(asked["text_guide_ids"][None])
+        decoder.guidance(torch.zeros(1, 24))
+    expected = counter.get_total_flops() - shared.get_total_flops() + 2 * twice.get_total_flops()
+    assert model.own_macs(requests[0].samples[0]) == expected // 2

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from accelerate_methods.engine.flops import MacCounter
 from accelerate_methods.ops.select import on_device
 from accelerate_methods.stages.compress import VisualItem
 from llava.model.architectures.hicom.compressors import HIComProjector
@@ -110,3 +111,26 @@ def _projected(projector: nn.Module, seen: Sequence[Seen], place: Place) -> Tens
     size = [tokens.shape[0], *(-(-edge // 2) for edge in tokens.shape[1:3])]
     halved = nn.functional.interpolate(tokens.permute(3, 0, 1, 2)[None], size=size, mode="trilinear")
     return halved[0].permute(1, 2, 3, 0)
+
+
+def macs(twin: HIComProjector, width: int, tokens: int, kind: str, patches: int, words: int) -> int:
+    """Multiply-accumulates of both branches for one image or video.
+
+    Args:
+        twin: of the projector, on the meta device; width: C; tokens: of the item; patches: of a view; words: rows of the instruction.
+
+    How many patches there were is what the blocks hold, where they do not overlap; without a local branch one view.
+    """
+    local, whole, counter = twin.local_compressor, twin.global_compressor, MacCounter()
+    cells = tokens - (0 if whole is None else whole.setting.queries)
+    with torch.device("meta"):
+        guide = torch.empty(1, words, width)
+        shape = (1, patches) if local is None else local.kernels(2, kind == "image")[:2]
+        side = 1 if local is None else local.setting.spatial * cells
+        grid = torch.empty(1, *shape, side, width)
+    with torch.no_grad(), counter.counting():
+        if local is not None:
+            twin("local", grid, grid, guide, kind == "image")
+        if whole is not None:
+            twin("global", grid, guide)
+    return counter.macs

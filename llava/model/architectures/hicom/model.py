@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2ForCausalLM
 
 from accelerate_methods.engine import recording
+from accelerate_methods.engine.flops import projector_macs
+from accelerate_methods.engine.recording import SampleRecord
 from accelerate_methods.hosts.checkpoint_files import weight_names
 from accelerate_methods.ops.select import on_device
 from accelerate_methods.registry.architectures import architecture
@@ -23,10 +25,11 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import expand2square, process_images
 from llava.model.architectures.asked import Place, places_of
 from llava.model.architectures.hicom.compressors import HIComProjector
-from llava.model.architectures.hicom.encode import items_of, seen_as
+from llava.model.architectures.hicom.encode import items_of, macs, seen_as
 from llava.model.architectures.hicom.grammar import branches, is_compressor, with_mode
 from llava.model.architectures.hicom.instruction import instruction_in
 from llava.model.architectures.hicom.tower import GuidedSigLipTower
+from llava.model.architectures.text_towers import text_macs
 from llava.model.checkpoint import TOWER_PREFIX, CheckpointError, load_config
 from llava.model.language_model.llava_qwen import LlavaQwenConfig, LlavaQwenForCausalLM, LlavaQwenModel
 from llava.model.multimodal_projector.builder import build_vision_projector
@@ -101,6 +104,7 @@ class HIComQwen2ForCausalLM(LlavaQwenForCausalLM):
     def __init__(self, config: HIComConfig):
         super(Qwen2ForCausalLM, self).__init__(config)
         self.build(config, HIComModel)
+        self._work: dict[tuple[str, int], int] = {}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any):
@@ -174,6 +178,27 @@ class HIComQwen2ForCausalLM(LlavaQwenForCausalLM):
         count = arguments.get("max_frames_num") or getattr(self.config, "num_frames", None) or self.about.frames
         edges = np.arange(count + 1) * (float(total - 1) / count)
         return np.round((edges[:-1] + edges[1:]) / 2 + 1e-6).astype(int).tolist()
+
+    def own_macs(self, sample: SampleRecord, **call: Any) -> int:
+        """Of the text model and both branches; tokens of tiles count as those of one view.
+
+        A record does not say how many frames there were: as many as their blocks hold.
+        """
+        tower, projector = self.get_vision_tower(), self.get_model().mm_projector
+        if not isinstance(projector, HIComProjector):
+            return projector_macs(sample.visual_tokens_before, projector)
+        text = text_macs(tower.guide_encoder.config, tower.tokens.limit) if tower.guided else 0
+        words = tower.tokens.limit if tower.guided and projector.reads_words else 1
+        total = 0
+        for item in sample.items:
+            key = (item.modality, item.tokens_before)
+            if key not in self._work:
+                form = (self.config.mm_hidden_size, item.tokens_before, item.modality, tower.num_patches, words)
+                with torch.device("meta"):
+                    twin = self.model.build_projector(self.config).requires_grad_(False)
+                self._work[key] = text + macs(twin, *form)
+            total += self._work[key]
+        return total
 
     # -- encode ------------------------------------------------------------------------------------------------------
 

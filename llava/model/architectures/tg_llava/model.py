@@ -11,14 +11,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Qwe
 
 from accelerate_methods.engine import recording
 from accelerate_methods.engine.devices import computes_on, moved
+from accelerate_methods.engine.flops import MacCounter, projector_macs
+from accelerate_methods.engine.recording import SampleRecord
 from accelerate_methods.hosts.checkpoint_files import weight_names
 from accelerate_methods.hosts.layouts import flat_item
+from accelerate_methods.hosts.questions import without_placeholders
 from accelerate_methods.ops.select import on_device
 from accelerate_methods.registry.architectures import architecture
 from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.errors import MethodError
 from llava.model.architectures.asked import Place, places_of
-from llava.model.architectures.tg_llava.details import PatchEncoder, quadrants
+from llava.model.architectures.text_towers import text_macs
+from llava.model.architectures.tg_llava.details import LATENTS, PatchEncoder, quadrants
 from llava.model.architectures.tg_llava.guide import TextGuide
 from llava.model.architectures.tg_llava.text import TextTower, given_ids
 from llava.model.checkpoint import CheckpointError, load_config
@@ -46,12 +50,17 @@ class _Decoder:
             )
         checkpoint = getattr(config, "tower_checkpoint", None) or config.name_or_path or None
         self.text_tower = TextTower(config, getattr(config, "delay_text", False), checkpoint, _ABOUT.name)
-        own = getattr(config, "tiny_overrides", None) or {}
-        width, text, patches = config.mm_hidden_size, config.mm_text_hidden_size, self.vision_tower.num_patches
-        self.mm_cross_attn = TextGuide(width, text, patches, own.get("qformer"))
-        self.mm_patch_encoder = PatchEncoder(width, text, config.hidden_size, 4 * patches, own.get("perceiver"))
+        self.mm_cross_attn, self.mm_patch_encoder = self.build_guides(config, self.vision_tower.num_patches)
         parts = (TextTower, TextGuide, PatchEncoder)
         self._no_split_modules = {*(self._no_split_modules or ()), *(part.__name__ for part in parts)}
+
+    @staticmethod
+    def build_guides(config: Any, patches: int) -> tuple[TextGuide, PatchEncoder]:
+        """For a tower of so many patches."""
+        own = getattr(config, "tiny_overrides", None) or {}
+        width, text = config.mm_hidden_size, config.mm_text_hidden_size
+        guide = TextGuide(width, text, patches, own.get("qformer"))
+        return guide, PatchEncoder(width, text, config.hidden_size, 4 * patches, own.get("perceiver"))
 
     def guidance(self, pooled: Tensor) -> Tensor:
         """[B, T] -> [B, P, C] what the question adds to the features of the patches."""
@@ -102,6 +111,35 @@ class TextGuidedVision:
 
     def get_text_tower(self) -> TextTower:
         return self.get_model().text_tower
+
+    def asked_text(self, question: Any) -> str:
+        """As it is written, instructions to answer briefly included: so the guidance was trained."""
+        return without_placeholders(question) if isinstance(question, str) else super().asked_text(question)
+
+    def own_macs(self, sample: SampleRecord, **call: Any) -> int:
+        """Of text model, guidance, patch encoder and projector, and the tower's four passes over the quadrants.
+
+        The question counts as many rows as the prompt has of text (and no more than CLIP reads): a record does not say
+        how many it had.
+        """
+        decoder, tower, text = self.get_model(), self.get_vision_tower(), self.get_text_tower()
+        patches, width = tower.num_patches, self.config.mm_hidden_size
+        views = sample.visual_tokens_before // (patches + LATENTS)
+        rows = min(text.tokens.limit, sample.dense_length - sample.visual_tokens_before)
+        if not views or rows < 1:
+            return 0
+        if rows not in self._work:
+            counter = MacCounter()
+            with torch.device("meta"):
+                parts = decoder.build_guides(self.config, patches)
+                guide, encoder = (part.requires_grad_(False) for part in parts)
+                quarters = torch.empty(1, 4, patches, width)
+                question = torch.empty(1, rows, self.config.mm_text_hidden_size)
+            with torch.no_grad(), counter.counting():
+                guide(question[:, 0])
+                encoder(quarters, question)
+            self._work[rows] = counter.macs + text_macs(text.text_tower.config, rows)
+        return views * (self._work[rows] + projector_macs(patches, decoder.mm_projector) + tower.macs(4))
 
     def encode_for(
         self, prompts: Prompts, images: Any, modalities: list[str], image_sizes: Any,
@@ -185,6 +223,7 @@ class LlavaQwenTextLearnableQueryForCausalLM(TextGuidedVision, LlavaQwenForCausa
     def __init__(self, config: TgLlavaQwenConfig):
         super(Qwen2ForCausalLM, self).__init__(config)
         self.build(config, TgLlavaQwenModel)
+        self._work: dict[int, int] = {}
 
 
 class TgLlavaLlamaConfig(LlavaConfig):
@@ -201,6 +240,7 @@ class LlavaLlamaTextLearnableQueryForCausalLM(TextGuidedVision, LlavaLlamaForCau
     def __init__(self, config: TgLlavaLlamaConfig):
         super(LlamaForCausalLM, self).__init__(config)
         self.build(config, TgLlavaLlamaModel)
+        self._work: dict[int, int] = {}
 
 
 for _config, _model in (
