@@ -205,11 +205,12 @@ def _finish_vision(model: Any, tokenizer: Any) -> Any:
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows or (len(tokenizer) < rows and not model.spare_vocabulary):
         _resize_vocabulary(model, len(tokenizer))
-    newline = getattr(model.get_model(), "image_newline", None)
-    if newline is not None and newline.is_meta and not is_offloaded(model.get_model()):
+    decoder = model.get_model()
+    away = [name for name, weight in decoder.named_parameters(recurse=False) if weight.is_meta]
+    if away and not is_offloaded(decoder):
         raise CheckpointError(
-            "model.image_newline is on disk and no module of its own, so that nothing would load it; "
-            "give it a device in the device_map, for example {'model.image_newline': 0, ...}."
+            f"model.{away[0]} is on disk and no module of its own, so that nothing would load it; "
+            f"give it a device in the device_map, for example {{'model.{away[0]}': 0, ...}}."
         )
     tower = model.get_vision_tower()
     if tower is None:

@@ -29,8 +29,8 @@ IMAGE, LEARNABLE = -200, 280
 ASKED = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-def load(folder=FOLDER):
-    return FlashSlothForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def load(folder=FOLDER, **how):
+    return FlashSlothForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).eval()
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +280,14 @@ def test_text_alone_is_plain_phi(model):
     with record() as requests:
         model.generate(ids, **ASKED)
     assert torch.equal(model(input_ids=ids).logits, plain) and requests[0].samples[0].length == 4
+
+
+def test_weights_may_lie_elsewhere(model, tmp_path):
+    places = {f"model.{name}": "disk" for name, _ in model.get_model().named_children()} | {"lm_head": "cpu"}
+    offloaded = load(device_map=places | {"model.final_layernorm": "cpu"}, offload_folder=str(tmp_path))
+    ids = torch.tensor([prompt(6)])
+    first, second = (each.generate(ids, images=pixels(1), **ASKED) for each in (model, offloaded))
+    assert torch.equal(first, second)
 
 
 def test_half_precision(model):

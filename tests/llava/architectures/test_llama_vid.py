@@ -26,11 +26,12 @@ IMAGE = -200
 ASKED = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-def load(folder=FOLDER, **config_keys):
+def load(folder=FOLDER, device_map=None, offload_folder=None, **config_keys):
     config = load_config(LlamaVidForCausalLM.config_class, folder)
     for key, value in {"eva_heads": 4, **config_keys}.items():
         setattr(config, key, value)
-    model = LlamaVidForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+    where = {} if device_map is None else {"device_map": device_map, "offload_folder": offload_folder}
+    model = LlamaVidForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, **where).eval()
     model.get_vision_tower().load_model()
     return model
 
@@ -343,6 +344,21 @@ def test_half_precision(model):
         small = copy.deepcopy(model).to(dtype)
         logits = small(input_ids=ids, images=pixels(1).to(dtype), **asked).logits
         assert logits.dtype == dtype and (logits.float() - exact).abs().max() < close
+
+
+def test_weights_may_lie_elsewhere(model, tmp_path):
+    places = {f"model.{name}": "disk" for name, _ in model.get_model().named_children()} | {"lm_head": "cpu"}
+    places |= {"model.norm": "cpu", "model.vlm_att_query": "cpu"}
+    offloaded = load(device_map=places, offload_folder=str(tmp_path))
+    ids, asked = torch.tensor([[1, IMAGE, 5, 6]]), {"images": pixels(1), "questions": ["where?"], **ASKED}
+    assert torch.equal(offloaded.generate(ids, **asked), model.generate(ids, **asked))
+
+
+def test_queries_on_disk_are_an_error_that_says_what_to_do(folder, tmp_path, model):
+    places = {f"model.{name}": "cpu" for name, _ in model.get_model().named_children()} | {"lm_head": "cpu"}
+    places |= {"model.vlm_att_query": "disk"}
+    with pytest.raises(CheckpointError, match=r"model\.vlm_att_query is on disk .* give it a device"):
+        load_pretrained_model(str(folder), device_map=places, torch_dtype="float32", offload_folder=str(tmp_path / "o"))
 
 
 def test_beams_begin_with_the_prompt(model):
