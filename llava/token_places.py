@@ -6,6 +6,7 @@ Nothing is assumed about the layout: the coordinates of the patch centres go thr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,7 +89,11 @@ def token_cells(
         panels: those of this item.
         kind: "plain", "image" or "video", as in :class:`llava.model.vision.VisualInput`.
         size: (width, height) of the image, for the any-resolution layout.
+
+    Tokens that have no place (``MediaInputs.tokens_have_places``) are drawn in rows, in the order of the prompt.
     """
+    if not model.tokens_have_places and item.owner is not None:
+        return cells_of(item, _rows_of_tokens(item.owner.numel(), len(panels)), len(panels))
     centres = _patch_centres(model, panels, kind)
     views = centres.shape[0]
     if item.owner is None:
@@ -105,6 +110,19 @@ def token_cells(
     # (a, -a) went through together: where tokens are maxima over patches (max pooling), this is the middle of the range
     places = ((centres[:, :3] - centres[:, 3:]) / 2).numpy()
     return cells_of(item, places, len(panels))
+
+
+def _rows_of_tokens(tokens: int, panels: int) -> np.ndarray:
+    """[tokens, 3] (panel, x, y): the tokens in order, as evenly over the panels as they go, in rows of about a square."""
+    panel = np.arange(tokens) * panels // tokens
+    found = []
+    for number in range(panels):
+        count = int((panel == number).sum())
+        columns = math.ceil(math.sqrt(count)) or 1
+        row, column = np.divmod(np.arange(count), columns)
+        rows = -(-count // columns)
+        found.append(np.stack([np.full(count, number), (column + 0.5) / columns, (row + 0.5) / max(rows, 1)], axis=1))
+    return np.concatenate(found)
 
 
 def _patch_centres(model: Any, panels: list[Panel], kind: str) -> Tensor:

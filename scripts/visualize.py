@@ -18,10 +18,12 @@ import dataclasses
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy as np
     from PIL import Image
 
@@ -144,9 +146,18 @@ def _with_config(method: str, embedded: bool) -> str:
 
 
 class Looker:
-    """A model, ready to be asked about one input with one method after the other."""
+    """A model, ready to be asked about one input with one method after the other.
 
-    def __init__(self, pretrained: str, template: str | None = None, device: str = "auto", dtype: str = "auto"):
+    Attributes:
+        inputs, call: run parameters of a trained architecture, for the steps that make inputs and for ``generate``.
+    """
+
+    inputs: Mapping[str, Any] = MappingProxyType({})
+    call: Mapping[str, Any] = MappingProxyType({})
+
+    def __init__(
+        self, pretrained: str, template: str | None = None, device: str = "auto", dtype: str = "auto", given: str = ""
+    ):
         import torch
 
         from llava.model.builder import load_pretrained_model
@@ -157,6 +168,7 @@ class Looker:
             pretrained, device_map=device, torch_dtype=dtype
         )
         self.template = template or _template(self.model)
+        self.inputs, self.call = _run_parameters(self.model.about, given)
 
     @property
     def family(self) -> str:
@@ -172,6 +184,8 @@ class Looker:
         from llava.mm_utils import process_images
         from llava.token_places import frame_panels, image_panels, is_anyres
 
+        if self.model.about is not None:
+            return self._of_architecture(given)
         if given.is_video:
             pixels = self.processor.preprocess(given.frames, return_tensors="pt")["pixel_values"]
             panels = frame_panels(given.frames, self.processor, given.seconds)
@@ -192,6 +206,29 @@ class Looker:
         plain = not isinstance(pixels, list) and pixels.ndim == 4
         tensors = self._cast(pixels) if plain else [self._cast(p) for p in pixels]
         return Prepared(panels, tensors, "plain" if plain else "image", sizes)
+
+    def _of_architecture(self, given: Input) -> Prepared:
+        """As the model's own class prepares them; panels as those that it is shown, or the whole pictures."""
+        from accelerate_methods.visualize import Panel
+        from llava.model.inputs import MediaInputs
+        from llava.token_places import frame_panels, image_panels
+
+        model, processor = self.model, self.processor
+        if given.is_video:
+            if "video" not in model.about.modalities:
+                raise InputError(f"{model.about.name} reads images, not videos. {model.about.limits}".strip())
+            pixels = model.to_model(model.video_inputs(given.frames, processor, **self.inputs))
+            return Prepared([frame_panels(given.frames, processor, given.seconds)], [pixels], "video", None)
+        pixels = model.to_model(model.image_inputs(given.images, processor, **self.inputs))
+        names = [f"image {n}" if len(given.images) > 1 else "image" for n in range(1, len(given.images) + 1)]
+        own = type(model).image_inputs is not MediaInputs.image_inputs or not model.tokens_have_places
+        mode, pinpoints = (getattr(model.config, key, None) for key in ("image_aspect_ratio", "image_grid_pinpoints"))
+        panels = [
+            [Panel(name, image.convert("RGB"))] if own else image_panels(image, processor, mode, pinpoints, name)
+            for image, name in zip(given.images, names, strict=True)
+        ]
+        plain = not isinstance(pixels, list) and pixels.ndim == 4
+        return Prepared(panels, pixels, "plain" if plain else "image", [image.size for image in given.images])
 
     def _cast(self, pixels: Any) -> Any:
         return pixels.to(device=self.model.device, dtype=self.model.dtype)
@@ -214,7 +251,7 @@ class Looker:
         if pipeline.methods and not any(kind in m.modalities for m in pipeline.methods):
             acts = " and ".join(sorted(set().union(*(m.modalities for m in pipeline.methods))))
             raise MethodError(f"{choice.label} acts on {acts} only, and the input is {kind}: nothing would change.")
-        ids = self._ids(question, len(prepared.panels))
+        ids = self._ids(question, len(prepared.panels), kind)
         more = {} if prepared.kind == "plain" else {"modalities": [prepared.kind] * len(prepared.panels)}
         if prepared.sizes:
             more["image_sizes"] = prepared.sizes
@@ -231,8 +268,9 @@ class Looker:
                     top_p=None,
                     top_k=None,
                     pad_token_id=_pad(self.tokenizer),
-                    questions=[question],
+                    questions=[self.model.asked_text(question)],
                     **more,
+                    **self.call,
                 )
             sample = requests[0].samples[0]
             if len(sample.items) < len(prepared.panels):
@@ -249,27 +287,32 @@ class Looker:
             num_layers=self.model.config.num_hidden_layers,
             cells=cells,
             answer=_printable(self.tokenizer.decode(output[0], skip_special_tokens=True)),
-            note=f"adaptation: {adapted}" if adapted else "",
+            note="; ".join(filter(None, (f"adaptation: {adapted}" if adapted else "", self._placeless()))),
         )
 
-    def _ids(self, question: str, items: int) -> Any:
-        from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+    def _placeless(self) -> str:
+        """What has to be said of tokens that have no place in the picture."""
+        return "" if self.model.tokens_have_places else "cells are tokens in the order of the prompt, not places"
+
+    def _ids(self, question: str, items: int, kind: str) -> Any:
+        from llava.constants import DEFAULT_IMAGE_TOKEN
         from llava.conversation import conv_templates
-        from llava.mm_utils import tokenizer_image_token
 
         if self.template not in conv_templates:
             from accelerate_methods.stages.errors import UnknownNameError
 
             raise UnknownNameError("conversation template", self.template, conv_templates)
-        if DEFAULT_IMAGE_TOKEN not in question:
+        if self.model.about is not None:
+            question = self.model.question_text(question, kind, items, **self.inputs)
+        elif DEFAULT_IMAGE_TOKEN not in question:
             question = " ".join([DEFAULT_IMAGE_TOKEN] * items) + "\n" + question
-        if question.count(DEFAULT_IMAGE_TOKEN) != items:
+        if self.model.about is None and question.count(DEFAULT_IMAGE_TOKEN) != items:
             raise InputError(f"the question has {question.count(DEFAULT_IMAGE_TOKEN)} <image>, the input {items}.")
         conversation = conv_templates[self.template].copy()
         conversation.append_message(conversation.roles[0], question)
         conversation.append_message(conversation.roles[1], None)
-        prompt = tokenizer_image_token(conversation.get_prompt(), self.tokenizer, IMAGE_TOKEN_INDEX, "pt")
-        return prompt[None].to(self.model.device)
+        prompt = self.model.whole_prompt(conversation.get_prompt(), **self.inputs)
+        return self.model.prompt_ids(prompt, self.tokenizer, **self.inputs)[None].to(self.model.device)
 
 
 @dataclasses.dataclass
@@ -290,7 +333,20 @@ def _pad(tokenizer: Any) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
+def _run_parameters(about: Any, given: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``k=v,k=v`` of a trained architecture: for the steps that make inputs, and for ``generate``."""
+    if about is None:
+        if given:
+            raise InputError(f"--model-args {given}: this model has no run parameters; it is a plain LLaVA model.")
+        return {}, {}
+    pairs = [word.partition("=") for word in given.split(",") if word.strip()]
+    values = about.checked({name.strip(): value.strip() for name, _, value in pairs})
+    return about.for_inputs(values), about.for_generate(values)
+
+
 def _template(model: Any) -> str:
+    if model.about is not None:
+        return model.about.template
     name = type(model).__name__
     return "qwen_1_5" if "Qwen" in name else "mistral_instruct" if "Mistral" in name else "vicuna_v1"
 
@@ -341,7 +397,7 @@ def visualize(args: argparse.Namespace) -> Path:
     if embedded and not (EMBEDDED / "config.json").is_file():
         raise InputError(f"the embedded model is missing ({EMBEDDED}); give --pretrained.")
     with console.status("loading the model"):
-        looker = Looker(str(args.pretrained or EMBEDDED), args.template, args.device, args.dtype)
+        looker = Looker(str(args.pretrained or EMBEDDED), args.template, args.device, args.dtype, args.model_args)
     prepared = looker.prepare(given)
     panels = [panel for item in prepared.panels for panel in item]
     overlays = []
@@ -384,6 +440,7 @@ def parser() -> argparse.ArgumentParser:
         help='e.g. fastvid@0.1, "dycoke(k=0.3)", prunevid, visionzip+fastv, a config, or all@0.25; may be repeated',
     )
     out.add_argument("--pretrained", help="checkpoint; default: the embedded model, which knows synthetic shapes only")
+    out.add_argument("--model-args", default="", help="run parameters of a trained architecture: k=v,k=v")
     out.add_argument("--frames", type=_positive, help="frames of a video (default: 32; 16 with the embedded model)")
     out.add_argument("--output", required=True, type=_output, help="out.png, out.html or out.mp4")
     out.add_argument("--columns", type=_positive, help="PNG: most frames in a row (default: 8, or 4 for fine grids)")

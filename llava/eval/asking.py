@@ -134,9 +134,10 @@ class Assistant:
         about, words = self.model.about, self._option("model_args")
         if about is None:
             if words:
-                raise MethodError(f"--model-args {words}: {self.name} has no run parameters; it is a plain LLaVA model.")
+                raise MethodError(f"--model-args {words}: {self.name} is plain LLaVA and has no run parameters.")
             return {}, {}
-        own = {a.name: self._option(a.name) for a in about.arguments if self._option(a.name) is not None}
+        asked = {argument.name: self._option(argument.name) for argument in about.arguments}
+        own = {name: value for name, value in asked.items() if value is not None}
         pairs = [word.partition("=") for word in (words or "").split(",") if word.strip()]
         values = about.checked({**own, **{name.strip(): value.strip() for name, _, value in pairs}})
         return about.for_inputs(values), about.for_generate(values)

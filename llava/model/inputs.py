@@ -28,9 +28,12 @@ class MediaInputs:
 
     Attributes:
         about: the entry of a trained architecture in ``accelerate_methods.registry.architectures``; None: plain LLaVA.
+        tokens_have_places: whether each visual token is of one place in the picture, where pictures show it;
+            tokens of queries are drawn in the order in which the language model reads them.
     """
 
     about: ClassVar[Architecture | None] = None
+    tokens_have_places: ClassVar[bool] = True
 
     def image_inputs(self, images: Sequence[Image.Image], image_processor: Any, **arguments: Any) -> Any:
         """Pictures as ``images=`` takes them: a tensor [N, 3, S, S] of plain images, or a list of [V, 3, S, S] tensors,

@@ -444,3 +444,19 @@ def test_a_token_that_a_decoder_layer_merged_is_shown_as_merged_from_there_on():
     overlay = Overlay("m", 8, 3, 4, [first, second])
     assert [overlay.alive(layer) for layer in range(4)] == [3, 3, 1, 1]
     assert (overlay.layers, overlay.drops) == ([2], [2])
+
+
+def test_tokens_of_queries_are_drawn_in_their_order(tmp_path, capsys):
+    from tests.support.architectures import tiny_checkpoint
+
+    folder, output = tiny_checkpoint("mqt", tmp_path / "mqt"), tmp_path / "out.html"
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "red.png")
+    words = ["--input", str(tmp_path / "red.png"), "--question", "what?", "--pretrained", str(folder)]
+    words += ["--model-args", "num_visual_tokens=10", "--method", "uniform@0.5", "--output", str(output)]
+    visualize.main([*words, "--max-new-tokens", "2"])
+    text = output.read_text(encoding="utf-8")
+    assert "cells are tokens in the order of the prompt, not places" in text
+    assert "uniform@0.5: 5 of 10 visual tokens" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(SystemExit):
+        visualize.main([*words[:-4], "--model-args", "num_visual_tokens=0", "--method", "random@0.5", *words[-2:]])
+    assert "outside the allowed range" in capsys.readouterr().err

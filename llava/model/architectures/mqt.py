@@ -131,6 +131,7 @@ class MqtLlavaForCausalLM(LlavaLlamaForCausalLM):
 
     config_class = MqtLlavaConfig
     about = architecture("mqt")
+    tokens_have_places = False
     weight_names: ClassVar[Mapping[str, str]] = {r"^model\.query_abstractor\.": "model.mm_projector."}
 
     def __init__(self, config: MqtLlavaConfig):
