@@ -109,9 +109,9 @@ def main(argv: list[str] | None = None) -> int:
             _show(args, console)
             return 0
         if args.list_models:
-            from accelerate_methods.bench.shapes import SHAPES
+            from accelerate_methods.bench.architecture_shapes import ALL_SHAPES
 
-            for name, shape in SHAPES.items():
+            for name, shape in ALL_SHAPES.items():
                 console.print(f"{name:22} {shape.family}, {shape.frames or 1} {'frames' if shape.frames else 'image'}")
             return 0
         from accelerate_methods.bench.run import run

@@ -23,6 +23,7 @@ from accelerate_methods.bench import (
     sync,
     table,
 )
+from accelerate_methods.bench.architecture_shapes import ALL_SHAPES
 from accelerate_methods.bench.inputs import Inputs, make_inputs, read_clip
 from accelerate_methods.bench.measure import Bench, Row
 from accelerate_methods.bench.shapes import build, shape_of
@@ -122,7 +123,7 @@ def _model_and_inputs(
         frames, image_size = (64 if family == "llava_video" else 32), (672, 672)
         video = family != "llava"
     else:
-        shape = shape_of(args.model)
+        shape = shape_of(args.model, ALL_SHAPES)
         model = build(shape, device, dtype, args.attention, folder)
         weights = "random"
         shape_name = args.model

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,19 @@ _VICUNA = dict(
     vocab_size=32000, max_position_embeddings=4096, tokenizer_model_max_length=4096, rms_norm_eps=1e-5,
     bos_token_id=1, eos_token_id=2, pad_token_id=0,
 )  # fmt: skip
-_QWEN2 = dict(
+QWEN2 = dict(
     max_position_embeddings=32768, tokenizer_model_max_length=32768, rms_norm_eps=1e-6, bos_token_id=151643,
     eos_token_id=151645,
 )  # fmt: skip
-_QWEN2_7B = dict(
+QWEN2_7B = dict(
     hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-    vocab_size=152064, **_QWEN2,
+    vocab_size=152064, **QWEN2,
 )  # fmt: skip
-_QWEN2_05B = dict(
+QWEN2_05B = dict(
     hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
-    vocab_size=151936, tie_word_embeddings=True, **_QWEN2,
+    vocab_size=151936, tie_word_embeddings=True, **QWEN2,
 )  # fmt: skip
-_CLIP, _SIGLIP = "openai/clip-vit-large-patch14-336", "google/siglip-so400m-patch14-384"
+CLIP, _SIGLIP = "openai/clip-vit-large-patch14-336", "google/siglip-so400m-patch14-384"
 _NEXT = dict(
     mm_patch_merge_type="spatial_unpad",
     image_aspect_ratio="anyres",
@@ -58,7 +59,8 @@ class Shape:
     Attributes:
         language: "qwen" or "llama"; decoder: its config values; llava: those of the multimodal part.
         family: key of its model family (``registry.families``).
-        tower: hub name of a tower that the tree knows, or the config of a made-up one.
+        tower: hub name of a tower that the tree knows, the config of a made-up one, or None: ``llava`` says it.
+        architecture: file of a trained architecture (``llava/model/architectures``), "" for plain LLaVA.
         frames: frames of a video, the setting of the official evaluations; 0 for models of images.
         image_size: (width, height) of the image.
     """
@@ -66,10 +68,11 @@ class Shape:
     language: str
     family: str
     decoder: dict[str, Any]
-    tower: str | dict[str, Any]
+    tower: str | dict[str, Any] | None
     llava: dict[str, Any] = dataclasses.field(default_factory=dict)
     frames: int = 0
     image_size: tuple[int, int] = (672, 672)
+    architecture: str = ""
 
 
 _TINY_TOWER = {
@@ -83,22 +86,22 @@ _TINY = dict(
 )  # fmt: skip
 
 SHAPES = {
-    "llava-onevision-7b": Shape("qwen", "llava_onevision", _QWEN2_7B, _SIGLIP, _ONEVISION, frames=32),
-    "llava-onevision-0.5b": Shape("qwen", "llava_onevision", _QWEN2_05B, _SIGLIP, _ONEVISION, frames=32),
-    "llava-video-7b": Shape("qwen", "llava_video", _QWEN2_7B, _SIGLIP, _VIDEO, frames=64),
-    "llava-1.5-7b": Shape("llama", "llava", {**_VICUNA_7B, **_VICUNA}, _CLIP),
-    "llava-1.5-13b": Shape("llama", "llava", {**_VICUNA_13B, **_VICUNA}, _CLIP),
-    "llava-next-7b": Shape("llama", "llava", {**_VICUNA_7B, **_VICUNA}, _CLIP, _NEXT),
-    "llava-next-13b": Shape("llama", "llava", {**_VICUNA_13B, **_VICUNA}, _CLIP, _NEXT),
+    "llava-onevision-7b": Shape("qwen", "llava_onevision", QWEN2_7B, _SIGLIP, _ONEVISION, frames=32),
+    "llava-onevision-0.5b": Shape("qwen", "llava_onevision", QWEN2_05B, _SIGLIP, _ONEVISION, frames=32),
+    "llava-video-7b": Shape("qwen", "llava_video", QWEN2_7B, _SIGLIP, _VIDEO, frames=64),
+    "llava-1.5-7b": Shape("llama", "llava", {**_VICUNA_7B, **_VICUNA}, CLIP),
+    "llava-1.5-13b": Shape("llama", "llava", {**_VICUNA_13B, **_VICUNA}, CLIP),
+    "llava-next-7b": Shape("llama", "llava", {**_VICUNA_7B, **_VICUNA}, CLIP, _NEXT),
+    "llava-next-13b": Shape("llama", "llava", {**_VICUNA_13B, **_VICUNA}, CLIP, _NEXT),
     "tiny": Shape("qwen", "llava_onevision", _TINY, _TINY_TOWER, _ONEVISION, frames=8, image_size=(112, 112)),
 }
 
 
-def shape_of(name: str) -> Shape:
+def shape_of(name: str, known: Mapping[str, Shape] = SHAPES) -> Shape:
     """The shape called ``name``; :class:`UnknownNameError` with the nearest match otherwise."""
-    if name not in SHAPES:
-        raise UnknownNameError("model shape", name, SHAPES)
-    return SHAPES[name]
+    if name not in known:
+        raise UnknownNameError("model shape", name, known)
+    return known[name]
 
 
 def build(shape: Shape, device: torch.device, dtype: torch.dtype, attention: str, folder: Path, seed: int = 0) -> Any:
@@ -108,32 +111,37 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype, attention: str
         folder: an empty folder that lives as long as the model. It becomes the checkpoint that the tower and SigLIP's
             pooling head (which FastVID reads) are looked up in.
     """
-    tower = write_tower(shape.tower, folder, seed)
-    if shape.language == "qwen":
-        from llava.model.language_model.llava_qwen import LlavaQwenConfig as Config
-        from llava.model.language_model.llava_qwen import LlavaQwenForCausalLM as Model
-    else:
-        from llava.model.language_model.llava_llama import LlavaConfig as Config
-        from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM as Model
-    config = Config(
+    llava = {"mm_patch_merge_type": "flat", "image_aspect_ratio": "pad"}
+    if shape.tower is not None:
+        llava["mm_hidden_size"] = write_tower(shape.tower, folder, seed)["hidden_size"]
+        llava["mm_vision_tower"] = shape.tower if isinstance(shape.tower, str) else str(folder / "vision_tower")
+    model_class = _class_of(shape)
+    config = model_class.config_class(
         **shape.decoder,
-        mm_vision_tower=shape.tower if isinstance(shape.tower, str) else str(folder / "vision_tower"),
-        mm_hidden_size=tower["hidden_size"],
         mm_projector_type="mlp2x_gelu",
         mm_vision_select_layer=-2,
         mm_vision_select_feature="patch",
         tower_checkpoint=str(folder),
         attn_implementation=attention,
-        **{"mm_patch_merge_type": "flat", "image_aspect_ratio": "pad", **shape.llava},
+        **llava | shape.llava,
     )
     with _defaults(device, dtype, seed):
-        model = Model(config)
+        model = model_class(config)
     # one that is large enough to keep features apart, small enough for half precision
     projector = model.get_model().mm_projector
     for module in projector.modules():
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)
     return model.eval().requires_grad_(False)
+
+
+def _class_of(shape: Shape) -> Any:
+    """The class of the llava package for a shape."""
+    if shape.architecture:
+        return importlib.import_module(f"llava.model.architectures.{shape.architecture}").MODEL
+    from llava.model.decoders import model_class_of
+
+    return model_class_of(shape.language)
 
 
 @contextlib.contextmanager
