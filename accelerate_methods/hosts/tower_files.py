@@ -1,8 +1,9 @@
 """Where a vision tower's configuration and weights come from.
 
 Order: the folder ``vision_tower`` inside the checkpoint, an existing directory, the name on the hub (through its local
-cache when offline). The structure of the two official towers is also shipped with the package, so that a checkpoint
-that carries its own tower weights needs no hub access at all (``text_config.json``: of their text halves).
+cache when offline); a path of another machine that ends like an official tower's name stands for that one. The
+structure of the two official towers is also shipped with the package (``text_config.json``: of their text halves), so
+that a checkpoint that carries its own tower weights needs no hub access at all.
 """
 
 from __future__ import annotations
@@ -36,6 +37,18 @@ def tower_folder(name: str, checkpoint: str | None) -> Path | None:
     return None
 
 
+def official_name(name: str) -> str:
+    """The hub's name of an official tower that is called by a path of another machine, else ``name`` as it is.
+
+    Checkpoints keep the path from which their training read the tower.
+    """
+    if not re.search(r"^[/.~]|/.*/", name) or Path(name).is_dir():
+        return name
+    last = Path(name).name
+    known = (folder.name.replace("--", "/") for folder in _KNOWN.iterdir())
+    return next((hub for hub in known if hub.rpartition("/")[2] == last), name)
+
+
 def tower_file(name: str, checkpoint: str | None, filename: str) -> Path:
     """Path of one file of the tower; downloads it from the hub if it is not here.
 
@@ -47,6 +60,7 @@ def tower_file(name: str, checkpoint: str | None, filename: str) -> Path:
         if (folder / filename).is_file():
             return folder / filename
         raise TowerError(f"vision tower folder {folder} has no {filename}.")
+    name = official_name(name)
     cached = _cached(name, filename)
     if cached is not None:
         return cached

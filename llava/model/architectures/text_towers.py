@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, SiglipTextConfig, SiglipTextModel
 
-from accelerate_methods.hosts.tower_files import TowerError, text_config, tower_folder, weight_files, weights_named
+from accelerate_methods.hosts.tower_files import (
+    TowerError,
+    official_name,
+    text_config,
+    tower_folder,
+    weight_files,
+    weights_named,
+)
 from accelerate_methods.stages.errors import MethodError, one_line
 
 _PREFIX = "text_model."
@@ -101,4 +108,4 @@ def _tokenizer_source(name: str, checkpoint: str | None) -> str:
     folder = tower_folder(name, checkpoint)
     if folder is not None and any((Path(folder) / file).is_file() for file in _TOKENIZER_FILES):
         return str(folder)
-    return name
+    return official_name(name)

@@ -117,7 +117,8 @@ def macs(twin: HIComProjector, width: int, tokens: int, kind: str, patches: int,
     """Multiply-accumulates of both branches for one image or video.
 
     Args:
-        twin: of the projector, on the meta device; width: C; tokens: of the item; patches: of a view; words: rows of the instruction.
+        twin: of the projector, on the meta device; width: C; tokens: of the item; patches: of a view; words: rows of
+            the instruction.
 
     How many patches there were is what the blocks hold, where they do not overlap; without a local branch one view.
     """
