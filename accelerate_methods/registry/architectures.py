@@ -159,6 +159,7 @@ FASTVLM = Architecture(
     # convolutions and attention over maps: no encoder layer like CLIP's to act in or to read signals from
     signals=_NONE,
     stages=LATER_STAGES | {"sample"},
+    bench="fastvlm-7b",
 )
 
 LLAVA_MINI = Architecture(
@@ -233,6 +234,7 @@ VIDEO_XL = Architecture(
             call=True,
         ),
     ),
+    bench="video-xl-7b",
 )
 
 FLASHSLOTH = Architecture(
