@@ -18,6 +18,8 @@ from tests.support.source_tree import PACKAGES, Source, circles, imports, source
 #: every method of this project -> the module of its file
 METHODS = built_in()
 ARCHITECTURE_IDS = {entry.key for entry in ARCHITECTURES}
+#: architectures without a table of published numbers -> why
+WITHOUT_TABLE = {"tg_llava": "its paper's numbers were not at hand"}
 METHOD_FILES = {module.rpartition(".")[2] for module in METHODS.values()}
 #: methods with a file of their own; baselines.py holds several and needs no page, golden folder or scripts
 NAMED = sorted(name for name, module in METHODS.items() if not module.endswith(".baselines"))
@@ -167,6 +169,42 @@ def test_nothing_is_called_after_a_method_that_is_not_there():
     for script in (ROOT / "scripts" / "eval").glob("*.sh"):
         known = script.stem.startswith(tuple(f"{m}_" for m in METHODS)) or script.stem in ARCHITECTURE_IDS
         assert known, f"{script.name}: call it <method>_<model>.sh, or as the model id of an architecture"
+
+
+@pytest.mark.parametrize("entry", ARCHITECTURES, ids=lambda entry: entry.file)
+def test_an_architecture_has_one_name_everywhere(entry):
+    code = ROOT / "llava" / "model" / "architectures" / entry.file
+    assert code.is_dir() or code.with_suffix(".py").is_file(), f"{entry.file}: no file llava/model/architectures/..."
+    wanted = [
+        f"docs/architectures/{entry.file}.md",
+        f"tests/llava/architectures/test_{entry.file}.py",
+        f"tests/conformance/adapters/{entry.file}.py",
+        f"tests/golden/{entry.file}",
+        f"scripts/eval/{entry.key}.sh",
+        f"configs/models/{entry.key}.yaml",
+    ]
+    if entry.file not in WITHOUT_TABLE:
+        wanted.append(f"configs/reproduce/{entry.file}.yaml")
+    missing = [path for path in wanted if not (ROOT / path).exists()]
+    assert not missing, f"{entry.file}: {missing} missing; docs/adding_an_architecture.md says what belongs to one"
+
+
+@pytest.mark.parametrize("entry", ARCHITECTURES, ids=lambda entry: entry.file)
+def test_a_page_says_what_an_architecture_is(entry):
+    """Every section that a new page begins with has been written."""
+    page = f"docs/architectures/{entry.file}.md"
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert text.startswith(f"# {entry.name}\n")
+    sections = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", re.sub(r"<!-- .*? -->", "", text), re.M | re.S))
+    for name in ("What it does", "Use", "Methods on it", "Differences to the official code", "What was verified"):
+        assert len(sections.get(name, "").split()) > 10, f"{page}: section {name!r} is empty"
+
+
+def test_nothing_is_called_after_an_architecture_that_is_not_there():
+    files = {entry.file for entry in ARCHITECTURES}
+    assert {path.stem for path in (ROOT / "docs" / "architectures").glob("*.md")} <= files
+    assert len(files) == len(ARCHITECTURE_IDS) == len({e.name for e in ARCHITECTURES}) == len(ARCHITECTURES)
+    assert not set(WITHOUT_TABLE) - files
 
 
 @pytest.mark.parametrize("name", ["Encoded", "Plan", "Row", "Selection"])
