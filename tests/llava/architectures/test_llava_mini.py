@@ -64,7 +64,8 @@ def spliced(model, ids, images, mask=None, **how):
 
 
 def test_checkpoints_are_told_by_their_config():
-    assert architecture_of({"compressor_size": 1, "prefusion_layer_num": 4}) is LlavaMiniForCausalLM
+    for config in ({"compressor_size": 1, "prefusion_layer_num": 4}, {"architectures": ["LlavaMiniLlamaForCausalLM"]}):
+        assert architecture_of(config) is LlavaMiniForCausalLM
     assert architecture_of({"architectures": ["LlavaLlamaForCausalLM"], "mm_projector_type": "mlp2x_gelu"}) is None
 
 
