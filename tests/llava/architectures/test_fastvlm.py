@@ -11,8 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from accelerate_methods import MethodError, accelerate, record
+from accelerate_methods import MethodError, accelerate, available, record
 from accelerate_methods.hosts.tower_files import TowerError
+from accelerate_methods.registry.compatibility import runs_on
 from llava.conversation import conv_templates
 from llava.eval.asking import Assistant
 from llava.mm_utils import process_images
@@ -22,6 +23,7 @@ from llava.model.architectures.fastvlm.fastvithd import FastViTHD, FastViTHDConf
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import CheckpointError
 from tests.support.architectures import tiny_checkpoint
+from tests.support.configured import configured
 from tests.support.paths import GOLDEN
 
 FOLDER = GOLDEN / "fastvlm/tiny_fastvlm"
@@ -249,6 +251,17 @@ def test_methods_on_tokens_and_inside_the_llm(model):
     with accelerate(model, "divprune+fastv", **both), record() as requests:
         model.generate(ids, images=images, **GREEDY)
     assert requests[0].samples[0].visual_tokens_after == 8 and requests[0].layer_lengths(0) == [11, 7, 7]
+
+
+@pytest.mark.parametrize("kind", ["video", "image"])
+@pytest.mark.parametrize("method", [name for name in sorted(available()) if runs_on(name, "fastvlm")])
+def test_methods_of_the_table_run(model, method, kind):
+    ids, images = torch.tensor([[1, IMAGE, 5, 6]]), [pictures(4 if kind == "video" else 1)]
+    params = {"v2drop": {"layer_list": (1, 2), "keep_ratio_list": (0.5, 0.5)}}.get(method)  # the decoder has three layers
+    acting = configured(method) if params is None else method
+    with accelerate(model, acting, **params or {}), record() as requests:
+        assert model.generate(ids, images=images, modalities=[kind], **GREEDY).shape == (1, 5)
+    assert requests[0].samples[0].visual_tokens_before == 16 * len(images[0])
 
 
 def test_fewer_pixels_for_the_encoder(model):

@@ -13,15 +13,18 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from accelerate_methods import MethodError, accelerate, record
+from accelerate_methods import MethodError, accelerate, available, record
 from accelerate_methods.engine.long_prompts import LongPromptError
 from accelerate_methods.engine.recording import new_request
+from accelerate_methods.registry.compatibility import runs_on
+from accelerate_methods.stages.compress import ViewCompressMethod
 from llava.conversation import conv_templates
 from llava.model.architectures import architecture_of
 from llava.model.architectures.video_xl import VideoXLForCausalLM
 from llava.model.architectures.video_xl.windows import Settings, entries_of, pieces_of, summaries_of
 from llava.model.checkpoint import CheckpointError
 from llava.model.language_model.llava_qwen import LlavaQwenForCausalLM
+from tests.support.configured import configured
 from tests.support.paths import GOLDEN
 from tests.support.several_devices import SeveralDevices
 
@@ -441,6 +444,21 @@ def test_methods_on_the_tokens_of_frames(model):
         model.generate(ids, **asked, **GREEDY)
     (item,) = requests[0].samples[0].items
     assert (item.tokens_before, item.tokens_after, item.info["summary_tokens"]) == (576, 288, 36)
+
+
+@pytest.mark.parametrize("kind", ["video", "image"])
+@pytest.mark.parametrize("method", [name for name in sorted(available()) if runs_on(name, "video_xl")])
+def test_methods_of_the_table_run(model, method, kind):
+    ids, asked = torch.tensor([[1, IMAGE, 5, 6]]), {"images": [clip(3)], "modalities": [kind], "beacon_ratio": 8}
+    acting = configured(method)
+    if kind == "image" and isinstance(acting, ViewCompressMethod):
+        with accelerate(model, acting), pytest.raises(MethodError, match="Video-XL pools them"):
+            model.generate(ids, **asked, **GREEDY)
+        return
+    with accelerate(model, acting), record() as requests:
+        model.generate(ids, **asked, **GREEDY)
+    (item,) = requests[0].samples[0].items
+    assert item.info["summary_tokens"] == item.tokens_after // 8 > 0
 
 
 @pytest.mark.parametrize(
