@@ -20,7 +20,7 @@ from accelerate_methods.engine.sequences import VisualSequence
 from accelerate_methods.registry.architectures import architecture
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.prefill import VisualSpan
-from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.model.architectures.voco_llama.cache import CompressedImages, DividedLayout, Kept, VocoCache
 from llava.model.architectures.voco_llama.decoder import VocoConfig, VocoModel
 from llava.model.architectures.voco_llama.division import Division, PromptRows, divide, text_alone
@@ -272,6 +272,13 @@ class VocoLlamaForCausalLM(LlavaLlamaForCausalLM):
             sample.prefill_macs = pieces_macs(spliced.division.pieces(number, entries), self.config)
 
     # -- prompts -----------------------------------------------------------------------------------------------------
+
+    def made_up_ids(self, ids: Tensor) -> Tensor:
+        """With ``<voco>`` tokens behind the placeholder."""
+        ids = ids.clone()
+        ids[ids == self.config.voco_token_id] = self.config.voco_token_id - 1
+        at = int((ids == IMAGE_TOKEN_INDEX).nonzero()[-1]) + 1
+        return torch.cat([ids[:at], ids.new_full((COUNT,), self.config.voco_token_id), ids[at:]])
 
     def whole_prompt(self, prompt: str, **arguments: Any) -> str:
         return voco_prompt(prompt, arguments.get("num_voco") or COUNT)
