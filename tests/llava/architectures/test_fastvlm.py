@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from accelerate_methods import MethodError, accelerate, available, record
+from accelerate_methods import MethodError, accelerate, available, get, record
 from accelerate_methods.hosts.tower_files import TowerError
 from accelerate_methods.registry.compatibility import runs_on
 from llava.conversation import conv_templates
@@ -257,9 +257,9 @@ def test_methods_on_tokens_and_inside_the_llm(model):
 @pytest.mark.parametrize("method", [name for name in sorted(available()) if runs_on(name, "fastvlm")])
 def test_methods_of_the_table_run(model, method, kind):
     ids, images = torch.tensor([[1, IMAGE, 5, 6]]), [pictures(4 if kind == "video" else 1)]
-    params = {"v2drop": {"layer_list": (1, 2), "keep_ratio_list": (0.5, 0.5)}}.get(method)  # the decoder has three layers
-    acting = configured(method) if params is None else method
-    with accelerate(model, acting, **params or {}), record() as requests:
+    fewer = {"layer_list": (1, 2), "keep_ratio_list": (0.5, 0.5)}  # the decoder has three layers
+    acting = get(method, **fewer) if method == "v2drop" else configured(method)
+    with accelerate(model, acting), record() as requests:
         assert model.generate(ids, images=images, modalities=[kind], **GREEDY).shape == (1, 5)
     assert requests[0].samples[0].visual_tokens_before == 16 * len(images[0])
 
