@@ -137,6 +137,10 @@ class Reference:
         if "video" in data:
             more["videos"] = [video[0] if isinstance(video, tuple) else video for video in data["video"]]
             more["do_sample_frames"] = False
+            metadata = [video[1] for video in data["video"] if isinstance(video, tuple)]
+            if metadata:
+                names = ("fps", "duration", "total_num_frames", "frames_indices", "video_backend")
+                more["video_metadata"] = [{name: one[name] for name in names} for one in metadata]
         return self.processor(text=prompt["prompt"], return_tensors="pt", **more)
 
 
@@ -153,6 +157,17 @@ def clip(frames: int = 8, side: int = 48, seed: int = 0) -> np.ndarray:
     """[F, side, side, 3] frames, no two alike: among equal tokens rounding decides."""
     generator = np.random.default_rng(seed)
     return np.stack([_blocks(generator, side, side) for _ in range(frames)])
+
+
+def described(frames: np.ndarray, fps: float = 8.0) -> tuple[np.ndarray, dict[str, Any]]:
+    """A video with what Qwen-VL models want to know of it.
+
+    Of many frames per second: where a video is longer, in position ids, than its frames are wide, transformers 5.19 lets
+    the text begin among the video's ids, and vLLM behind them, as transformers did before.
+    """
+    count = len(frames)
+    more = {"frames_indices": list(range(count)), "video_backend": "opencv", "do_sample_frames": False}
+    return frames, {"fps": fps, "duration": count / fps, "total_num_frames": count, **more}
 
 
 def _blocks(generator: np.random.Generator, width: int, height: int) -> np.ndarray:

@@ -27,12 +27,20 @@ from transformers import (
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
     LlavaProcessor,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
     Qwen2Config,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
 
-from tests.support.native_processors import LLAVA_TEMPLATE, byte_tokenizer
+from tests.support.native_processors import LLAVA_TEMPLATE, QWEN_TEMPLATE, byte_tokenizer
 
 VOCABULARY = 320
 IMAGE, VIDEO = 300, 301
@@ -142,6 +150,43 @@ def llava_onevision(folder: Path) -> Path:
     return target
 
 
+def qwen2_vl(folder: Path) -> Path:
+    """Qwen2-VL: every vision block sees whole frames."""
+    vision = {"embed_dim": 32, "hidden_size": 64, "depth": 3, "num_heads": 2, "mlp_ratio": 2, **_QWEN_PATCHES}
+    config = Qwen2VLConfig(vision_config=vision, text_config={**_TEXT, **_mrope([4, 6, 6])}, **_QWEN_IDS)
+    return _saved(folder / "qwen2_vl", Qwen2VLForConditionalGeneration(config), _qwen_processor(Qwen2VLProcessor))
+
+
+def qwen2_5_vl(folder: Path) -> Path:
+    """Qwen2.5-VL: windows in all vision blocks but the last."""
+    vision = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "depth": 4, "num_heads": 2}
+    vision |= {"window_size": 16, "fullatt_block_indexes": [1, 3], "tokens_per_second": 2, **_QWEN_PATCHES}
+    config = Qwen2_5_VLConfig(vision_config=vision, text_config={**_TEXT, **_mrope([4, 6, 6])}, **_QWEN_IDS)
+    return _saved(
+        folder / "qwen2_5_vl", Qwen2_5_VLForConditionalGeneration(config), _qwen_processor(Qwen2_5_VLProcessor)
+    )
+
+
+_QWEN_PATCHES = {"patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3}
+_QWEN_IDS = {"image_token_id": 304, "video_token_id": 305, "vision_start_token_id": 302, "vision_end_token_id": 303}
+_QWEN_WORDS = {302: "<|vision_start|>", 303: "<|vision_end|>", 304: "<|image_pad|>", 305: "<|video_pad|>"}
+_QWEN_SIZES = {"patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2}
+_QWEN_LIMITS = {"size": {"shortest_edge": 64, "longest_edge": 4096}}
+
+
+def _mrope(section: list[int]) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section}}
+
+
+def _qwen_processor(processor: Any) -> Any:
+    return processor(
+        Qwen2VLImageProcessor(**_QWEN_SIZES, **_QWEN_LIMITS),
+        byte_tokenizer(VOCABULARY, _QWEN_WORDS),
+        Qwen2VLVideoProcessor(**_QWEN_SIZES, **_QWEN_LIMITS),
+        chat_template=QWEN_TEMPLATE.replace("VIDEO", "<|vision_start|><|video_pad|><|vision_end|>"),
+    )
+
+
 def _llava_processor() -> dict[str, Any]:
     return {
         "patch_size": PATCH,
@@ -162,4 +207,6 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "llava_1_5": llava_1_5,
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
+    "qwen2_vl": qwen2_vl,
+    "qwen2_5_vl": qwen2_5_vl,
 }

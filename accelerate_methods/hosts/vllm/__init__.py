@@ -22,6 +22,8 @@ MODELS = {
     "LlavaForConditionalGeneration": f"{_HERE}.llava:CompressedLlava",
     "LlavaNextForConditionalGeneration": f"{_HERE}.llava:CompressedLlavaNext",
     "LlavaOnevisionForConditionalGeneration": f"{_HERE}.llava_onevision:CompressedLlavaOnevision",
+    "Qwen2VLForConditionalGeneration": f"{_HERE}.qwen_vl:CompressedQwen2VL",
+    "Qwen2_5_VLForConditionalGeneration": f"{_HERE}.qwen_vl:CompressedQwen25VL",
 }
 
 

@@ -69,7 +69,7 @@ def rows_of(method: Served, layout: Layout) -> int:
     if item.modality not in method.modalities:
         return item.length
     per_layer = any(Signal(name).name in LAYER_SIGNALS for name in method.signals)
-    if item.modality == "image" and item.source is None and per_layer and not on_views:
+    if item.layout == "anyres" and item.source is None and per_layer and not on_views:
         raise MethodError(
             f"{method.name}: this image is shrunk to the checkpoint's token limit; its tokens are mixtures of patches, "
             "which have no attention or keys of their own. Send it smaller, or use a method that reads features only."

@@ -36,6 +36,10 @@ VIEWS_VARIABLE = "ACCELERATE_METHODS_VLLM_VIEWS"
 _VIEWS = 64
 
 
+def most_views() -> int:
+    return max(1, int(os.environ.get(VIEWS_VARIABLE, _VIEWS)))
+
+
 class LlavaInfo(CompressedInfo):
     """What the front end knows of a LLaVA model."""
 
@@ -106,7 +110,7 @@ class LlavaEncoding:
         if config.vision_config.model_type in ("clip_vision_model", "siglip_vision_model"):
             self._served_tower = ServedTower(self.vision_tower, config.vision_config)
             self._layouts = self.layouts_class(config)
-        self._most_views = int(os.environ.get(VIEWS_VARIABLE, _VIEWS))
+        self._most_views = most_views()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         return super().load_weights(weights if self._served_tower is None else self._served_tower.renamed(weights))

@@ -26,6 +26,15 @@ from accelerate_methods.stages.errors import MethodError
 FIELD = "accelerate_method_"
 
 
+def configured(model_config: Any) -> tuple[Any, ...]:
+    """What the engine is configured with, from the environment, the checkpoint's config and the processor's arguments.
+
+    All are None where nobody has spoken of compression.
+    """
+    multimodal = (getattr(model_config.multimodal_config, "mm_processor_kwargs", None) or {}).get(KEY)
+    return from_environment(), getattr(model_config.hf_config, KEY, None), multimodal
+
+
 class ContextWithoutKey(InputProcessingContext):
     """vLLM's context, whose arguments for transformers' processor leave our own out."""
 
@@ -39,10 +48,7 @@ class CompressedInfo:
 
     def __init__(self, ctx: InputProcessingContext) -> None:
         super().__init__(ContextWithoutKey(ctx.model_config, ctx.tokenizer))
-        model_config = self.ctx.model_config
-        multimodal = model_config.multimodal_config
-        engine = (getattr(multimodal, "mm_processor_kwargs", None) or {}).get(KEY)
-        self._sources = (from_environment(), getattr(model_config.hf_config, KEY, None), engine)
+        self._sources = configured(self.ctx.model_config)
         self._checked: set[Any] = set()
         self.method({})
 
