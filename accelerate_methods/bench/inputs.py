@@ -43,7 +43,11 @@ class Inputs:
 
     def arguments(self) -> dict[str, Any]:
         """For ``prepare_multimodal`` and ``generate`` of the LLaVA tree."""
-        return {"images": self.pixels, "modalities": [self.modality] * self.batch, "image_sizes": self.sizes}
+        asked = ["What is shown, and what happens?"] * self.batch
+        return {
+            "images": self.pixels, "modalities": [self.modality] * self.batch, "image_sizes": self.sizes,
+            "questions": asked,
+        }  # fmt: skip
 
 
 def make_inputs(
@@ -79,7 +83,7 @@ def make_inputs(
         patches = patches.to(device, dtype).repeat(batch, 1, 1)
     ids = torch.randint(3, model.config.vocab_size, (text_tokens,), generator=torch.Generator().manual_seed(0))
     before = min(_BEFORE, text_tokens)
-    ids = torch.cat([ids[:before], torch.tensor([IMAGE_TOKEN_INDEX]), ids[before:]])
+    ids = model.made_up_ids(torch.cat([ids[:before], torch.tensor([IMAGE_TOKEN_INDEX]), ids[before:]]))
     return Inputs(
         ids=ids.repeat(batch, 1).to(device),
         pixels=[pixels.to(device, dtype) for _ in range(batch)],
@@ -117,7 +121,7 @@ def fed(model: Any, inputs: Inputs) -> Iterator[None]:
         encoded = look(images, keep, method, *more)
         if method is not None:  # it acted inside the tower: what came of the tower's own states stays
             return encoded
-        made_up = inputs.patches
+        made_up = inputs.patches[: len(encoded.patches)]  # a model may look at its views some at a time
         if made_up.shape[1] != encoded.patches.shape[1]:  # a sample stage made the input smaller
             made_up = _smaller(made_up, encoded.patches.shape[1])
         parts = [made_up] if encoded.special is None else [encoded.special, made_up]

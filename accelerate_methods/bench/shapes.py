@@ -18,9 +18,9 @@ import torch
 
 from accelerate_methods.stages.errors import UnknownNameError
 
-_VICUNA_7B = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
-_VICUNA_13B = dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40)
-_VICUNA = dict(
+VICUNA_7B = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+VICUNA_13B = dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40)
+VICUNA = dict(
     vocab_size=32000, max_position_embeddings=4096, tokenizer_model_max_length=4096, rms_norm_eps=1e-5,
     bos_token_id=1, eos_token_id=2, pad_token_id=0,
 )  # fmt: skip
@@ -36,7 +36,7 @@ QWEN2_05B = dict(
     hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
     vocab_size=151936, tie_word_embeddings=True, **QWEN2,
 )  # fmt: skip
-CLIP, _SIGLIP = "openai/clip-vit-large-patch14-336", "google/siglip-so400m-patch14-384"
+CLIP, SIGLIP = "openai/clip-vit-large-patch14-336", "google/siglip-so400m-patch14-384"
 _NEXT = dict(
     mm_patch_merge_type="spatial_unpad",
     image_aspect_ratio="anyres",
@@ -86,13 +86,13 @@ _TINY = dict(
 )  # fmt: skip
 
 SHAPES = {
-    "llava-onevision-7b": Shape("qwen", "llava_onevision", QWEN2_7B, _SIGLIP, _ONEVISION, frames=32),
-    "llava-onevision-0.5b": Shape("qwen", "llava_onevision", QWEN2_05B, _SIGLIP, _ONEVISION, frames=32),
-    "llava-video-7b": Shape("qwen", "llava_video", QWEN2_7B, _SIGLIP, _VIDEO, frames=64),
-    "llava-1.5-7b": Shape("llama", "llava", {**_VICUNA_7B, **_VICUNA}, CLIP),
-    "llava-1.5-13b": Shape("llama", "llava", {**_VICUNA_13B, **_VICUNA}, CLIP),
-    "llava-next-7b": Shape("llama", "llava", {**_VICUNA_7B, **_VICUNA}, CLIP, _NEXT),
-    "llava-next-13b": Shape("llama", "llava", {**_VICUNA_13B, **_VICUNA}, CLIP, _NEXT),
+    "llava-onevision-7b": Shape("qwen", "llava_onevision", QWEN2_7B, SIGLIP, _ONEVISION, frames=32),
+    "llava-onevision-0.5b": Shape("qwen", "llava_onevision", QWEN2_05B, SIGLIP, _ONEVISION, frames=32),
+    "llava-video-7b": Shape("qwen", "llava_video", QWEN2_7B, SIGLIP, _VIDEO, frames=64),
+    "llava-1.5-7b": Shape("llama", "llava", {**VICUNA_7B, **VICUNA}, CLIP),
+    "llava-1.5-13b": Shape("llama", "llava", {**VICUNA_13B, **VICUNA}, CLIP),
+    "llava-next-7b": Shape("llama", "llava", {**VICUNA_7B, **VICUNA}, CLIP, _NEXT),
+    "llava-next-13b": Shape("llama", "llava", {**VICUNA_13B, **VICUNA}, CLIP, _NEXT),
     "tiny": Shape("qwen", "llava_onevision", _TINY, _TINY_TOWER, _ONEVISION, frames=8, image_size=(112, 112)),
 }
 
@@ -127,6 +127,7 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype, attention: str
     )
     with _defaults(device, dtype, seed):
         model = model_class(config)
+        model.made_up()
     # one that is large enough to keep features apart, small enough for half precision
     projector = model.get_model().mm_projector
     for module in projector.modules():

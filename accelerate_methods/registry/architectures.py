@@ -178,6 +178,7 @@ LLAVA_MINI = Architecture(
     # the tokens are those of queries, fused with the image: no patch has a place among them
     signals=_NONE,
     stages=LATER_STAGES,
+    bench="llava-mini-8b",
 )
 
 LLAMA_VID = Architecture(
@@ -207,6 +208,7 @@ LLAMA_VID = Architecture(
         Argument("fps", Rule("number", low=0, open_low=True), 1, "Frames per second of a video that are looked at."),
     ),
     tasks="videomme",
+    bench="llama-vid-7b-video",
 )
 
 VIDEO_XL = Architecture(
@@ -254,6 +256,7 @@ FLASHSLOTH = Architecture(
     modalities=_IMAGE,
     limits="It was trained on images alone.",
     stages=LATER_STAGES,
+    bench="flashsloth-3.2b",
 )
 
 HICOM = Architecture(
@@ -295,6 +298,7 @@ VOCO_LLAMA = Architecture(
             "``<voco>`` tokens behind the images of a prompt: as many as the checkpoint was trained with.",
         ),
     ),
+    bench="voco-llama-7b",
 )
 
 TG_LLAVA = Architecture(

@@ -81,6 +81,13 @@ class MediaInputs:
 
         return tokenizer_image_token(prompt, tokenizer, return_tensors="pt")
 
+    def made_up(self) -> None:
+        """What a model of random weights needs beside them, where a checkpoint has it in other files; for the bench."""
+
+    def made_up_ids(self, ids: Tensor) -> Tensor:
+        """[n] ids of a made-up prompt with one placeholder, as the architecture writes its prompts; for the bench."""
+        return ids
+
     def own_macs(self, sample: SampleRecord, **call: Any) -> int | None:
         """Multiply-accumulates of the modules that an architecture has between vision tower and decoder layers, its
         projector among them, for one recorded sample; ``call``: its run parameters that ``generate`` takes.

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import BertConfig
 
 from accelerate_methods.bench import architecture_shapes, shapes
 from accelerate_methods.registry.architectures import ARCHITECTURES
@@ -13,11 +14,31 @@ from tests.support.paths import GOLDEN
 SHAPES = architecture_shapes.ARCHITECTURE_SHAPES
 #: what the language models have without vision side; Video-XL's has 28 layers of projections of its summary tokens
 _SUMMARIES = 28 * (3584 * 3584 + 3584 + 2 * (3584 * 512 + 512)) + 3584
+_VICUNA_7B, _VICUNA_13B, _PHI_2 = 6_738_415_616, 13_015_864_320, 2_779_683_840
+#: LLaMA-VID's Q-Former, BERT-base with a row for [DEC], whose queries read an image in every second layer; and what is
+#: between it and the decoder
+_BERT = (30_523 + 512 + 2 + 32) * 768 + 12 * (4 * 768 * 769 + 2 * (2 * 768 * 3072 + 3072 + 768) + 6 * 768)
+_BERT += 6 * (2 * 768 * 769 + 2 * 768 * 1409 + 2 * 768)
+_CONTEXT = 2 * 1408 + 769 * 1408 + 1409 * 1408
+#: FlashSloth's queries, the MLP of its pooling, and what refreshes the queries
+_QUERIES = 9 * 2560 + 1152 * 1153 + 1153
+_QUERIES += 2561 * 576 + 1153 * 576 + 1153 * 2560 + 6 * 576 + 5 * 577 * 576 + 1153 * 1152
+#: LLaVA-Mini's compressor, and four layers of its decoder
+_LLAMA_31_8B = 8_030_261_248
+_MINI = 2 * 1024 + 4 * 1024 * 1025 + 4 * 1024 + 4 * (2 * 4096 * (4096 + 1024 + 1) + 3 * 4096 * 14336)
 PARAMETERS = {
     "fastvlm-7b": 7_615_616_512,
     "fastvlm-1.5b": 1_543_714_304,
     "fastvlm-0.5b": 494_032_768,
     "video-xl-7b": 7_615_616_512 + _SUMMARIES,
+    "llama-vid-7b-video": _VICUNA_7B + _BERT + _CONTEXT + 1409 * 4096,
+    "llama-vid-13b-video": _VICUNA_13B + _BERT + _CONTEXT + 1409 * 5120,
+    "llama-vid-7b-336": _VICUNA_7B + _BERT + _CONTEXT + 1409 * 4096,
+    "llama-vid-13b-336": _VICUNA_13B + _BERT + _CONTEXT + 1409 * 5120,
+    "flashsloth-3.2b": _PHI_2 + _QUERIES,
+    "llava-mini-8b": _LLAMA_31_8B + _MINI,
+    "llava-mini-8b-video": _LLAMA_31_8B + _MINI,
+    "voco-llama-7b": _VICUNA_7B + 2 * 4096,
 }
 _DECODER = dict(
     hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
@@ -69,4 +90,65 @@ def test_a_small_video_xl_is_measured(tmp_path):
     dense, fewer = rows["dense"].facts, rows["random@0.5"].facts
     entries = 20 + 8 * 4 // 2  # text, and one summary token for two of the four tokens of a frame
     assert dense["kv_cache_bytes"] == entries * 4 * 2 * 2 * 16 * 4
+    assert fewer["tflops"]["llm_prefill"] < dense["tflops"]["llm_prefill"]
+
+
+def test_a_small_llama_vid_is_measured(tmp_path):
+    """Its tower and the words of the question are made up, too."""
+    bert = tmp_path / "bert"
+    bert.mkdir()
+    settings = BertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=40
+    )
+    settings.save_pretrained(bert)
+    small = {
+        "mm_hidden_size": 32,
+        "eva_heads": 2,
+        "eva_depth": 2,
+        "image_processor": "clip-56",
+        "bert_folder": str(bert),
+    }
+    llava = SHAPES["llama-vid-7b-video"].llava | small
+    shape = dataclasses.replace(SHAPES["llama-vid-7b-video"], decoder=_DECODER, llava=llava, frames=8)
+    model, inputs = built(shape, tmp_path)
+    rows = rows_of(model, inputs, "dense random@0.5", "llama_vid")
+    dense, fewer = rows["dense"].facts, rows["random@0.5"].facts
+    assert (dense["visual_tokens"]["before"], fewer["visual_tokens"]["after"]) == (16, 8)
+
+
+def test_a_small_flashsloth_is_measured(tmp_path):
+    decoder = _DECODER | {"num_hidden_layers": 9, "num_key_value_heads": 4}
+    tower = _CLIP | {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh"}
+    shape = dataclasses.replace(
+        SHAPES["flashsloth-3.2b"], decoder=decoder, tower=tower, llava={"learnable_token_index": 250}
+    )
+    shape.llava["query_base_token_id"] = 7
+    model, inputs = built(shape, tmp_path)
+    assert (inputs.ids == 250).sum() >= len(inputs.ids)
+    rows = rows_of(model, inputs, "dense fastv@0.5", "flashsloth")
+    assert rows["dense"].facts["visual_tokens"]["before"] == 4 and rows["fastv@0.5"].ok
+
+
+@pytest.mark.parametrize("frames", [0, 6])
+def test_a_small_llava_mini_is_measured(tmp_path, frames):
+    decoder = _DECODER | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    shape = dataclasses.replace(SHAPES["llava-mini-8b"], decoder=decoder, tower=_CLIP, frames=frames)
+    model, inputs = built(shape, tmp_path)
+    rows = rows_of(model, inputs, "dense fastv@0.5", "llava_mini")
+    dense = rows["dense"].facts
+    assert dense["visual_tokens"]["before"] == max(frames, 1) and rows["fastv@0.5"].ok
+    entries = inputs.text_tokens + max(frames, 1)
+    assert dense["kv_cache_bytes"] == entries * 4 * 2 * 2 * 16 * 4
+
+
+@pytest.mark.parametrize("frames", [0, 6])
+def test_a_small_voco_llama_is_measured(tmp_path, frames):
+    shape = dataclasses.replace(
+        SHAPES["voco-llama-7b"], decoder=_DECODER, tower=_CLIP, frames=frames, llava={"voco_token_id": 250}
+    )
+    model, inputs = built(shape, tmp_path)
+    rows = rows_of(model, inputs, "dense random@0.5", "voco_llama")
+    dense, fewer = rows["dense"].facts, rows["random@0.5"].facts
+    text = inputs.text_tokens - 14  # those behind the tokens
+    assert dense["kv_cache_bytes"] == (max(frames, 1) * 2 + text) * 4 * 2 * 2 * 16 * 4 == fewer["kv_cache_bytes"]
     assert fewer["tflops"]["llm_prefill"] < dense["tflops"]["llm_prefill"]

@@ -153,6 +153,10 @@ class FlashSlothForCausalLM(LlavaMetaForCausalLM, PhiForCausalLM):
         ids = [part for piece in pieces for part in (piece.new_tensor([self.learnable_id]), piece)][1:]
         return torch.cat(ids)
 
+    def made_up_ids(self, ids: Tensor) -> Tensor:
+        """With queries in front of the last words."""
+        return torch.cat([ids[:-3], ids.new_tensor([self.learnable_id]), ids[-3:]])
+
     def own_macs(self, sample: SampleRecord, **call: Any) -> int:
         """Of pooling, projector and, once, the refreshed queries; their question counts as long as all the text."""
         tower, decoder, hidden = self.get_vision_tower(), self.get_model(), self.config.hidden_size

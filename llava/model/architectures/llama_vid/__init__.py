@@ -8,7 +8,7 @@ the pooled patches the content tokens: two tokens in all for a frame of the vide
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -44,6 +44,7 @@ from llava.model.architectures.llama_vid.tokens import (
     bert_folder,
     content_cells,
     context_token,
+    made_up_words,
     patches_of,
     pooled,
 )
@@ -130,6 +131,7 @@ class LlamaVidForCausalLM(LlavaLlamaForCausalLM):
 
     config_class = LlamaVidConfig
     about = architecture("llama_vid")
+    tokens_have_places: ClassVar[bool] = False
     unquantised: ClassVar[tuple[str, ...]] = tuple(
         f"vlm_att_{part}" for part in ("encoder", "projector", "key_projector", "val_projector")
     )
@@ -151,14 +153,18 @@ class LlamaVidForCausalLM(LlavaLlamaForCausalLM):
         tower = self.get_vision_tower()
         if tower is not None:
             content_cells(getattr(config, "compress_type", None), tower.num_patches)
-        self._question_tokenizer: QuestionTokenizer | None = None
+        self._question_tokenizer: Callable[[Sequence[str]], tuple[Tensor, Tensor]] | None = None
 
     @property
-    def question_tokenizer(self) -> QuestionTokenizer:
+    def question_tokenizer(self) -> Callable[[Sequence[str]], tuple[Tensor, Tensor]]:
         """BERT's; its files are looked for when the first question is read."""
         if self._question_tokenizer is None:
             self._question_tokenizer = QuestionTokenizer(bert_folder(self.config))
         return self._question_tokenizer
+
+    def made_up(self) -> None:
+        self.get_vision_tower().build()
+        self._question_tokenizer = made_up_words
 
     # -- media -------------------------------------------------------------------------------------------------------
 
