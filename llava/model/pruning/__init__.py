@@ -1,0 +1,1 @@
+"""Pruning the weights of a LLaVA's decoder by a policy, a ratio for every matrix, which can be searched for."""
