@@ -162,8 +162,8 @@ def clip(frames: int = 8, side: int = 48, seed: int = 0) -> np.ndarray:
 def described(frames: np.ndarray, fps: float = 8.0) -> tuple[np.ndarray, dict[str, Any]]:
     """A video with what Qwen-VL models want to know of it.
 
-    Of many frames per second: where a video is longer, in position ids, than its frames are wide, transformers 5.19 lets
-    the text begin among the video's ids, and vLLM behind them, as transformers did before.
+    Of many frames per second: where a video is longer, in position ids, than its frames are wide, transformers 5.19
+    lets the text begin among the video's ids, and vLLM behind them, as transformers did before.
     """
     count = len(frames)
     more = {"frames_indices": list(range(count)), "video_backend": "opencv", "do_sample_frames": False}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.served_engines import SETTINGS, Reference, engine
+from tests.support.served_engines import SETTINGS, Reference, clip, described, engine, picture
 
 #: what stands in a prompt for an image and a video
 _LLAVA = {"image": "<image>"}
@@ -15,12 +15,16 @@ MARKS = {
     "llava_1_5": _LLAVA,
     "llava_next": _LLAVA,
     "llava_onevision": {"image": "<image>", "video": "<video>"},
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
 }
+#: families that want to know the frame rate of a video
+DESCRIBED = {"qwen2_5_vl"}
 #: more than one run of the tower, and of the language model, for every prompt
 SMALL_STEPS = {"max_num_batched_tokens": 96}
 FEW_VIEWS = "3"
 #: families whose engines have to be told that methods may come
-ASKED: set[str] = set()
+ASKED = {"qwen2_vl", "qwen2_5_vl"}
 
 
 def pytest_collection_modifyitems(items):
@@ -49,6 +53,13 @@ def served(checkpoint):
             patch.setenv(name, value)
         more = {"hf_overrides": {"visual_compression": "none"}} if checkpoint.name in ASKED else {}
         yield from engine(checkpoint, MARKS[checkpoint.name], **SMALL_STEPS, **more)
+
+
+@pytest.fixture(scope="module")
+def media(checkpoint):
+    """Kind of item -> function that makes one for this family."""
+    videos = (lambda *args, **kwargs: described(clip(*args, **kwargs))) if checkpoint.name in DESCRIBED else clip
+    return {kind: {"image": picture, "video": videos}[kind] for kind in MARKS[checkpoint.name]}
 
 
 @pytest.fixture(scope="module")

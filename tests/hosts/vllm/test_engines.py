@@ -3,26 +3,21 @@
 import pytest
 
 from tests.hosts.vllm.conftest import MARKS
-from tests.support.served_engines import clip, picture
+from tests.support.served_engines import picture
 from tests.support.served_methods import PARAMETERS, specification
 
 pytestmark = [pytest.mark.engine, pytest.mark.parametrize("checkpoint", sorted(MARKS), indirect=True)]
 UNIFORM = {"method": "uniform", "retention_ratio": 0.25}
-MEDIA = {"image": picture, "video": clip}
 #: why a method does not act on a family's images or videos
 REFUSED = ("cannot act on", "needs")
 
 
-def each_kind(served):
-    return [(kind, make()) for kind, make in MEDIA.items() if kind in served.marks]
-
-
 @pytest.mark.parametrize("name", [None, *PARAMETERS])
-def test_answers_are_those_of_transformers(served, reference, name):
+def test_answers_are_those_of_transformers(served, reference, media, name):
     asked = None if name is None else specification(name)
     compared = 0
-    for kind, medium in each_kind(served):
-        prompt = served.prompt([medium], method=asked)
+    for kind, make in media.items():
+        prompt = served.prompt([make()], method=asked)
         try:
             answer = served.ask(prompt)[0]
         except ValueError as error:
@@ -36,30 +31,29 @@ def test_answers_are_those_of_transformers(served, reference, name):
         pytest.skip(f"{name} does not act on this model, and says so")
 
 
-def test_mixed_requests_of_one_batch_do_not_touch_each_other(served):
+def test_mixed_requests_of_one_batch_do_not_touch_each_other(served, media):
     prompts = [
-        served.prompt([MEDIA[kind](seed=seed)], method=method)
-        for kind in served.marks
+        served.prompt([make(seed=seed)], method=method)
+        for make in media.values()
         for seed, method in enumerate((UNIFORM, None, {**UNIFORM, "retention_ratio": 0.5}, {"method": "none"}))
     ]
     together = served.ask(*prompts)
     assert together == [served.ask(prompt)[0] for prompt in prompts]
 
 
-def test_several_media_per_prompt(served, reference):
-    kinds = list(served.marks)
-    media = [MEDIA[kinds[0]](seed=1), MEDIA[kinds[-1]](seed=2)]
-    prompt = served.prompt(media, method=UNIFORM)
+def test_several_media_per_prompt(served, reference, media):
+    makers = list(media.values())
+    prompt = served.prompt([makers[0](seed=1), makers[-1](seed=2)], method=UNIFORM)
     answer, expected = served.ask(prompt)[0], reference.answer(prompt)
     assert answer.ids == expected.ids
     assert answer.near(expected, 1e-3)
 
 
-def test_videos_of_different_lengths_in_one_step(served):
-    if "video" not in served.marks:
+def test_videos_of_different_lengths_in_one_step(served, media):
+    if "video" not in media:
         pytest.skip("no videos")
     for method in (None, UNIFORM):
-        prompts = [served.prompt([clip(frames, seed=7)], method=method) for frames in (4, 8, 6)]
+        prompts = [served.prompt([media["video"](frames, seed=7)], method=method) for frames in (4, 8, 6)]
         assert served.ask(*prompts) == [served.ask(prompt)[0] for prompt in prompts]
 
 
