@@ -31,6 +31,7 @@ RUN_ELSEWHERE = {
     ("adding_a_method.md", None): "test_example_method_of_the_docs_runs",
     ("adding_a_host.md", None): "test_the_docs_show_it",
     ("native_models.md", None): "test_code_of_the_docs_about_transformers_models_runs",
+    ("architectures", None): "test_python_of_the_page_runs",  # all pages of this folder
 }
 #: how a block says that it cannot run here
 NEEDS = re.compile(r"^# needs .+", re.MULTILINE)
@@ -191,7 +192,8 @@ def names(tiny, loaded):
 
 @pytest.mark.parametrize(("path", "code"), blocks("python"))
 def test_python_runs(path, code, names, tmp_path):
-    elsewhere = RUN_ELSEWHERE.get((path.name, code.split("\n")[0])) or RUN_ELSEWHERE.get((path.name, None))
+    known = ((path.name, code.split("\n")[0]), (path.name, None), (path.parent.name, None))
+    elsewhere = next((RUN_ELSEWHERE[place] for place in known if place in RUN_ELSEWHERE), None)
     if elsewhere:
         tests = "".join(file.read_text("utf-8") for file in (ROOT / "tests" / "project").glob("test_*.py"))
         assert f"def {elsewhere}(" in tests
