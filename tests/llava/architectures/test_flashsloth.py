@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Tokenizer
 
-from accelerate_methods import MethodError, accelerate, record
+from accelerate_methods import MethodError, accelerate, available, record
 from accelerate_methods.engine.recording import ItemRecord, SampleRecord
+from accelerate_methods.registry.compatibility import runs_on
 from llava.conversation import conv_templates
 from llava.model.architectures import architecture_of
 from llava.model.architectures.flashsloth import LAYER, QUERIES, FlashSlothForCausalLM
@@ -22,6 +23,7 @@ from llava.model.architectures.flashsloth.queries import with_query_ids
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import CheckpointError
 from llava.token_places import image_panels, token_cells
+from tests.support.configured import configured
 from tests.support.paths import GOLDEN
 
 FOLDER = GOLDEN / "flashsloth/tiny_flashsloth"
@@ -335,6 +337,14 @@ def test_methods_in_front_of_the_queries_and_behind_them(model):
     (sample,) = requests[0].samples
     assert (sample.visual_tokens_before, sample.visual_tokens_after) == (81, 40) and model.own_macs(sample) > 0
     assert requests[0].layer_lengths(0)[:3] == [91, 91, 71]
+
+
+@pytest.mark.parametrize("method", [name for name in sorted(available()) if runs_on(name, "flashsloth")])
+def test_methods_of_the_table_run(model, method):
+    ids, mask = batch(prompt(6), prompt(9, before=11, seed=1))
+    with accelerate(model, configured(method)), record() as requests:
+        assert model.generate(ids, images=pixels(2), attention_mask=mask, **ASKED).shape == (2, 4)
+    assert [sample.visual_tokens_before for sample in requests[0].samples] == [81, 81]
 
 
 def test_a_picture_shows_regions_where_they_are(model):

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from accelerate_methods import MethodError, accelerate, record
+from accelerate_methods import MethodError, accelerate, available, record
 from accelerate_methods.engine.recording import ItemRecord, SampleRecord
 from accelerate_methods.hosts.tower_files import TowerError
+from accelerate_methods.registry.compatibility import runs_on
 from llava.model.architectures import architecture_of, llama_vid
 from llava.model.architectures.llama_vid import LlamaVidForCausalLM
 from llava.model.architectures.llama_vid.eva import resized_positions
@@ -19,6 +20,7 @@ from llava.model.architectures.llama_vid.tokens import content_cells, pooled
 from llava.model.architectures.qformer import QFormer
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import CheckpointError, load_config
+from tests.support.configured import configured
 from tests.support.paths import CHECKPOINTS
 
 FOLDER, TOKENIZER = CHECKPOINTS / "tiny-llama-vid", CHECKPOINTS / "tiny-llava-1.5"
@@ -39,6 +41,11 @@ def load(folder=FOLDER, device_map=None, offload_folder=None, **config_keys):
 @pytest.fixture(scope="module")
 def model():
     return load()
+
+
+@pytest.fixture(scope="module")
+def grids():
+    return load(compress_type="grid:4")
 
 
 @pytest.fixture(autouse=True)
@@ -393,6 +400,17 @@ def test_methods_inside_the_llm_and_on_tokens(model):
     assert requests[0].layer_lengths(0) == [13, 8, 8, 8] and model.own_macs(sample) > 0
     with accelerate(model, "streamingllm"):
         assert model.generate(ids, **asked).shape == dense.shape
+
+
+@pytest.mark.parametrize("kind", ["video", "image"])
+@pytest.mark.parametrize("method", [name for name in sorted(available()) if runs_on(name, "llama_vid")])
+def test_methods_of_the_table_run(model, grids, method, kind):
+    """On two tokens per frame, and on the context token and 16 cells of an image."""
+    own, images = (model, [pixels(6)]) if kind == "video" else (grids, [pixels(1)])
+    ids, asked = torch.tensor([[1, IMAGE, 5, 6]]), {"images": images, "modalities": [kind], "questions": ["where?"]}
+    with accelerate(own, configured(method)), record() as requests:
+        assert own.generate(ids, **asked, **ASKED).shape == (1, 4)
+    assert requests[0].samples[0].visual_tokens_before == (12 if kind == "video" else 17)
 
 
 @pytest.mark.parametrize("kind", ["mean", "grid:4", None])
