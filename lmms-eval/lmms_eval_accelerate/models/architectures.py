@@ -13,7 +13,7 @@ from accelerate_methods.stages.errors import MethodError
 from llava.frame_choice import FrameSample
 from llava.media_kind import is_picture
 from lmms_eval_accelerate.models.base import LlavaAccelerated, Question
-from lmms_eval_accelerate.models.costs import Costs
+from lmms_eval_accelerate.models.costs import ARCHITECTURE_WORK, Costs
 from lmms_eval_accelerate.models.visuals import (
     FRAME_FOLDER_FPS,
     UnsupportedVisual,
@@ -111,7 +111,7 @@ class TrainedArchitecture(LlavaAccelerated):
         beams = max(len(call.samples) // max(len(costs), 1), 1)
         for cost, sample in zip(costs, call.samples[::beams], strict=False):
             macs = self.model.own_macs(sample, **self._call_arguments())
-            cost.extra["architecture_tflops"] = None if macs is None else macs / 1e12
+            cost.extra[ARCHITECTURE_WORK] = None if macs is None else macs / 1e12
         return costs
 
 

@@ -32,6 +32,8 @@ MEANS = (
     "llm_tflops",
     "generated_tokens",
 )
+#: of trained architectures: work of the modules between vision tower and decoder layers; None: not counted
+ARCHITECTURE_WORK = "architecture_tflops"
 #: tokens of a prompt that is longer than the context (see ``SampleRecord``)
 LONG_PROMPT = ("prompt_tokens_cut", "prompt_tokens_untrained", "prompt_tokens_over_dense")
 
@@ -140,6 +142,9 @@ def summarise(costs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     for key in MEANS:
         if measured:
             summary[key] = sum(c[key] for c in measured) / len(measured)
+    own = [c.get(ARCHITECTURE_WORK) for c in measured]
+    if own and None not in own:
+        summary[ARCHITECTURE_WORK] = sum(own) / len(own)
     return summary
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from accelerate_methods.registry import available, method_class
+from accelerate_methods.registry.architectures import architecture_named
 from accelerate_methods.stages.errors import MethodError
 from lmms_eval_accelerate.report.labels import labels_of
 from lmms_eval_accelerate.report.loyalty import loyalty
@@ -19,9 +20,14 @@ from lmms_eval_accelerate.runs import no_op
 from lmms_eval_accelerate.runs.long_prompts import explained, not_comparable
 
 #: settings that say which method runs, or change neither answers nor costs
-_OF_THE_METHOD = {"method", "methods", "config", "adaptations", "save_provenance", "on_long_prompt"}
+_OF_THE_METHOD = {
+    *("method", "methods", "config", "adaptations", "match", "matched"),
+    *("save_provenance", "on_long_prompt"),
+}
 #: settings whose absence means the model's own value, which another run may spell out
 _DEFAULTED = ("conv_template", "mm_newline_position", "model_name", "model_base", "device_map")
+#: costs of the uncompressed prompt, which shares are of
+_OF_DENSE = ("visual_tokens_before", "prompt_tokens_dense", "llm_tflops_dense")
 #: slowest to fastest encoding of the same input above which times say more about the machine than about methods
 _UNEVEN = 1.5
 #: what makes two task descriptions the same task; the rest are addresses of functions
@@ -70,14 +76,16 @@ def _split(runs: list[Run]) -> list[tuple[list[Run], list[str]]]:
 
 
 def _facts(run: Run, without: Iterable[str] = ()) -> dict[str, str]:
-    settings = {k: v for k, v in run.settings.items() if k not in _OF_THE_METHOD and k not in without}
+    entry = architecture_named(str(run.settings.get("family")))
+    own = () if entry is None else {argument.name for argument in entry.arguments}
+    settings = {k: v for k, v in run.settings.items() if k not in {*_OF_THE_METHOD, *without, *own}}
     more = {"limit": run.summary.get("limit"), "gen_kwargs": run.summary.get("gen_kwargs") or None}
     versions = {f"version of {name}": v for name, v in (run.summary.get("versions") or {}).items()}
     return {k: plain(v) for k, v in {**settings, **more, **versions}.items()}
 
 
 def _tables(runs: list[Run]) -> list[TaskTable]:
-    labels = labels_of([run.methods for run in runs])
+    labels = [_with(label, run) for label, run in zip(labels_of([r.methods for r in runs]), runs, strict=True)]
     found: dict[tuple[str, str], list[Entry]] = {}
     for run, label in zip(runs, labels, strict=True):
         for task, metrics in run.summary["tasks"].items():
@@ -97,6 +105,11 @@ def _tables(runs: list[Run]) -> list[TaskTable]:
     for (task, _), entries in found.items():
         seen[task] += 1
         dense = next((e for e in entries if e.method == DENSE), None)
+        for entry in entries if dense is not None else ():
+            if entry.run.parameters:  # shares are those of the architecture at its defaults
+                kept = {key: value for key, value in entry.costs.items() if not key.startswith("kept")}
+                entry.costs = kept | {key: dense.costs[key] for key in _OF_DENSE if key in dense.costs}
+                entry.kept_by_layer = None
         entries.sort(key=lambda e: (e is not dense, is_baseline(e.method), e.method, -_budget(e), -(e.kept or 0.0)))
         table = TaskTable(task, entries, dense, [])
         if variants[task] > 1:
@@ -105,6 +118,12 @@ def _tables(runs: list[Run]) -> list[TaskTable]:
         _compare(table)
         tables.append(table)
     return tables
+
+
+def _with(label: str, run: Run) -> str:
+    """The name of a setting with the run parameters of its architecture; these alone where there is no method."""
+    given = ",".join(f"{name}={value}" for name, value in run.parameters.items())
+    return label if not given else f"{label}({given})" if run.methods else given
 
 
 def _warnings(table: TaskTable) -> list[str]:

@@ -96,6 +96,12 @@ def accuracy_columns(table: TaskTable) -> list[Column]:
             lambda e: e.costs.get("llm_tflops"),
             lambda e: _with_share(_over(e.costs.get("llm_tflops"), unit), e.flops_share, ".3g", ".1%"),
         ),
+        Column(
+            f"own {letter}FLOPs",
+            "a trained architecture's modules between vision tower and LLM layers, in multiply-accumulates",
+            lambda e: e.costs.get("architecture_tflops"),
+            lambda e: _number(_over(e.costs.get("architecture_tflops"), unit), ".3g"),
+        ),
         _cost("vision ms", "vision tower and projector, mean per sample", "vision_ms"),
         _cost("compress ms", "the method's own work before the LLM, mean per sample", "compress_ms"),
         _cost("prefill ms", "prefill of the LLM with the method's work inside it, mean per sample", "prefill_ms"),

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from accelerate_methods.registry.architectures import architecture_named
 from accelerate_methods.stages.errors import MethodError, one_line
 from lmms_eval_accelerate.runs.files import CLAIM, FAILED, SUMMARY, read_json
 
@@ -54,7 +55,15 @@ class Run:
 
     @property
     def method(self) -> str:
-        return "+".join(m["method"] for m in self.methods) or DENSE
+        """Names of the methods; of a trained architecture without any, those of the run parameters that differ."""
+        return "+".join(m["method"] for m in self.methods) or "+".join(self.parameters) or DENSE
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Run parameters of a trained architecture that are not its defaults."""
+        entry = architecture_named(str(self.settings.get("family")))
+        given = {a: self.settings.get(a.name, a.default) for a in (() if entry is None else entry.arguments)}
+        return {argument.name: value for argument, value in given.items() if value != argument.default}
 
     @property
     def settings(self) -> dict[str, Any]:

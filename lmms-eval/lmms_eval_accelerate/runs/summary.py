@@ -39,6 +39,7 @@ _ROWS = {
     "decode_ms": "decode ms",
     "llm_tflops_dense": "LLM TFLOPs dense",
     "llm_tflops": "LLM TFLOPs",
+    "architecture_tflops": "TFLOPs of the architecture's modules",
     "generated_tokens": "new tokens",
 }
 #: rows that are left out where they are 0 everywhere
