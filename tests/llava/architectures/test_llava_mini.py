@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from accelerate_methods import MethodError, accelerate, record
+from accelerate_methods import MethodError, accelerate, available, record
+from accelerate_methods.registry.compatibility import runs_on
 from llava.conversation import conv_templates
 from llava.model.architectures import architecture_of
 from llava.model.architectures.llava_mini import LlavaMiniForCausalLM, prefusion
@@ -20,7 +22,9 @@ from llava.model.architectures.llava_mini.compressor import QueryCompressor, pos
 from llava.model.architectures.llava_mini.media import sample_frames
 from llava.model.checkpoint import CheckpointError, load_config
 from llava.model.splice import Prompts
+from tests.support.configured import configured
 from tests.support.paths import GOLDEN
+from tests.support.several_devices import SeveralDevices
 
 CHECKPOINTS = GOLDEN / "checkpoints"
 TOWER = CHECKPOINTS / "tiny-llava-1.5/vision_tower"
@@ -122,6 +126,23 @@ def test_weights_may_lie_elsewhere(model, tmp_path):
     features = torch.randn(1, 36, 32)
     own, other = (each.get_model().compressor.attention(features) for each in (model, offloaded))
     assert torch.equal(own, other)
+
+
+def test_spread_over_devices(model):
+    spread = load()
+    places = {f"model.layers.{layer}": f"cuda:{layer // 2}" for layer in range(4)}
+    places |= {f"model.prefusion_layers.{layer}": f"cuda:{2 - layer // 2}" for layer in range(4)}
+    places |= {"model.embed_tokens": "cuda:0", "model.norm": "cuda:1", "model.rotary_emb": "cuda:0"}
+    places |= {"model.vision_tower": "cuda:2", "model.mm_projector": "cuda:1", "model.compressor": "cuda:0"}
+    ids, mask = torch.tensor([[1, IMAGE, 5, 6], [0, 1, IMAGE, 5]]), torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
+    asked = {"images": [pixels(2), pixels(3, seed=1)], "modalities": ["video"] * 2, "attention_mask": mask}
+    expected = model.generate(ids, **asked, **ASKED)
+    with SeveralDevices():
+        dispatch_model(spread, places | {"lm_head": "cuda:1"}, main_device="cuda:0", skip_keys="past_key_values")
+        new = spread.generate(ids, **asked, **ASKED)
+        kept = spread.generate(ids, **asked | {"images": spread.prefuse(asked["images"], ["video"] * 2)}, **ASKED)
+    assert torch.equal(new.as_subclass(torch.Tensor), expected)
+    assert torch.equal(kept.as_subclass(torch.Tensor), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -360,6 +381,19 @@ def test_methods_on_tokens_and_inside_the_llm(model):
         model.generate(ids, **asked)
     assert requests[0].samples[0].visual_tokens_before == 6
     assert requests[0].samples[0].visual_tokens_after == 3 and requests[0].layer_lengths(0) == [6, 5, 5, 5]
+
+
+@pytest.mark.share(2, each=("method",))
+@pytest.mark.parametrize("kind", ["video", "image"])
+@pytest.mark.parametrize("method", [name for name in sorted(available()) if runs_on(name, "llava_mini")])
+def test_methods_of_the_table_run(model, sharp, method, kind):
+    ids, asked = torch.tensor([[1, IMAGE, 5, 6]]), {"images": [pixels(12)], "modalities": ["video"]}
+    if kind == "image":
+        asked = {"images": [pixels(5)], "modalities": ["image"]}
+    acting = model if kind == "video" else sharp
+    with accelerate(acting, configured(method)), record() as requests:
+        acting.generate(ids, **asked, **ASKED)
+    assert requests[0].samples[0].visual_tokens_before == (12 if kind == "video" else 64)
 
 
 @pytest.mark.parametrize(("method", "says"), [("fastervlm", "cls_attention"), ("downsample", "sample stage")])

@@ -6,11 +6,13 @@ import shutil
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, LlamaModel
 
-from accelerate_methods import MethodError, accelerate, record
+from accelerate_methods import MethodError, accelerate, available, record
 from accelerate_methods.engine import recording
+from accelerate_methods.registry.compatibility import runs_on
 from llava.model.architectures import architecture_of
 from llava.model.architectures.voco_llama import VocoLlamaForCausalLM, decoder
 from llava.model.architectures.voco_llama.cache import VocoCache
@@ -18,7 +20,9 @@ from llava.model.architectures.voco_llama.division import visible
 from llava.model.architectures.voco_llama.model import voco_prompt
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import CheckpointError, load_config, read_config
+from tests.support.configured import configured
 from tests.support.paths import GOLDEN
+from tests.support.several_devices import SeveralDevices
 
 CHECKPOINTS = GOLDEN / "checkpoints"
 FOLDER, TOWER = CHECKPOINTS / "tiny-voco-llama", CHECKPOINTS / "tiny-llava-1.5/vision_tower"
@@ -141,6 +145,23 @@ def test_weights_may_lie_elsewhere(model, tmp_path):
     asked = {"images": [pixels(2)], "modalities": ["video"], **ASKED}
     ids = torch.tensor(BATCHES["two_voco"][0])
     assert torch.equal(offloaded.generate(ids, **asked), model.generate(ids, **asked))
+
+
+def test_spread_over_devices(model):
+    spread = load()
+    places = {f"model.layers.{layer}": f"cuda:{layer // 2}" for layer in range(4)}
+    places |= {"model.embed_tokens": "cuda:0", "model.norm": "cuda:1", "model.rotary_emb": "cuda:0"}
+    places |= {"model.vision_tower": "cuda:2", "model.mm_projector": "cuda:1"}
+    ids, mask = padded([[1, IMAGE, 7, VOCO, VOCO, 9, 10], [1, IMAGE, VOCO, 9]])
+    asked = {"images": [pixels(2), pixels(1)[0]], "modalities": ["video", "image"]}
+    expected = model.generate(ids, attention_mask=mask, **asked, **ASKED)
+    with SeveralDevices():
+        dispatch_model(spread, places | {"lm_head": "cuda:1"}, main_device="cuda:0", skip_keys="past_key_values")
+        new = spread.generate(ids, attention_mask=mask, **asked, **ASKED)
+        kept = spread.compress_images(ids, **asked, attention_mask=mask)
+        again = spread.generate(ids, attention_mask=mask, images=kept, **ASKED)
+    assert torch.equal(new.as_subclass(torch.Tensor), expected)
+    assert torch.equal(again.as_subclass(torch.Tensor), expected)
 
 
 # -- two calls ---------------------------------------------------------------------------------------------------------
@@ -424,6 +445,17 @@ def test_methods_on_frames(model):
         out = model(input_ids=ids, images=[video], modalities=["video"], use_cache=True)
     assert requests[0].samples[0].visual_tokens_after == 864
     assert out.past_key_values.get_seq_length() == 3 * 2 + 1 and torch.isfinite(out.logits[:, -1]).all()
+
+
+@pytest.mark.share(2, each=("method",))
+@pytest.mark.parametrize("kind", ["video", "image"])
+@pytest.mark.parametrize("method", [name for name in sorted(available()) if runs_on(name, "voco_llama")])
+def test_methods_of_the_table_run(model, method, kind):
+    ids, images = torch.tensor([[1, IMAGE, 7, VOCO, VOCO, 9]]), [pixels(3 if kind == "video" else 1)]
+    with accelerate(model, configured(method)), record() as requests:
+        model.generate(ids, images=images, modalities=[kind], **ASKED)
+    assert requests[0].samples[0].visual_tokens_before == 576 * len(images[0])
+    assert requests[0].cached[0] == [2 * len(images[0]) + 1] * 4
 
 
 @pytest.mark.parametrize(("method", "stage"), [("fastv", "prefill"), ("streamingllm", "decode")])
