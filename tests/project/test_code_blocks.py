@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import importlib.util
 import itertools
 import os
@@ -14,10 +16,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import LlavaOnevisionForConditionalGeneration
 
 import accelerate_methods
 from accelerate_methods.registry import names as registry
+from tests.support.native_models import native_model
 from tests.support.paths import ROOT
+from tests.support.qwen_inputs import QWEN25, qwen
 
 DOCUMENTS = [
     ROOT / "README.md",
@@ -175,10 +180,22 @@ def _source(path: Path) -> str:
 @pytest.fixture(autouse=True)
 def _same_methods():
     """Examples that register a method do so for the length of a test."""
-    known = dict(registry._registered)
+    known = {*registry._registered, *registry.built_in()}
     yield
-    registry._registered.clear()
-    registry._registered.update(known)
+    for name in {*registry._registered} - known:
+        del registry._registered[name]
+
+
+def deep():
+    """A OneVision of as many layers as official ones have, in the tower, too."""
+    config = copy.deepcopy(native_model("tiny-llava-onevision").config)
+    config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers = 26, 28
+    config.text_config.layer_types = 28 * ["full_attention"]
+    return LlavaOnevisionForConditionalGeneration(config)
+
+
+#: page -> the model that its blocks speak of, where it is not the tiny OneVision
+MODELS = {"earlytom.md": deep, "pixelprune.md": functools.partial(qwen, QWEN25)}
 
 
 @pytest.fixture
@@ -191,7 +208,7 @@ def names(tiny, loaded):
 
 
 @pytest.mark.parametrize(("path", "code"), blocks("python"))
-def test_python_runs(path, code, names, tmp_path):
+def test_python_runs(path, code, names, tmp_path, request):
     known = ((path.name, code.split("\n")[0]), (path.name, None), (path.parent.name, None))
     elsewhere = next((RUN_ELSEWHERE[place] for place in known if place in RUN_ELSEWHERE), None)
     if elsewhere:
@@ -200,6 +217,9 @@ def test_python_runs(path, code, names, tmp_path):
         return
     if NEEDS.search(code):
         pytest.skip(NEEDS.search(code)[0])
+    if path.name in MODELS:
+        names["model"] = MODELS[path.name]()
+        request.addfinalizer(functools.partial(accelerate_methods.detach, names["model"]))
     if path.name == "loyalty.md":
         pytest.importorskip("plotly")
         from tests.lmms_eval.report.test_report import write_run
