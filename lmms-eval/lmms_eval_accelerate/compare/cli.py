@@ -13,11 +13,12 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from accelerate_methods.bench.matching import Target
 from accelerate_methods.registry.configs import read_config
 from accelerate_methods.registry.settings import Setting, has_budget, settings_of
 from accelerate_methods.stages.errors import MethodError, one_line
 from lmms_eval_accelerate import embedded
-from lmms_eval_accelerate.compare import checks, pictures, table
+from lmms_eval_accelerate.compare import checks, matched, pictures, table
 from lmms_eval_accelerate.compare.comparison import Comparison, Wanted, comparison_of
 from lmms_eval_accelerate.compare.options import parser
 from lmms_eval_accelerate.model_args import pairs
@@ -117,6 +118,8 @@ def _compare(
     found = table.read({run.name: run.output for run in runs})
     table.write(found, comparison.output)
     console.print(table.tables(found))
+    if comparison.match is not None:
+        console.print(Text("\n".join(matched.told(comparison.match, settings, runs))), soft_wrap=True)
     try:
         for picture in _pictures(comparison, args, settings, found):
             console.print(Text(f"picture: {picture}"), soft_wrap=True)
@@ -135,8 +138,13 @@ def _settings(args: argparse.Namespace, comparison: Comparison) -> list[Setting]
         return settings_of(args.methods or "levels", retention, config, comparison.family, args.retention_ratio)
     default = EMBEDDED_METHODS if has_budget(config["method"]) else EMBEDDED_METHODS_FIXED
     default = default if args.pretrained is None else "dense {method}"
+    if comparison.match is not None:
+        default = f"dense {{method}} {matched.baselines(comparison.family)}"
     words = default.format(method=config["method"]) if args.methods is None else args.methods
-    return settings_of(words, retention, config, comparison.family, args.retention_ratio)
+    settings = settings_of(words, retention, config, comparison.family, args.retention_ratio)
+    if comparison.match is None:
+        return settings
+    return matched.without_budgets(settings, words, args.retention_ratio, comparison.match)
 
 
 def wanted_of(args: argparse.Namespace) -> Wanted:
@@ -150,6 +158,7 @@ def wanted_of(args: argparse.Namespace) -> Wanted:
         limit=args.limit,
         batch_size=str(args.batch_size),
         full=args.full,
+        match=None if args.match is None else Target.of(args.match),
     )
 
 

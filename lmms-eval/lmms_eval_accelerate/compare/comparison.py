@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate_methods.bench.matching import Target
 from accelerate_methods.registry.configs import CONFIG_DIR, config_model, config_path, read_config, written_config
 from accelerate_methods.registry.families import families, keys
 from accelerate_methods.registry.names import method_class
@@ -16,6 +17,7 @@ from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from lmms_eval_accelerate import WORK, embedded
 from lmms_eval_accelerate.benchmarks.contents import task_facts
 from lmms_eval_accelerate.benchmarks.task_names import checked_tasks
+from lmms_eval_accelerate.compare import matched
 from lmms_eval_accelerate.manifest import TRAINED, any_method
 from lmms_eval_accelerate.models.arguments import COMMON, HF, Arguments, names_of, parse
 from lmms_eval_accelerate.runs.files import COMPARISON_PLAN, read_json, write_json
@@ -29,7 +31,7 @@ EMBEDDED_ARGS = {"max_frames_num": 16, "save_provenance": 4}
 #: model arguments that have an option of this command
 _OPTIONS = {
     **{"pretrained": "--pretrained", "method": "--methods", "config": "--config", "batch_size": "--batch-size"},
-    "gpus_per_model": "--gpus-per-model",
+    **{"gpus_per_model": "--gpus-per-model", "match": "--match"},
 }
 EMBEDDED_CONFIG = "embedded"  # configs/<method>/embedded.yaml: where a method's own values do not fit a tiny model
 
@@ -47,6 +49,7 @@ class Comparison:
         pretrained: folder or hub name.
         tasks: names with commas between them.
         model_args: arguments of the model for every run.
+        match: what the budget of every method that has a free one is solved for.
     """
 
     family: str
@@ -57,6 +60,7 @@ class Comparison:
     model_args: Mapping[str, Any]
     limit: str | None = None
     batch_size: str = "1"
+    match: Target | None = None
 
     def run(self, setting: Setting) -> Run:
         """What lmms-eval-accelerate is asked for one setting.
@@ -84,7 +88,7 @@ class Comparison:
                 arguments |= {"method": setting.method, **_replaced(setting, read_config(config).get("params") or {})}
             else:
                 arguments |= {"config": config, **self._not_from(config)}
-        arguments |= dict(setting.params)
+        arguments |= dict(setting.params) | matched.arguments(setting.method, self.match)
         return any_method(self.family), arguments
 
     def _of_another_model(self, config: str) -> bool:
@@ -168,6 +172,7 @@ class Wanted:
     limit: str | None = None
     batch_size: str = "1"
     full: bool = False
+    match: Target | None = None
 
 
 def _replaced(setting: Setting, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,6 +227,7 @@ def comparison_of(wanted: Wanted) -> Comparison:
         model_args=model_args,
         limit=wanted.limit,
         batch_size=wanted.batch_size,
+        match=wanted.match,
     )
 
 

@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tasks", type=text, help="comma-separated lmms-eval tasks")
     add("--methods", type=text, help='e.g. "dense fastvid@0.25 dycoke(k=0.3)"; "levels"; "all"')
     add("--retention-ratio", type=share, help="for methods given without one (default: the config's)")
+    add("--match", type=text, help='equal budgets: "tokens=0.25", "layer_tokens=0.25" or "flops=0.25"')
     add("--limit", type=documents, help="documents per task; below 1: their share")
     add("--batch-size", type=positive, default=1)
     add("--model-args", default="", help="further model arguments, k=v,k=v")

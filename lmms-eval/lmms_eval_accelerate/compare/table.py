@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from accelerate_methods.bench.matching import solution
 from lmms_eval_accelerate.report.loyalty import kl_text, loyalty
 from lmms_eval_accelerate.report.results import DENSE, Run, Sample
 from lmms_eval_accelerate.report.statistics import McNemar, mcnemar, p_text
@@ -35,7 +36,7 @@ class TaskResult:
 
     ``kept_least``, ``kept_most`` are the smallest and the largest share of the visual tokens that an answer kept, mean
     over the layers; ``kept_by_layer`` the share that each layer worked on, mean over the answers. ``no_op`` says why
-    the setting is the dense model in effect, None if it is not.
+    the setting is the dense model in effect, None if it is not; ``matched`` what its budget was solved to.
 
     ``prompts_*`` count prompts longer than the model's context (:class:`.runs.long_prompts.LongPrompts`);
     ``not_comparable`` says why what is relative to the dense run means nothing, None if it does.
@@ -64,6 +65,7 @@ class TaskResult:
     kept_most: float | None = None
     kept_by_layer: list[float] | None = None
     no_op: str | None = None
+    matched: dict[str, Any] | None = None
     prompts_cut: int = 0
     prompts_untrained: int = 0
     prompts_over_dense: int = 0
@@ -91,6 +93,7 @@ def read(folders: Mapping[str, Path]) -> list[TaskResult]:
             if metrics and costs:
                 found.append(_row(setting, task, metrics, costs))
                 found[-1].no_op = (report.get("no_op") or {}).get(task)
+                found[-1].matched = (report.get("settings") or {}).get("matched")
     dense = {row.task: row for row in found if row.setting == DENSE}
     for row in found:
         base = dense.get(row.task)
@@ -291,8 +294,10 @@ def markdown(found: list[TaskResult]) -> str:
             for row in zip(*grid.values(), strict=True):
                 lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
             lines.append("")
+    solved = {row.setting: row.matched for row in found if row.matched}
+    lines += [f"* {name}: budget solved for {each['target']}: {solution(each)}" for name, each in solved.items()]
     warnings = [f"**Warning.** {line}\n" for line in _warnings(found)]
-    return "\n".join([*lines, *warnings, f"({_note(found)})", ""])
+    return "\n".join([*lines, *([""] if solved else []), *warnings, f"({_note(found)})", ""])
 
 
 def write(found: list[TaskResult], folder: Path) -> None:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from accelerate_methods.bench.matching import Target, parameter_of
 from accelerate_methods.engine.long_prompts import ON_LONG_PROMPT
 from accelerate_methods.hosts.layouts import NEWLINE_POSITIONS, POOL_MODES
 from accelerate_methods.registry import compatibility
@@ -36,6 +37,7 @@ COMMON: dict[str, Any] = {
     "batch_size": 1,
     "max_batch_size": None,  # lmms-eval hands it over; batches are never searched for
     "method": None,
+    "match": None,  # "tokens:0.25", "layer_tokens:0.25", "flops:0.25": the method's budget is solved for it
     "config": None,  # YAML of configs/: method, hyper-parameters, defaults of these arguments
     "on_error": "stop",  # "skip": an unreadable image or video gives an empty answer, counted and marked
     "on_long_prompt": "warn",  # "error": a prompt longer than the model's context ends the run, with its document
@@ -191,6 +193,9 @@ def parse_arguments(
     _check_values(values, defaults)
     _check_run_parameters(values, family)
     _finish(values)
+    if values["match"] is not None:
+        for one in pipeline.methods:
+            parameter_of(type(one), Target.of(values["match"]).kind)
     return Arguments(model_id, family, values, pipeline)
 
 
@@ -297,6 +302,8 @@ def _finish(values: dict[str, Any]) -> None:
 
         if values["conv_template"] not in conv_templates:
             raise UnknownNameError("value of model argument conv_template:", values["conv_template"], conv_templates)
+    if values["match"] is not None:
+        Target.of(values["match"])  # says what is wrong with it
     attention = values["attn_implementation"]
     if attention not in (None, *_ATTENTION) and "/" not in str(attention):  # a name with a slash is a kernel of the hub
         raise UnknownNameError("value of model argument attn_implementation:", attention, _ATTENTION)

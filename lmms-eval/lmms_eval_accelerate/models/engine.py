@@ -33,6 +33,7 @@ from lmms_eval_accelerate.models.costs import (
 from lmms_eval_accelerate.models.failing import failing_loudly
 from lmms_eval_accelerate.models.first_token import FirstToken
 from lmms_eval_accelerate.models.journal import Journal
+from lmms_eval_accelerate.models.matching import MatchesBudgets
 from lmms_eval_accelerate.models.placement import Placement, placement_of
 from lmms_eval_accelerate.models.provenance import Provenance
 from lmms_eval_accelerate.models.question import Question, asked_of, naming
@@ -50,7 +51,7 @@ class RefusedQuestion(VisualError):
         self.question = question
 
 
-class Accelerated(lmms):
+class Accelerated(MatchesBudgets, lmms):
     """Base of :class:`.base.LlavaAccelerated` and :class:`.native.HfAccelerated`.
 
     They say how a document becomes a question, and a batch of questions the arguments of ``generate``. Constructor
@@ -230,6 +231,7 @@ class Accelerated(lmms):
         prompts.align(requests, self.prompt_model)
         generation.check_requests(requests)
         self._provenance.choose(requests)
+        self._match(requests)
 
     def _take_up(
         self, requests: list[Instance], todo: list[int], answers: list[Any]

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate_methods.bench.matching import Target, parameter_of, with_budget
+from accelerate_methods.registry.pipeline import Pipeline
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from lmms_eval_accelerate import embedded
 from lmms_eval_accelerate.reproduce import guards
@@ -46,6 +48,7 @@ class Choices:
     batch_size: int = 1
     data: Path | None = None
     extra: tuple[str, ...] = ()  # further arguments of lmms-eval
+    match: str | None = None  # "tokens=0.25": budgets are solved for this in place of the table's
 
     def other_model(self, part: Part) -> bool:
         """Whether another checkpoint than the paper's is run, so that the published numbers are not its numbers.
@@ -100,7 +103,40 @@ def select(table: Table, choices: Choices) -> list[ChosenPart]:
     if choices.pretrained is not None:
         _check_given(choices, [selection.part for selection in chosen if not selection.part.not_run])
         chosen = [_fitting(selection, choices) for selection in chosen]
+    if choices.match is not None:
+        chosen = [equal_budgets(selection, Target.of(choices.match)) for selection in chosen]
     return chosen
+
+
+def equal_budgets(selection: ChosenPart, target: Target) -> ChosenPart:
+    """A row per method, the budget of each to be solved for ``target``, in place of the table's rows and numbers.
+
+    Rows that differ in their budget alone become one; those without a free budget stay as they are, with the reason.
+    """
+    rows: dict[Any, TableRow] = {}
+    for row in selection.rows:
+        if row.pipeline is None:
+            continue
+        plain = dataclasses.replace(row, published={}, unmeasured={}, tflops=None, secondary=False)
+        if row.dense or len(row.pipeline.methods) != 1:
+            rows.setdefault(row.name, plain)
+            continue
+        (method,) = row.pipeline.methods
+        try:
+            parameter = parameter_of(type(method), target.kind)
+        except MethodError as error:
+            rows.setdefault(row.name, dataclasses.replace(plain, note=f"not matched: {error}"))
+            continue
+        own = set(method.budget_fields())
+        pipeline = Pipeline((with_budget(method, parameter, target.value),), row.pipeline.models)
+        same = [r for r in rows.values() if r.pipeline == pipeline]
+        if not same:
+            name = method.name if method.name not in rows else row.name
+            params = {key: value for key, value in row.params.items() if key not in own} | {parameter: target.value}
+            arguments = {"match": str(target).replace("=", ":")}
+            new = dataclasses.replace(plain, name=name, pipeline=pipeline, params=params, arguments=arguments)
+            rows[name] = dataclasses.replace(new, note=f"budget solved for {target}")
+    return dataclasses.replace(selection, rows=list(rows.values()))
 
 
 def model_name(pretrained: str) -> str:

@@ -80,6 +80,7 @@ def _reproduce(argv: list[str], console: Console) -> int:
         batch_size=args.batch_size,
         data=args.data.expanduser().resolve() if args.data else None,
         extra=tuple(absolute(word) for word in extra),
+        match=args.match,
     )
     selections = select(table, choices)
     columns = _columns(selections)

@@ -77,7 +77,10 @@ def foreign(unit: Unit, summary: Mapping[str, Any]) -> list[str]:
             wrong.append(f"{what} is {found!r} there, not {expected!r}")
 
     same("model", summary.get("model"), wanted["model"])
-    same("methods", json.loads(json.dumps(settings.get("methods") or [], default=str)), wanted["methods"])
+    methods = json.loads(json.dumps(settings.get("methods") or [], default=str))
+    if (solved := settings.get("matched")) and "match" in wanted["model_args"] and len(methods) == 1:
+        methods[0][solved["parameter"]] = wanted["model_args"].get(solved["parameter"])  # where solving began
+    same("methods", methods, wanted["methods"])
     of_methods = {name for method in wanted["methods"] for name in method}
     for key, value in wanted["model_args"].items():
         if key not in _REWRITTEN and key not in of_methods and "." not in key:

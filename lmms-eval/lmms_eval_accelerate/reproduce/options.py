@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     add("--part", type=text, help="one part (model) of the table; default: all")
     add("--rows", nargs="+", type=text, metavar="ROW", help="row names, or methods for all their rows; dense always")
     add("--columns", nargs="+", type=text, metavar="COLUMN", help="column titles; default: all that can be measured")
+    add("--match", type=text, help='equal budgets for all methods: "tokens=0.25", "layer_tokens=...", "flops=..."')
     add("--limit", type=positive, help="first N documents per task; not the paper's numbers then")
     add("--pretrained", type=text, help="another checkpoint (folder or hub name), or 'embedded': the tiny model")
     add("--output", type=path, help="default: outputs/reproduce/<table>_<hash of the choices>")

@@ -214,7 +214,7 @@ def cell(
     ``change`` is measured - measured dense with its interval ``low``..``high``; ``difference`` measured - published, of
     the same model only; ``relative``, ``relative_published`` in per cent of the dense row's measured, published score.
     ``p_value``, ``lost``, ``won``: McNemar's exact test where documents are right or wrong. ``realised``: what was kept
-    of the visual tokens; ``no_op``: why the row is the dense model in effect.
+    of the visual tokens; ``no_op``: why the row is the dense model in effect; ``matched``: the budget that was solved.
     ``long_prompts``: answers to prompts longer than the model's context; ``not_comparable``: why what is relative to
     the measured dense run then means nothing.
     """
@@ -225,7 +225,7 @@ def cell(
         **dict.fromkeys(("measured", "difference", "relative", "change", "low", "high", "members", "documents")),
         **dict.fromkeys(("interval", "agreement", "agreement_documents", "kl", "kl_documents", "speedup")),
         **dict.fromkeys(("visual_tokens_share", "flops_share", "long_prompts", "not_comparable")),
-        **dict.fromkeys(("p_value", "lost", "won", "realised", "no_op")),
+        **dict.fromkeys(("p_value", "lost", "won", "realised", "no_op", "matched")),
         "costs": {},
         "folder": None,
         "hash": None,
@@ -245,6 +245,7 @@ def cell(
         "long_prompts": dataclasses.asdict(result.prompts),
         "realised": result.realised,
         "no_op": result.no_op,
+        "matched": (result.summary.get("settings") or {}).get("matched"),
     }
     if result is not dense:
         against = _against(result, dense)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from accelerate_methods.bench.matching import solution
 from lmms_eval_accelerate.report.statistics import p_text
 from lmms_eval_accelerate.runs import no_op
 from lmms_eval_accelerate.runs.long_prompts import MARK, LongPrompts, explained, marked
@@ -319,6 +320,7 @@ def notes(part: Mapping[str, Any]) -> list[str]:
         made.append("†: the measured mean is over the columns that the paper prints.")
     if any(row["mean_relative_printed"] for row in rows):
         made.append("‡: as the table prints it, over its own columns (see what is not measured here).")
+    made += _solved(part)
     if part["columns"]:
         made.append(_mean_explained(part))
     units = sorted({f"{c['title']} in {c['unit']}" for c in part["columns"] if c["unit"] != "%"})
@@ -331,6 +333,14 @@ def notes(part: Mapping[str, Any]) -> list[str]:
     if part["unmeasured"]:
         made.append("Not measured here: " + "; ".join(f"{name} ({why})" for name, why in part["unmeasured"].items()))
     return made + [f"{row['name']}: {row['note']}" for row in rows if row["note"]]
+
+
+def _solved(part: Mapping[str, Any]) -> Iterable[str]:
+    """The budgets that were solved."""
+    for row in part["rows"]:
+        found = {title: cell.get("matched") for title, cell in row["cells"].items() if cell.get("matched")}
+        if found:
+            yield f"{row['name']}: " + "; ".join(f"{title}: {solution(each)}" for title, each in found.items())
 
 
 def _mean_explained(part: Mapping[str, Any]) -> str:

@@ -41,7 +41,7 @@ __all__ = [
 
 #: arguments of the plugin that are the row's (method, config) or the run's, not a setting of the model
 OTHER_KEYS = (
-    *("method", "config", "device", "device_map", "gpus_per_model", "batch_size", "max_batch_size"),
+    *("method", "config", "match", "device", "device_map", "gpus_per_model", "batch_size", "max_batch_size"),
     *("on_error", "on_long_prompt", "save_provenance"),
 )
 #: family of the llava package -> model arguments that a part may set: those of the plugin that belong to the setting
