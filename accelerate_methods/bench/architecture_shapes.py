@@ -19,6 +19,7 @@ _QWEN2_15B = dict(
     hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
     vocab_size=151936, tie_word_embeddings=True, **QWEN2,
 )  # fmt: skip
+_MQT = dict(query_abstractor_type="matry_query")
 _FASTVLM = dict(mm_vision_tower="mobileclip_l_1024", mm_hidden_size=3072)
 _VIDEO_XL = dict(
     mm_patch_merge_type="unires", image_aspect_ratio="anyres", mm_spatial_pool_mode="average", mm_spatial_pool_stride=2,
@@ -64,6 +65,7 @@ def _llava_mini(frames: int) -> Shape:
 
 
 ARCHITECTURE_SHAPES = {
+    "mqt-llava-7b": Shape("llama", "mqt_llava", {**VICUNA_7B, **VICUNA}, CLIP, _MQT, architecture="mqt"),
     "fastvlm-7b": _fastvlm(QWEN2_7B),
     "fastvlm-1.5b": _fastvlm(_QWEN2_15B),
     "fastvlm-0.5b": _fastvlm(QWEN2_05B),

@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="bfloat16 on CUDA, float32 on a CPU")
     model.add_argument("--attention", default="sdpa", choices=["sdpa", "flash_attention_2", "eager"])
     model.add_argument("--threads", type=_count, help="CPU threads of torch")
+    model.add_argument("--model-args", default="", help="run parameters of a trained architecture: k=v,k=v")
     request = parser.add_argument_group("request")
     request.add_argument("--input", choices=["video", "image"], help="video where the model is one for videos")
     request.add_argument("--frames", type=_count, help="frames of the video (default: the official evaluation's)")

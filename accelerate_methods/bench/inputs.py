@@ -25,6 +25,7 @@ class Inputs:
         modality: "video" or "image"; text_tokens: n without the placeholder.
         source: where the pixels come from; features: where the features that methods see come from.
         patches: [V, P, M] made-up tower output, or None for the tower's own.
+        call: run parameters of a trained architecture, further arguments of ``generate``.
     """
 
     ids: Tensor
@@ -36,6 +37,7 @@ class Inputs:
     source: str
     features: str
     patches: Tensor | None
+    call: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def batch(self) -> int:
@@ -46,7 +48,7 @@ class Inputs:
         asked = ["What is shown, and what happens?"] * self.batch
         return {
             "images": self.pixels, "modalities": [self.modality] * self.batch, "image_sizes": self.sizes,
-            "questions": asked,
+            "questions": asked, **self.call,
         }  # fmt: skip
 
 

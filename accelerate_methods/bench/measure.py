@@ -132,6 +132,9 @@ class Bench:
         after, length = sample.visual_tokens_after, sample.length
         dense = [sample.dense_length] * config.num_hidden_layers
         tower, projector = self._vision_macs(after)
+        own = self.model.own_macs(sample, **self.inputs.call)
+        if own is not None:  # a trained architecture counts what stands in the projector's place
+            projector = batch * own
         # a decode method chooses anew in every step what is seen of the cache: not known before
         hides = self.model.acceleration is not None and self.model.acceleration.pipeline.decode is not None
         work = {

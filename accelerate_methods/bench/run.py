@@ -52,6 +52,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         with console.status("building the model"):
             model, inputs, described = _model_and_inputs(args, device, Path(folder))
+        inputs.call = run_parameters(model, args.model_args)
         words = args.methods
         if words is None:
             words = VIDEO_METHODS if inputs.modality == "video" else IMAGE_METHODS
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         extra = measure(bench, rows, args, console)
         found = {
             "kind": inputs.modality, "frames": inputs.frames, "source": inputs.source, "features": inputs.features,
-            "text_tokens": inputs.text_tokens, "batch": inputs.batch, "new_tokens": args.new_tokens,
+            "text_tokens": inputs.text_tokens, "batch": inputs.batch, "new_tokens": args.new_tokens, **inputs.call,
         }  # fmt: skip
         if inputs.sizes:
             found["image_size"] = list(inputs.sizes[0])
@@ -100,6 +101,26 @@ def chosen(words: str, retention: float, family: str, modality: str, asked: floa
     return list(dict.fromkeys(s for s in settings if s in named or acts(s)))
 
 
+def run_parameters(model: Any, words: str) -> dict[str, Any]:
+    """``k=v,k=v`` of a trained architecture as arguments of ``generate``.
+
+    Raises:
+        MethodError: the model has none, one is not known or out of range, or changes prompts and pictures, which the
+            bench makes up.
+    """
+    pairs = [word.partition("=") for word in words.split(",") if word.strip()]
+    given = {name.strip(): value.strip() for name, _, value in pairs}
+    if model.about is None:
+        if given:
+            raise MethodError(f"--model-args {words}: the model has no run parameters; it is a plain LLaVA model.")
+        return {}
+    values = model.about.checked(given)
+    other = [name for name in given if not model.about.argument(name).call]
+    if other:
+        raise MethodError(f"--model-args {', '.join(other)}: of prompts and pictures, which the bench makes up.")
+    return model.about.for_generate(values)
+
+
 def family_key(model: Any) -> str:
     """Key of the model family (``registry.families``) that a model of the llava package belongs to."""
     from llava.model.acceleration import facts_of
@@ -122,6 +143,8 @@ def _model_and_inputs(
         family, shape_name, weights = family_key(model), Path(args.pretrained).name, args.pretrained
         frames, image_size = (64 if family == "llava_video" else 32), (672, 672)
         video = family != "llava"
+        if model.about is not None:  # evaluated on videos or on images, whatever else it reads
+            video, frames = "videomme" in model.about.tasks, min(model.about.frames, frames)
     else:
         shape = shape_of(args.model, ALL_SHAPES)
         model = build(shape, device, dtype, args.attention, folder)

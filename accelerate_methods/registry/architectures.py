@@ -127,6 +127,7 @@ MQT = Architecture(
     weights_licence="that of Vicuna-7B v1.5 (Llama 2 community licence)",
     tokens="1 to 256 per image or frame, as asked; 256 by default",
     template="vicuna_v1",
+    bench="mqt-llava-7b",
     levels=tuple({"num_visual_tokens": count} for count in (2, 16, 36, 64, 144)),
     frames=8,  # at 256 tokens each they fill half of Vicuna's context
     # the tokens are those of queries: no patch has a place among them, so no signal over patches and no encode stage

@@ -76,6 +76,7 @@ def facts(entry: Architecture) -> list[str]:
         ["reads", ", ".join(f"{modality}s" for modality in sorted(entry.modalities))],
         ["conversation template", f"`{entry.template}`"],
         ["lmms-eval model id", f"`{entry.key}`"],
+        ["shape in the bench", f"`{entry.bench}`" if entry.bench else "none"],
         ["file", _file(entry)],
     ]
     return _table(["", ""], rows)

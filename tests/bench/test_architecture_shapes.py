@@ -1,6 +1,7 @@
 """Trained architectures as shapes of the bench: their sizes, and a small run of each."""
 
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import BertConfig
 
 from accelerate_methods.bench import architecture_shapes, shapes
 from accelerate_methods.registry.architectures import ARCHITECTURES
+from accelerate_methods.stages.errors import MethodError
 from tests.bench.test_bench import built, rows_of
 from tests.support.paths import GOLDEN
 
@@ -27,6 +29,7 @@ _QUERIES += 2561 * 576 + 1153 * 576 + 1153 * 2560 + 6 * 576 + 5 * 577 * 576 + 11
 _LLAMA_31_8B = 8_030_261_248
 _MINI = 2 * 1024 + 4 * 1024 * 1025 + 4 * 1024 + 4 * (2 * 4096 * (4096 + 1024 + 1) + 3 * 4096 * 14336)
 PARAMETERS = {
+    "mqt-llava-7b": _VICUNA_7B,
     "fastvlm-7b": 7_615_616_512,
     "fastvlm-1.5b": 1_543_714_304,
     "fastvlm-0.5b": 494_032_768,
@@ -65,8 +68,31 @@ def test_every_shape_is_of_an_architecture():
     for shape in SHAPES.values():
         entry = next(entry for entry in ARCHITECTURES if entry.file == shape.architecture)
         assert entry.key == shape.family
+    assert {entry.bench for entry in ARCHITECTURES} - {""} <= set(SHAPES)
     assert architecture_shapes.ALL_SHAPES.keys() == {*shapes.SHAPES, *SHAPES}
     assert shapes.shape_of("fastvlm-7b", architecture_shapes.ALL_SHAPES) is SHAPES["fastvlm-7b"]
+
+
+def test_a_small_mqt_llava_is_measured_with_its_run_parameter(tmp_path):
+    from accelerate_methods.bench.run import run_parameters
+
+    shape = dataclasses.replace(SHAPES["mqt-llava-7b"], decoder=_DECODER, tower=_CLIP)
+    model, inputs = built(shape, tmp_path)
+    work = {}
+    for words, tokens in (("", 256), ("num_visual_tokens=12", 12)):
+        inputs.call = run_parameters(model, words)
+        rows = rows_of(model, inputs, "dense fastv@0.5", "mqt_llava")
+        dense = rows["dense"].facts
+        layers = rows["fastv@0.5"].facts["prompt_tokens"]["layers"]
+        assert dense["visual_tokens"]["before"] == tokens and layers[0] - layers[-1] == tokens // 2
+        work[tokens] = dense["tflops"]["projector"], dense["tflops"]["llm_prefill"]
+    assert work[12][0] < work[256][0] and work[12][1] < work[256][1]
+    with pytest.raises(MethodError, match="outside the allowed range"):
+        run_parameters(model, "num_visual_tokens=0")
+    plain = types.SimpleNamespace(about=None)
+    assert run_parameters(plain, "") == {}
+    with pytest.raises(MethodError, match="plain LLaVA"):
+        run_parameters(plain, "num_visual_tokens=3")
 
 
 def test_a_small_fastvlm_is_measured(tmp_path):

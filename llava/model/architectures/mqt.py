@@ -146,6 +146,12 @@ class MqtLlavaForCausalLM(LlavaLlamaForCausalLM):
     generate = _counted(LlavaLlamaForCausalLM.generate)
     prepare_multimodal = _counted(LlavaLlamaForCausalLM.prepare_multimodal)
 
+    def made_up(self) -> None:
+        resampler = self.get_model().mm_projector
+        width = resampler.proj.shape[0]
+        for parameter, size in ((resampler.pos_embed, 1.0), (resampler.query, 1.0), (resampler.proj, width**-0.5)):
+            nn.init.normal_(parameter, std=size)
+
     def project(self, features: Tensor) -> Tensor:
         projector = self.get_model().mm_projector
         return projector(features.to(projector.proj.dtype), _asked.get() or QUERIES).to(features.device)
