@@ -109,6 +109,7 @@ class LlavaAccelerated(Accelerated):
             question = self.question(context, visuals, gen_kwargs, {**(metadata or {}), **more}, where)
         question.document, question.source = (task, doc_id), f"{where} ({files})"
         question.plain = self.model.asked_text(context)
+        question.thinned = more["sampler"].thinned if "sampler" in more else []
         return question
 
     def _inputs(self, questions: list[Question]) -> tuple[Tensor, dict[str, Any]]:
@@ -205,7 +206,7 @@ class LlavaAccelerated(Accelerated):
         elapsed = self._clock() - begin
         costs = None
         if calls and calls[0].samples:
-            costs = self._costs_of(calls[0], [0], elapsed)[0]
+            costs = self._costs_of(calls[0], [0], elapsed, [question.thinned])[0]
             self._provenance.save([question], calls[0])
             if calls[0].samples[0].cut:  # of the continuation, too: what stands at the end is something else
                 return Likelihood(float("inf"), False, costs)
