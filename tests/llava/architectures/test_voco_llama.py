@@ -239,6 +239,7 @@ def test_the_images_leave_the_cache(model):
     assert [cache.get_seq_length(layer) for layer in range(4)] == [2 + 3] * 4
     assert all(layer.keys._base is None or layer.keys._base.numel() == layer.keys.numel() for layer in cache.layers)
     assert requests[0].cached == [[5] * 4] and requests[0].samples[0].visual_tokens_after == 576
+    assert requests[0].samples[0].items[0].info == {"voco_entries": 2}
     assert model(input_ids=ids, images=pixels(1), use_cache=False).past_key_values is None
 
 
@@ -354,6 +355,8 @@ def test_kept_images_fit_the_prompt_or_are_refused(model):
     ):
         with pytest.raises(MethodError, match=says):
             model.generate(torch.tensor(ids), images=images, **ASKED)
+    with pytest.raises(MethodError, match="compressed already"):
+        model.compress_images(torch.tensor([[1, IMAGE, VOCO, 9]]), [kept])
     with pytest.raises(MethodError, match="every prompt needs <voco> tokens"):
         model.compress_images(torch.tensor([[1, IMAGE, 9]]), pixels(1))
 

@@ -24,7 +24,7 @@ from accelerate_methods.ops.select import on_device
 from accelerate_methods.registry.architectures import architecture
 from accelerate_methods.stages.compress import VisualItem
 from llava.mm_utils import process_images
-from llava.model.architectures.llava_mini.compressor import QueryCompressor, stitched
+from llava.model.architectures.llava_mini.compressor import QueryCompressor, position_table, stitched
 from llava.model.architectures.llava_mini.media import sample_frames, split_image, squeezed
 from llava.model.architectures.llava_mini.prefusion import FusedImages, chunks, read, see, see_and_read
 from llava.model.checkpoint import CheckpointError
@@ -246,6 +246,13 @@ class LlavaMiniForCausalLM(LlavaLlamaForCausalLM):
         parts = [part for frame in squeezed(frames, side) for part in split_image(frame, ratio)]
         pixels = process_images(parts, image_processor, self.config)
         return pixels if ratio == 1 else pixels.unflatten(0, (len(frames), -1))
+
+    def made_up(self) -> None:
+        compressor = self.get_model().compressor
+        width = compressor.query.shape[1]
+        table = position_table(width, compressor.side)
+        compressor.pos_embed.data.copy_(table)
+        nn.init.normal_(compressor.query, std=width**-0.5)
 
     def own_macs(self, sample: SampleRecord, **call: Any) -> int:
         """Of compressor, projector and pre-fusion, for every image and frame with the text of the prompt."""

@@ -209,6 +209,8 @@ class VocoLlamaForCausalLM(LlavaLlamaForCausalLM):
         Raises:
             MethodError: a prompt has no ``<voco>`` tokens.
         """
+        if any(isinstance(image, CompressedImages) for image in images):
+            raise MethodError("these images are compressed already.")
         spliced = self.prepare_multimodal(input_ids, attention_mask, None, images, modalities)
         division = spliced.division
         if division is None or len(set(division.looks.sample.tolist())) < len(input_ids):
@@ -264,12 +266,16 @@ class VocoLlamaForCausalLM(LlavaLlamaForCausalLM):
         return divided
 
     def _tell_work(self, spliced: DividedPrompts, request: recording.RequestRecord | None) -> None:
-        """The work of the two calls, for the record: less than that of one prompt."""
+        """For the record: the work of the two calls, which is less than that of one prompt, and what of the images and
+        videos stays in the cache (``voco_entries``, of all of a prompt together)."""
         if request is None or spliced.division is None:
             return
         for number, sample in enumerate(request.samples):
             entries = None if spliced.given is None else int(spliced.given.real[number].sum())
-            sample.prefill_macs = pieces_macs(spliced.division.pieces(number, entries), self.config)
+            pieces = spliced.division.pieces(number, entries)
+            sample.prefill_macs = pieces_macs(pieces, self.config)
+            for item in sample.items:
+                item.info = {**item.info, "voco_entries": pieces[-1][1]}
 
     # -- prompts -----------------------------------------------------------------------------------------------------
 
