@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +23,7 @@ from llava.model.architectures.hicom.instruction import instruction_in
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import CheckpointError, load_config
 from tests.support.paths import GOLDEN
+from tests.support.several_devices import SeveralDevices
 from tests.support.texts import tiny_text_tokenizer
 
 FOLDER = GOLDEN / "hicom/tiny_hicom"
@@ -478,6 +480,31 @@ def test_copies_answer_alike_and_beams_run(model):
     ids, asked = torch.tensor([[1, VIDEO, 5]]), {"images": [pixels(4)], "guided_input": guide()}
     assert torch.equal(copy.deepcopy(model).generate(ids, **asked, **GREEDY), model.generate(ids, **asked, **GREEDY))
     assert model.generate(ids, **asked, **{**GREEDY, "num_beams": 3}).shape == (1, 4)
+
+
+def spread(copied, vision):
+    """Layers, head and vision side on devices of their own."""
+    places = {f"model.layers.{index}": f"cuda:{index % 2}" for index in range(3)}
+    places |= {
+        "model.embed_tokens": "cuda:0",
+        "model.norm": "cuda:1",
+        "model.rotary_emb": "cuda:0",
+        "lm_head": "cuda:1",
+    }
+    dispatch_model(copied, places | vision | {"lm_head": "cuda:1"}, main_device="cuda:0", skip_keys="past_key_values")
+
+
+def test_weights_may_lie_elsewhere(model):
+    ids, asked = torch.tensor([[1, VIDEO, 5]]), {"images": [pixels(4)], "guided_input": guide()}
+    expected = model.generate(ids, **asked, **GREEDY)
+    away = cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    assert away.get_model().mm_projector.global_compressor.query.is_meta
+    assert torch.equal(away.generate(ids, **asked, **GREEDY), expected)
+    copied = copy.deepcopy(model)
+    with SeveralDevices():
+        spread(copied, {"model.vision_tower": "cuda:2", "model.mm_projector": "cuda:3"})
+        got = copied.generate(ids, **asked, **GREEDY)
+    assert torch.equal(got.as_subclass(torch.Tensor), expected)
 
 
 # -- methods -----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,6 +22,7 @@ from llava.model.architectures.tg_llava.details import PatchEncoder, quadrants
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import CheckpointError
 from tests.support.paths import GOLDEN
+from tests.support.several_devices import SeveralDevices
 from tests.support.texts import tiny_text_tokenizer
 
 FOLDER = GOLDEN / "tg_llava/tiny_tgllava_qwen2"
@@ -310,6 +312,28 @@ def test_labels_stand_beside_the_visual_tokens(model):
     ids, labels = torch.tensor([[1, IMAGE, 5, 6]]), torch.tensor([[-100, -100, 5, 6]])
     out = model(input_ids=ids, labels=labels, images=pictures(1), questions=["what is it ?"])
     assert out.loss.isfinite() and out.logits.shape == (1, 643, 300)
+
+
+def test_weights_may_lie_elsewhere(model):
+    ids, asked = torch.tensor([[1, IMAGE, 5]]), {"images": pictures(1), "questions": ["what is it ?"]}
+    expected = model.generate(ids, **asked, **GREEDY)
+    away = cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    assert away.get_model().mm_cross_attn.query_tokens.is_meta
+    assert torch.equal(away.generate(ids, **asked, **GREEDY), expected)
+    copied = copy.deepcopy(model)
+    places = {f"model.layers.{index}": f"cuda:{index % 2}" for index in range(3)}
+    places |= {
+        "model.embed_tokens": "cuda:0",
+        "model.norm": "cuda:1",
+        "model.rotary_emb": "cuda:0",
+        "lm_head": "cuda:1",
+    }
+    places |= {"model.vision_tower": "cuda:2", "model.text_tower": "cuda:0", "model.mm_projector": "cuda:1"}
+    places |= {"model.mm_cross_attn": "cuda:3", "model.mm_patch_encoder": "cuda:1", "lm_head": "cuda:1"}
+    with SeveralDevices():
+        dispatch_model(copied, places, main_device="cuda:0", skip_keys="past_key_values")
+        got = copied.generate(ids, **asked, **GREEDY)
+    assert torch.equal(got.as_subclass(torch.Tensor), expected)
 
 
 # -- methods -----------------------------------------------------------------------------------------------------------

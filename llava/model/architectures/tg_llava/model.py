@@ -85,6 +85,7 @@ class TextGuidedVision:
         r"^model\.text_tower\.text_tower\.text_model\.": "model.text_tower.text_tower."
     }
     adapter_parts = ("mm_projector", "mm_cross_attn", "mm_patch_encoder")
+    unquantised = ("text_tower", "mm_cross_attn", "mm_patch_encoder")
     #: stored with the Q-Former and read by nothing: its words, its head, and the feed-forward of its text
     unread_weights = (
         f"{_QFORMER}cls.",
