@@ -99,6 +99,8 @@ def read(folders: Mapping[str, Path]) -> list[TaskResult]:
         base = dense.get(row.task)
         if base is not row:
             row.not_comparable = not_comparable(row.long_prompts, base and base.long_prompts)
+        if base is not None and runs[row.setting].parameters != runs[DENSE].parameters:
+            _share_of_dense(row, runs[row.setting], runs[DENSE])
         if base is not None:
             row.change = row.score - base.score
             row.speedup = (base.compress_ms + base.prefill_ms) / (row.compress_ms + row.prefill_ms)
@@ -108,6 +110,13 @@ def read(folders: Mapping[str, Path]) -> list[TaskResult]:
             if row.task == task and row is not base:
                 _relate(row, answers, runs[row.setting])
     return found
+
+
+def _share_of_dense(row: TaskResult, run: Run, dense: Run) -> None:
+    """Shares of a trained architecture at other run parameters: of what its dense run has, not of its own prompt."""
+    work, whole = (r.summary["costs"]["by_task"][row.task] for r in (run, dense))
+    row.tokens_before, row.flops_share = whole["visual_tokens_before"], work["llm_tflops"] / whole["llm_tflops"]
+    row.kept_least = row.kept_most = row.kept_by_layer = None
 
 
 def _relate(row: TaskResult, answers: Mapping[Any, Sample], run: Run) -> None:

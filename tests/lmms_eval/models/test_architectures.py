@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -164,3 +165,20 @@ def test_compare_runs_an_architecture_at_levels_and_with_methods(mqt, folder, tm
         _settings(Asked, comparison)
     with pytest.raises(NoCheckpointError, match=r"needs a checkpoint, e\.g\. PRETRAINED=gordonhu/MQT-LLaVA-7b"):
         comparison_of(Wanted("models/mqt_llava"))
+
+
+def test_a_comparison_of_run_parameters_is_relative_to_the_dense_run(tmp_path):
+    from lmms_eval_accelerate.compare import table
+
+    from tests.lmms_eval.report.test_report import write_run
+
+    folders = {}
+    for name, tokens, count in (("dense", 100.0, 256), ("dense(num_visual_tokens=36)", 20.0, 36)):
+        settings = {"family": "mqt_llava", "num_visual_tokens": count}
+        folders[name] = write_run(tmp_path / str(count), [], [1.0, 0.0], tokens=tokens, settings=settings)
+    summary = folders["dense(num_visual_tokens=36)"] / "summary.json"
+    content = json.loads(summary.read_text())
+    content["costs"]["by_task"]["quiz"] |= {"visual_tokens_before": 20.0, "llm_tflops_dense": 0.4}
+    summary.write_text(json.dumps(content))
+    _, few = table.read(folders)
+    assert few.kept == 0.2 and few.flops_share == pytest.approx(0.2)
