@@ -6,9 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from accelerate_methods.hosts.questions import question_in, without_placeholders
 from accelerate_methods.stages.errors import MethodError
 from llava.constants import IMAGE_TOKEN_INDEX
@@ -96,10 +93,8 @@ def asked_questions(
 
 
 def read_questions(prompts: Prompts, tokenizer: Any) -> list[str]:
-    """The last question in each prompt, as it is written there. Reads the ids from the device."""
-    ids: Tensor = prompts.input_ids.cpu()
-    real = torch.ones_like(ids, dtype=torch.bool) if prompts.attention_mask is None else prompts.on_host[1]
+    """The last question in each prompt, as it is written there."""
     return [
         question_in(row[keep], row[keep] == IMAGE_TOKEN_INDEX, tokenizer, plain=False)
-        for row, keep in zip(ids, real, strict=True)
+        for row, keep in zip(*prompts.ids_on_host, strict=True)
     ]

@@ -184,6 +184,13 @@ def test_a_query_is_repeated_in_prompts_with_an_image_alone():
     assert asked.labels[0].tolist() == [5, 0, -100, -100, -100, 6] and asked.groups == [(0, 2)]
 
 
+def test_every_turn_of_a_chat_has_its_queries(model):
+    chat = "A chat. USER: <image>\nWhat is it?<learnable> ASSISTANT: A dog.</s>USER: Where? ASSISTANT:"
+    assert model.whole_prompt(chat) == chat.replace("Where?", "Where?<learnable>")
+    text = "A chat. USER: Who are you? ASSISTANT:"
+    assert model.whole_prompt(text) == text and model.whole_prompt("<image> alone") == "<image> alone"
+
+
 def test_the_question_is_found_behind_a_system_text_of_any_length(model):
     for before in (32, 5, 50):
         (group,) = update_of(model, [prompt(6, before)], pixels(1)).groups

@@ -30,6 +30,8 @@ from accelerate_methods.registry.architectures import architecture
 from accelerate_methods.registry.pipeline import Pipeline
 from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.errors import MethodError
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation import conv_templates
 from llava.model.architectures.flashsloth.modules import REGION, EmbeddedQuery, LearnableTokens, RegionPooling
 from llava.model.architectures.flashsloth.queries import query_groups, update_of, with_query_ids
 from llava.model.checkpoint import CheckpointError
@@ -146,6 +148,17 @@ class FlashSlothForCausalLM(LlavaMetaForCausalLM, PhiForCausalLM):
         """The question with its placeholders in front and its queries behind."""
         text = super().question_text(question, kind, count, **arguments)
         return text if LEARNABLE_TEXT in text else text + LEARNABLE_TEXT
+
+    def whole_prompt(self, prompt: str, **arguments: Any) -> str:
+        """With queries behind the question of every turn, where there is an image."""
+        user, answerer = conv_templates[self.about.template].roles
+        start, *turns = prompt.split(f"{user}: ")
+        if DEFAULT_IMAGE_TOKEN not in prompt or not turns:
+            return prompt
+        parts = [turn.partition(f" {answerer}:") for turn in turns]
+        asked = [text if LEARNABLE_TEXT in text else text + LEARNABLE_TEXT for text, *_ in parts]
+        turns = [text + mark + answer for text, (_, mark, answer) in zip(asked, parts, strict=True)]
+        return f"{user}: ".join([start, *turns])
 
     def prompt_ids(self, prompt: str, tokenizer: Any, **arguments: Any) -> Tensor:
         """Ids of a prompt; "<learnable>" has its own, whether the tokenizer knows it or not."""

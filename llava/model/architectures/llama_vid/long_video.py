@@ -36,8 +36,8 @@ def without_repeats(input_ids: Tensor, mask: Tensor | None, samples: Sequence[bo
 
 
 def run_lengths(prompts: Prompts) -> list[int]:
-    """For how many placeholders each one that :func:`without_repeats` left stands. Reads the ids from the device."""
-    holes = (prompts.input_ids == IMAGE_TOKEN_INDEX).cpu().flatten()
+    """For how many placeholders each one that :func:`without_repeats` left stands."""
+    holes = (prompts.ids_on_host[0] == IMAGE_TOKEN_INDEX).flatten()
     number = prompts.on_host[0].flatten().cumsum(0)
     return torch.bincount(number[holes], minlength=1)[1:].tolist()
 

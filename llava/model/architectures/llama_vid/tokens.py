@@ -106,6 +106,24 @@ def bert_config(config: Any) -> BertConfig:
     return bert
 
 
+def find_vocabulary(folder: str) -> Path:
+    """BERT's vocab.txt in a folder or on the hub, where its repository has two names.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    reason = f"{folder!r} has no vocab.txt."
+    for name in (folder, f"google-bert/{BERT}") if folder == BERT else (folder,):
+        try:
+            found = find_file(name, "vocab.txt")
+        except CheckpointError as error:
+            reason = str(error)
+            continue
+        if found is not None:
+            return found
+    raise CheckpointError(f"LLaMA-VID reads the question with BERT's vocabulary: {reason}")
+
+
 class QuestionTokenizer:
     """BERT's tokenizer with the rules of the official code: [CLS] question [SEP], of long questions the end.
 
@@ -114,12 +132,7 @@ class QuestionTokenizer:
     """
 
     def __init__(self, folder: str):
-        try:
-            vocabulary = find_file(folder, "vocab.txt")
-        except CheckpointError as error:
-            raise CheckpointError(f"LLaMA-VID reads the question with BERT's vocabulary: {error}") from error
-        if vocabulary is None:
-            raise CheckpointError(f"LLaMA-VID reads the question with BERT's vocabulary: {folder!r} has no vocab.txt.")
+        vocabulary = find_vocabulary(folder)
         self._tokenizer = BertTokenizer.from_pretrained(
             vocabulary.parent, do_lower_case=True, truncation_side="left", padding_side="right", bos_token="[DEC]"
         )
