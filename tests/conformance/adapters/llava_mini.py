@@ -39,7 +39,7 @@ def compress(inputs, params, context):
 
 
 def fuse(inputs, params, context):
-    model, prompts = _model(params, context), Prompts(inputs["input_ids"])
+    model, prompts = _model(params, context), Prompts(inputs["input_ids"], dummies=True)
     items = [model.unfused("image", 1, parts[None]) for parts in inputs["features"].float()]
     visual = torch.stack([sequence.tokens for sequence in model.compress(items, prompts)])
     return {"visual_tokens": visual, "text_embeds": prompts.embeds}

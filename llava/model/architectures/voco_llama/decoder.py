@@ -115,16 +115,18 @@ class VocoModel(LlavaLlamaModel):
             What is kept, and ``out``.
         """
         looks = division.looks
-        step = max(1, ROWS_AT_ONCE // looks.rows.shape[1])
-        chunks = [looks.some(slice(start, start + step)) for start in range(0, len(looks.rows), step)]
+        source, places = looks.written
+        count, width = looks.rows.shape
+        step = max(1, ROWS_AT_ONCE // width)
         states, keys, values = [], [], []
-        for chunk in chunks:
+        for start in range(0, count, step):
+            chunk = looks.some(slice(start, start + step))
             hidden, cache = self._run(chunk, embeds, position_ids)
-            states.append(hidden.flatten(0, 1))
+            own = source[(source >= start * width) & (source < (start + step) * width)] - start * width
+            states.append(hidden.flatten(0, 1)[moved(own, hidden.device)])
             keys.append([self._kept(layer.keys, chunk, shift=chunk.moves) for layer in cache.layers])
             values.append([self._kept(layer.values, chunk, shift=False) for layer in cache.layers])
-        source, places = (moved(part, embeds.device) for part in looks.written)
-        out = out.flatten(0, 1).index_copy(0, places, torch.cat(states)[source]).view_as(out)
+        out = out.flatten(0, 1).index_copy(0, moved(places, embeds.device), torch.cat(states)).view_as(out)
         entries = division.entries
 
         def by_sample(parts: list[list[Tensor]], layer: int) -> Tensor:
