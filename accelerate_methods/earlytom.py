@@ -159,11 +159,16 @@ class EarlyTom(FrameMergeMethod, CompressMethod, LeastAttendedMerge):
         groups, size = item.frames.info["groups"], item.tokens_per_frame
         ratio = adjusted_ratio(self.retention_ratio, item.num_frames * size, item.frames.before * size)
         info = {"groups": groups, "ratio": ratio, "frames": item.num_frames, "initial_frames": item.frames.before}
-        mask, total = select(item.signal(ATTENTION), groups, ratio)
-        kept = mask_to_indices(mask.view(1, -1), total)[0]
-        if self.grid_newlines == "as_released" and item.layout == "grid" and item.newlines is not None:
-            return with_newlines_as_released(item, mask, groups, info)
-        return selection(item, kept, info)
+        mask, counts = select(item.signal(ATTENTION), groups, ratio)
+        total = sum(counts)
+        as_released = self.grid_newlines == "as_released" and item.layout == "grid" and item.newlines is not None
+        if as_released:  # frames behind the first of a longer group are lost
+            lost = [frame for start, end in groups if end - start > 1 for frame in range(start + 1, end + 1)]
+            total -= sum(counts[frame] for frame in lost)
+            mask = mask.index_fill(0, on_device(torch.tensor(lost, dtype=torch.long), mask.device), False)
+        compressed = selection(item, mask_to_indices(mask.view(1, -1), total)[0], info)
+        compressed.newlines = "each" if as_released else "closing"
+        return compressed
 
 
 def frame_products(features: Tensor) -> Tensor:
@@ -200,14 +205,14 @@ def adjusted_ratio(ratio: float, left: int, tokens: int) -> float:
     return min(ratio / (left / tokens), 1.0)
 
 
-def select(attention: Tensor, groups: Sequence[tuple[int, int]], ratio: float) -> tuple[Tensor, int]:
-    """Which tokens stay (steps 5 and 6 of the page), and how many.
+def select(attention: Tensor, groups: Sequence[tuple[int, int]], ratio: float) -> tuple[Tensor, list[int]]:
+    """Which tokens stay (steps 5 and 6 of the page), and how many of each frame.
 
     Args:
         attention: [T, N]; groups: (first, last) frame of each; ratio: share of the tokens that stays.
 
     Returns:
-        [T, N] bool and the number of its True entries.
+        [T, N] bool, and the True entries of each row.
     """
     frames, size = attention.shape
     ends = sorted({frame for group in groups for frame in group})
@@ -219,7 +224,7 @@ def select(attention: Tensor, groups: Sequence[tuple[int, int]], ratio: float) -
     if between:
         rows = on_device(between, attention.device)
         mask[rows] = best_of_windows(attention[rows], spread)
-    return mask, len(ends) * most + len(between) * spread
+    return mask, [spread if frame in between else most for frame in range(frames)]
 
 
 def best_of_windows(scores: Tensor, count: int) -> Tensor:
@@ -234,23 +239,3 @@ def best_of_windows(scores: Tensor, count: int) -> Tensor:
     best = mask_to_indices(top_mask(windows, 1), 1).view(len(scores), count)
     chosen = index[number[:, 0], best]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)
-
-
-def with_newlines_as_released(
-    item: VisualItem, mask: Tensor, groups: Sequence[tuple[int, int]], info: dict[str, object]
-) -> Compressed:
-    """The released layout of LLaVA-Video: every token that is left has a newline behind it (step 7 of the page).
-
-    Args:
-        mask: [T, N] tokens that were chosen.
-    """
-    lost = [frame for start, end in groups if end - start > 1 for frame in range(start + 1, end + 1)]
-    mask = mask.clone()
-    mask[on_device(lost, mask.device).long()] = False
-    kept = mask.flatten().nonzero().squeeze(1)
-    stands = item.positions.flatten()[kept]
-    newline = item.newline_of[stands]
-    tokens = torch.stack([item.features.flatten(0, 1)[kept], item.newlines[newline].to(item.features)], dim=1)
-    owner = torch.where(mask.flatten(), 2 * (mask.flatten().cumsum(0) - 1), -1).view(mask.shape)
-    positions = torch.stack([stands, item.newline_positions[newline]], dim=1).flatten()
-    return Compressed(tokens.flatten(0, 1), positions, owner, info, order="given", newlines="none")

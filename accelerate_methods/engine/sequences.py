@@ -110,9 +110,12 @@ def assemble(item: VisualItem, compressed: Compressed) -> VisualSequence:
     # what is sorted by: the layout position, or with a given order the stretch that a newline closes
     key = positions
     in_order, stretch = _in_order(item, compressed), item.newline_of
+    each = compressed.newlines == "each"
     if compressed.newlines == "behind" and item.frame_rows:
         stretch = torch.arange(item.length, device=device) // item.frame_rows
-    if not in_order and compressed.order == "given":
+    if each:
+        key = 2 * (positions if compressed.order == "layout" else torch.arange(content, device=device))
+    elif not in_order and compressed.order == "given":
         # content before stretch s: 2s, its newline: 2s + 1, content that no newline closes: -2
         key = stretch[positions] * 2
     if newlines is not None:
@@ -120,7 +123,8 @@ def assemble(item: VisualItem, compressed: Compressed) -> VisualSequence:
         positions = torch.cat([positions, at])
         is_content = torch.cat([is_content, is_content.new_zeros(at.shape[0])])
         if not in_order:
-            key = torch.cat([key, stretch[at] * 2 + 1 if compressed.order == "given" else at])
+            given = key + 1 if each else stretch[at] * 2 + 1 if compressed.order == "given" else at
+            key = torch.cat([key, given])
     owner = compressed.owner
     order = rank = None
     if not in_order:
@@ -177,9 +181,9 @@ def _placed(compressed: Compressed, newlines: Tensor | None, order: Tensor | Non
 
 def _in_order(item: VisualItem, compressed: Compressed) -> bool:
     """Whether the LLM reads the tokens as they are given, and what newlines there are after them."""
-    if compressed.order != "given":
+    if compressed.order != "given" or compressed.newlines == "each":
         return False
-    return item.newline_of is None or compressed.newlines in ("last", "none") or item.layout == "one_token"
+    return item.newline_of is None or compressed.newlines == "last" or item.layout == "one_token"
 
 
 def _surviving_newlines(item: VisualItem, compressed: Compressed) -> Tensor | None:
@@ -187,9 +191,11 @@ def _surviving_newlines(item: VisualItem, compressed: Compressed) -> Tensor | No
 
     How many rows or frames of a layout with several newlines still hold a token is for the device to say: one read.
     """
-    if item.newlines is None or not item.newlines.shape[0] or compressed.newlines == "none":
+    if item.newlines is None or not item.newlines.shape[0]:
         return None
     count, device = item.newlines.shape[0], compressed.positions.device
+    if compressed.newlines == "each":
+        return item.newline_of[compressed.positions].clamp(min=0)
     if compressed.newlines == "last":
         return torch.arange(count - 1, count, device=device)
     if compressed.newlines in ("all", "behind") or item.keep_all_newlines:

@@ -128,7 +128,7 @@ class Compressed(ShapesShown):
             those of its row or frame, too).
         newlines: "closing" keeps those whose row or frame still holds a token, "all" keeps every one, "behind" too but,
             with order "given", those of a video's frame behind all of its tokens; "last" only one after everything;
-            "none": the method has put copies of them among its tokens.
+            "each": one behind every token, a copy of that which closes its row or frame.
         frame_marks: False drops the tokens that some models put around each frame of a video (Qwen3-VL).
     """
 

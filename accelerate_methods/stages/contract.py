@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 ORDERS = ("layout", "given")
-NEWLINES = ("closing", "all", "behind", "last", "none")
+NEWLINES = ("closing", "all", "behind", "last", "each")
 
 
 def check_compressed(method: str, compressed: Any, item: VisualItem) -> None:
