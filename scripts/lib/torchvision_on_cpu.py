@@ -1,7 +1,7 @@
 """Let torchvision load beside a CPU build of torch where its wheel is the CUDA build, which PyPI has.
 
-Its own kernels do not load there; nothing that vLLM does with pictures needs them, but torchvision describes two of them
-at import, and they have to be known by name. scripts/lib/vllm.sh puts this into an environment where it is needed.
+Its own kernels do not load there; nothing that vLLM does with pictures needs them, but torchvision describes two of
+them at import, and they have to be known by name. scripts/lib/vllm.sh puts this into an environment that needs it.
 """
 
 import importlib.abc

@@ -19,8 +19,7 @@ ensure_vllm() {
     fi
     VLLM_PY="$VLLM_VENV/bin/python"
     local wanted stamp="$VLLM_VENV/.installed"
-    wanted="$(cd "$ROOT" && cat setup.py constraints-vllm.txt scripts/lib/vllm.sh scripts/lib/torchvision_on_cpu.py |
-        cksum) $ROOT"
+    wanted="$(cd "$ROOT" && cat setup.py constraints-vllm.txt scripts/lib/torchvision_on_cpu.py | cksum) $ROOT"
     if [[ -x "$VLLM_PY" && -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
         return
     fi
@@ -50,7 +49,10 @@ ensure_vllm() {
         cp "$ROOT/scripts/lib/torchvision_on_cpu.py" "$site/_torchvision_on_cpu.py"
         echo "import _torchvision_on_cpu" >"$site/torchvision_on_cpu.pth"
     fi
-    "$VLLM_PY" -c 'import torchvision, vllm' >/dev/null 2>&1 || { VLLM_WHY="vLLM was installed, but does not load"; return 1; }
+    if ! "$VLLM_PY" -c 'import torchvision, vllm' >/dev/null 2>&1; then
+        VLLM_WHY="vLLM was installed, but does not load"
+        return 1
+    fi
     # metadata of an older install beside the sources would hide the entry point from processes started there
     (cd "$ROOT" && "$VLLM_PY" setup.py -q egg_info >/dev/null 2>&1) || true
     printf '%s' "$wanted" >"$stamp"
@@ -95,6 +97,34 @@ vllm_environment() {
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
     export VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}"
     export VLLM_CACHE_ROOT="${VLLM_CACHE_ROOT:-$VLLM_VENV/vllm-cache}"
+}
+
+# start_server CHECKPOINT ARGUMENTS...: an OpenAI-compatible server on this machine; sets SERVER (its address), SERVER_PID
+# and SERVER_LOG, and returns when it answers. It ends with the script. Settings of small CPU runs, unless PORT, DTYPE ...
+start_server() {
+    local checkpoint="$1" port="${PORT:-8765}" waited=0
+    shift
+    SERVER="http://127.0.0.1:$port" SERVER_LOG="$(mktemp "${TMPDIR:-/tmp}/vllm-server.XXXXXX.log")"
+    # not `vllm serve`, which looks for a package called vllm, and the CPU wheel has another name
+    "$VLLM_PY" -m vllm.entrypoints.openai.api_server --model "$checkpoint" --served-model-name "${SERVED_NAME:-served}" \
+        --host 127.0.0.1 --port "$port" --dtype "${DTYPE:-float32}" --max-model-len "${MAX_LEN:-4096}" \
+        --enforce-eager --max-num-seqs "${MAX_SEQS:-8}" "$@" >"$SERVER_LOG" 2>&1 &
+    SERVER_PID=$!
+    trap 'kill "$SERVER_PID" 2>/dev/null || true; wait "$SERVER_PID" 2>/dev/null || true' EXIT
+    say "Starting vLLM (log: $SERVER_LOG)"
+    until "$VLLM_PY" -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=2)' "$SERVER/health" 2>/dev/null; do
+        kill -0 "$SERVER_PID" 2>/dev/null || { tail -5 "$SERVER_LOG" >&2; die "the server ended, see $SERVER_LOG"; }
+        sleep 2
+        waited=$((waited + 2))
+        ((waited < ${SERVER_WAIT:-600})) || die "no answer after $waited s, see $SERVER_LOG"
+    done
+    say "Server ready after about $waited s: $SERVER"
+}
+
+stop_server() {
+    kill "$SERVER_PID" 2>/dev/null || true
+    wait "$SERVER_PID" 2>/dev/null || true
+    trap - EXIT
 }
 
 if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then
