@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -83,6 +83,7 @@ class LlavaMiniForCausalLM(LlavaLlamaForCausalLM):
 
     config_class = LlavaMiniConfig
     about = architecture("llava_mini")
+    unquantised: ClassVar[tuple[str, ...]] = ("compressor",)
 
     def __init__(self, config: LlavaMiniConfig):
         super(LlamaForCausalLM, self).__init__(config)
