@@ -251,10 +251,15 @@ def test_forward_gives_the_logits_of_text_rows(model, batch):
         assert len(alone) == ids.shape[1]
 
 
-def test_going_on_by_hand_with_the_cache_of_a_batch(model, batch):
-    answer = model.generate(IDS, attention_mask=MASK, **batch, **GREEDY, beacon_ratio=8)
-    mask = MASK
-    out = model(IDS, attention_mask=mask, **batch, beacon_ratio=8)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("ratio", [8, 432])  # with 432 each leaves one entry, as many as it has placeholders
+def test_going_on_by_hand_with_the_cache_of_a_batch(model, batch, ratio, side):
+    answer = model.generate(IDS, attention_mask=MASK, **batch, **GREEDY, beacon_ratio=ratio)
+    ids, mask = IDS, MASK
+    if side == "right":
+        ids = torch.stack([torch.cat([row[row != 0], row[row == 0]]) for row in IDS])
+        mask = (ids != 0).long()
+    out = model(ids, attention_mask=mask, **batch, beacon_ratio=ratio)
     ends = (MASK.sum(1) - 1)[:, None, None].expand(-1, -1, out.logits.shape[-1])
     found = [out.logits.gather(1, ends)[:, 0].argmax(-1)]
     for says in (True, False, True, False):  # the mask of the prompts as they are written, or none

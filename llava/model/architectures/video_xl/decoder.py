@@ -24,6 +24,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
 )
 
 from accelerate_methods.engine.cached_keys import cached_length
+from accelerate_methods.engine.devices import moved
 from accelerate_methods.engine.output_rows import DecoderOutput
 from accelerate_methods.engine.prompt import PromptLayout
 from accelerate_methods.ops.select import on_device
@@ -102,34 +103,38 @@ class SummaryCache(DynamicCache):
 
     Attributes:
         padding: [B] padded entries in front of each prompt, None where there are none.
+        prompt: entries that the prompts have left.
     """
 
     padding: Tensor | None = None
+    prompt: int = 0
 
     def mask(self, given: Tensor | None, new: int) -> Tensor | None:
-        """[B, entries + new] 0 at padding, for ``new`` further rows.
+        """[B, entries + new] 0 at padding, for ``new`` further rows; None if there is none.
 
-        ``given``: the caller's mask, of these entries or of the whole prompts as they were written; None: no padding
-        among the new rows.
+        ``given``: the caller's mask, over the prompts as they were written or as they stand here, and what came since;
+        None: no padding came since.
         """
-        total = self.get_seq_length() + new
-        if given is not None and (given.ndim != 2 or given.shape[1] == total):
-            return given
-        if self.padding is None and given is None:
+        entries = self.get_seq_length()
+        if given is None and self.padding is None:
             return None
-        like = self.layers[0].keys
-        rows = torch.arange(total, device=like.device)[None].expand(like.shape[0], -1)
-        mask = torch.ones_like(rows) if self.padding is None else (rows >= self.padding[:, None]).long()
-        if given is not None:
-            mask = torch.cat([mask[:, :-new], given[:, -new:].to(mask)], dim=1)
-        return mask
+        if given is not None and (given.ndim != 2 or (self.padding is None and given.shape[1] == entries + new)):
+            return given
+        prompt = min(self.prompt, entries)
+        since = entries + new - prompt
+        like = self.layers[0].keys if given is None else given
+        rows = torch.arange(prompt, device=like.device).expand(like.shape[0], -1)
+        front = torch.ones_like(rows)
+        if self.padding is not None:
+            front = (rows >= moved(self.padding, rows.device)[:, None]).long()
+        return torch.cat([front, front.new_ones(len(front), since) if given is None else given[:, -since:]], dim=1)
 
     def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         self.padding = None if self.padding is None else change(self.padding)
 
     def reset(self) -> None:
         super().reset()
-        self.padding = None
+        self.padding, self.prompt = None, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -304,6 +309,7 @@ def _together(caches: Sequence[DynamicCache], config: Any) -> SummaryCache:
         together.update(*entries, index)
         for cache in caches:  # its memory
             cache.layers[index].reset()
+    together.prompt = max(lengths)
     if any(fills):
         together.padding = on_device(fills, together.layers[0].keys.device)
     return together
