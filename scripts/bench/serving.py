@@ -105,7 +105,7 @@ async def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         "| in flight | method | prompt | requests/s | TTFT p50 / p99 ms | TPOT p50 / p99 ms |\n|---|---|---|---|---|---|"
     )
     for text in options.methods:  # the first requests of a process pay for what is made once
-        await level(client, model, method_of(text), 1, argparse.Namespace(**{**vars(options), "requests": 2}), -1000)
+        await level(client, model, method_of(text), 1, argparse.Namespace(**{**vars(options), "requests": 2}), 10**9)
     for in_flight in options.in_flight:
         for text in options.methods:
             seed += 10_000
