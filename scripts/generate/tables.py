@@ -18,6 +18,7 @@ def files() -> dict[Path, str]:
     text = (Path(__file__).resolve().parents[2] / README).read_text(encoding="utf-8")
     text = _between(text, "methods x models", methods_by_models())
     text = _between(text, "methods and licences", licences())
+    text = _between(text, "architectures", architectures())
     return {README: _between(text, "quickstart code", f"```python\n{quickstart()}```")}
 
 
@@ -42,6 +43,22 @@ def licences() -> str:
     rows = [_row([f"{m.title} ({m.paper})", m.code, m.licence]) for m in methods]
     rows += [_row([f"{a.name} ({a.paper})", a.code, a.licence]) for a in ARCHITECTURES]
     return "\n".join([_row(["method", "official code", "licence of that code"]), "|---|---|---|", *rows])
+
+
+def architectures() -> str:
+    """Trained architectures: id, tokens, checkpoint, paper."""
+    head = ["architecture", "lmms-eval model id", "visual tokens", "checkpoint", "paper"]
+    rows = [
+        [
+            f"[{a.name}](docs/architectures/{a.file}.md)",
+            f"`{a.key}`",
+            a.tokens,
+            f"`{a.checkpoints[0]}`" if a.checkpoints else "none released",
+            f"{a.paper}, {a.venue}" if a.venue else a.paper,
+        ]
+        for a in ARCHITECTURES
+    ]
+    return "\n".join([_row(head), "|" + "---|" * len(head), *map(_row, rows)])
 
 
 def methods_by_models() -> str:
