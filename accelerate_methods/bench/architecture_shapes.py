@@ -60,6 +60,13 @@ _LLAVA_MINI = dict(compressor_size=1, prefusion_layer_num=4, resolution_ratio=1,
 _VOCO = {**VICUNA_7B, **VICUNA, "vocab_size": 32001}
 
 
+_HICOM = dict(
+    mm_projector_type="local43_global32_guidecoarse", use_guide="direct", use_clip_scale="", max_num_frames=128,
+    mm_patch_merge_type="spatial_unpad", mm_newline_position="no_token",
+)  # fmt: skip
+_TG_LLAVA = dict(mm_text_tower=CLIP, mm_text_hidden_size=768)
+
+
 def _llava_mini(frames: int) -> Shape:
     return Shape("llama", "llava_mini", _LLAMA_31_8B, CLIP, _LLAVA_MINI, frames=frames, architecture="llava_mini")
 
@@ -78,6 +85,9 @@ ARCHITECTURE_SHAPES = {
     "flashsloth-3.2b": Shape("phi", "flashsloth", _PHI_2, SIGLIP, image_size=(384, 384), architecture="flashsloth"),
     "llava-mini-8b": _llava_mini(0),
     "llava-mini-8b-video": _llava_mini(128),
+    # as its paper says; the released string names a mode that its code does not know
+    "hicom-7b": Shape("qwen", "hicom", QWEN2_7B, SIGLIP, _HICOM, frames=32, architecture="hicom"),
+    "tg-llava-7b": Shape("qwen", "tg_llava", QWEN2_7B, CLIP, _TG_LLAVA, architecture="tg_llava"),
     "voco-llama-7b": Shape(
         "llama", "voco_llama", _VOCO, CLIP, {"voco_token_id": 32000}, architecture="voco_llama"
     ),

@@ -123,7 +123,9 @@ def fed(model: Any, inputs: Inputs) -> Iterator[None]:
         encoded = look(images, keep, method, *more)
         if method is not None:  # it acted inside the tower: what came of the tower's own states stays
             return encoded
-        made_up = inputs.patches[: len(encoded.patches)]  # a model may look at its views some at a time
+        views = len(encoded.patches)  # a model may look at its views some at a time, or at more of its own
+        times = -(-views // len(inputs.patches))
+        made_up = (inputs.patches if times == 1 else inputs.patches.repeat(times, 1, 1))[:views]
         if made_up.shape[1] != encoded.patches.shape[1]:  # a sample stage made the input smaller
             made_up = _smaller(made_up, encoded.patches.shape[1])
         parts = [made_up] if encoded.special is None else [encoded.special, made_up]

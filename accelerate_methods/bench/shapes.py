@@ -111,14 +111,13 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype, attention: str
         folder: an empty folder that lives as long as the model. It becomes the checkpoint that the tower and SigLIP's
             pooling head (which FastVID reads) are looked up in.
     """
-    llava = {"mm_patch_merge_type": "flat", "image_aspect_ratio": "pad"}
+    llava = {"mm_patch_merge_type": "flat", "image_aspect_ratio": "pad", "mm_projector_type": "mlp2x_gelu"}
     if shape.tower is not None:
         llava["mm_hidden_size"] = write_tower(shape.tower, folder, seed)["hidden_size"]
         llava["mm_vision_tower"] = shape.tower if isinstance(shape.tower, str) else str(folder / "vision_tower")
     model_class = _class_of(shape)
     config = model_class.config_class(
         **shape.decoder,
-        mm_projector_type="mlp2x_gelu",
         mm_vision_select_layer=-2,
         mm_vision_select_feature="patch",
         tower_checkpoint=str(folder),

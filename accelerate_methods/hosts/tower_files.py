@@ -109,12 +109,13 @@ def text_config(name: str, checkpoint: str | None) -> dict[str, Any]:
         TowerError: its files do not say it.
     """
     path = tower_file(name, checkpoint, "config.json")
-    raw = read_json(path)
-    if path.is_relative_to(_KNOWN):
-        return read_json(path.with_name("text_config.json"))
-    if not isinstance(raw.get("text_config"), dict):
-        raise TowerError(f"{path} has no text_config: it is of a vision tower without its text tower.")
-    return raw["text_config"]
+    found = read_json(path).get("text_config")
+    if isinstance(found, dict):
+        return found
+    known = _KNOWN / official_name(name).replace("/", "--") / "text_config.json"
+    if known.is_file():
+        return read_json(known)
+    raise TowerError(f"{path} has no text_config: it is of a vision tower without its text tower.")
 
 
 def tower_weights(name: str, checkpoint: str | None, prefix: str = "") -> dict[str, torch.Tensor]:

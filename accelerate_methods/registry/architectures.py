@@ -272,6 +272,7 @@ HICOM = Architecture(
     weights_licence="not said; the repository is Apache-2.0, for non-commercial use",
     tokens="680 of 32 frames (81 for each four of them, and 32 in all); 113 per image",
     template="qwen_2_5",
+    bench="hicom-7b",
     # blocks asked for by the question, and queries: no signal over patches is one over them
     signals=_NONE,
     stages=LATER_STAGES,
@@ -312,6 +313,7 @@ TG_LLAVA = Architecture(
     licence="Apache-2.0",
     tokens="640 per image: its 576 patches and 64 latents",
     template="mpt",
+    bench="tg-llava-7b",
     # patches with the question in them, and latents behind them: no signal over patches is one over all of them
     signals=_NONE,
     modalities=_IMAGE,

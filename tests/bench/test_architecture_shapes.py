@@ -28,6 +28,12 @@ _QUERIES += 2561 * 576 + 1153 * 576 + 1153 * 2560 + 6 * 576 + 5 * 577 * 576 + 11
 #: LLaVA-Mini's compressor, and four layers of its decoder
 _LLAMA_31_8B = 8_030_261_248
 _MINI = 2 * 1024 + 4 * 1024 * 1025 + 4 * 1024 + 4 * (2 * 4096 * (4096 + 1024 + 1) + 3 * 4096 * 14336)
+#: TG-LLaVA's text model, its queries with two layers of BERT-large, and the patch encoder
+_CLIP_TEXT = (49_408 + 77) * 768 + 12 * (4 * 768 * 769 + 2 * 768 * 3072 + 3072 + 768 + 4 * 768) + 2 * 768
+_GUIDE = 769 * 1024 + 1025 * 1024 + 576 * 1024 + 2 * 1024 + 2 * (2 * 1024 * 4096 + 4096 + 3 * 1024)
+_GUIDE += 3 * (4 * 1024 * 1025 + 2 * 1024)
+_DETAILS = 2304 * 1024 + 2 * 1025 * 1024 + 1025 * 3584 + 3585 * 3584 + 769 * 1024 + 64 * 1024 + 1024
+_DETAILS += 2 * (3 * 1024 + 2 * 1024 * (1536 + 384) + 3 * 1024 * 4096)
 PARAMETERS = {
     "mqt-llava-7b": _VICUNA_7B,
     "fastvlm-7b": 7_615_616_512,
@@ -42,6 +48,8 @@ PARAMETERS = {
     "llava-mini-8b": _LLAMA_31_8B + _MINI,
     "llava-mini-8b-video": _LLAMA_31_8B + _MINI,
     "voco-llama-7b": _VICUNA_7B + 2 * 4096,
+    "hicom-7b": 7_615_616_512,
+    "tg-llava-7b": 7_615_616_512 + _CLIP_TEXT + _GUIDE + _DETAILS,
 }
 _DECODER = dict(
     hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
@@ -178,3 +186,25 @@ def test_a_small_voco_llama_is_measured(tmp_path, frames):
     text = inputs.text_tokens - 14  # those behind the tokens
     assert dense["kv_cache_bytes"] == (max(frames, 1) * 2 + text) * 4 * 2 * 2 * 16 * 4 == fewer["kv_cache_bytes"]
     assert fewer["tflops"]["llm_prefill"] < dense["tflops"]["llm_prefill"]
+
+
+def test_a_small_hicom_is_measured(tmp_path):
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}
+    tower = _CLIP | {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "text_config": text}
+    llava = SHAPES["hicom-7b"].llava | {"hicom_head_dim": 16}
+    shape = dataclasses.replace(SHAPES["hicom-7b"], decoder=_DECODER, tower=tower, llava=llava, frames=8)
+    model, inputs = built(shape, tmp_path)
+    rows = rows_of(model, inputs, "dense fastv@0.5", "hicom")
+    dense = rows["dense"].facts
+    assert dense["visual_tokens"]["before"] == 2 * 2 * 2 + 32 and rows["fastv@0.5"].ok
+
+
+def test_a_small_tg_llava_is_measured(tmp_path):
+    text = {"hidden_size": 24, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}
+    small = {"qformer": {"num_attention_heads": 2}, "perceiver": {"num_heads": 4, "head_dim": 6}}
+    llava = {"mm_text_hidden_size": 24, "tiny_overrides": small}
+    tower = _CLIP | {"text_config": text}
+    shape = dataclasses.replace(SHAPES["tg-llava-7b"], decoder=_DECODER, tower=tower, llava=llava)
+    model, inputs = built(shape, tmp_path)
+    rows = rows_of(model, inputs, "dense fastv@0.5", "tg_llava")
+    assert rows["dense"].facts["visual_tokens"]["before"] == 16 + 64 and rows["fastv@0.5"].ok

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, SiglipTextConfig, SiglipTextModel
+from transformers import AutoTokenizer, BatchEncoding, CLIPTextConfig, CLIPTextModel, SiglipTextConfig, SiglipTextModel
 
 from accelerate_methods.hosts.tower_files import (
     TowerError,
@@ -92,6 +92,10 @@ class TextTokens:
                 ) from error
         return self._tokenizer
 
+    def make_up(self) -> None:
+        """Ids for as many tokens as a text has words, in place of a tokenizer's; for models of random weights."""
+        self._tokenizer = _MadeUpTokens()
+
     def padded(self, texts: Sequence[str]) -> Tensor:
         """[B, limit] ids, cut and padded to all positions."""
         found = self.tokenizer(
@@ -102,6 +106,18 @@ class TextTokens:
     def one_by_one(self, texts: Sequence[str]) -> list[Tensor]:
         """[L] ids of each, cut where the positions end."""
         return [torch.tensor(self.tokenizer(text, truncation=True, max_length=self.limit).input_ids) for text in texts]
+
+
+class _MadeUpTokens:
+    """Called as a tokenizer is: ids from 2 on, the largest one at the end; 1 is padding."""
+
+    def __call__(self, texts: str | Sequence[str], max_length: int, padding: str = "", **how: Any) -> BatchEncoding:
+        counts = [min(len(text.split()) + 2, max_length) for text in ([texts] if isinstance(texts, str) else texts)]
+        ids = [list(range(2, count + 2)) for count in counts]
+        if isinstance(texts, str):
+            return BatchEncoding({"input_ids": ids[0]})
+        padded = [row + [1] * (max_length - len(row)) for row in ids]
+        return BatchEncoding({"input_ids": torch.tensor(padded)})
 
 
 def _tokenizer_source(name: str, checkpoint: str | None) -> str:

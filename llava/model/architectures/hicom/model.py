@@ -97,6 +97,7 @@ class HIComQwen2ForCausalLM(LlavaQwenForCausalLM):
     config_class = HIComConfig
     about = architecture("hicom")
     visual_arguments = ("guided_input", "guide_instruct")
+    tokens_have_places: ClassVar[bool] = False
     weight_names: ClassVar[Mapping[str, str]] = {
         r"^model\.vision_tower\.guide_encoder\.text_model\.": "model.vision_tower.guide_encoder."
     }
@@ -124,6 +125,10 @@ class HIComQwen2ForCausalLM(LlavaQwenForCausalLM):
                 f"weights (first: {extra[0]})."
             )
         return (model, info) if want_info else model
+
+    def made_up(self) -> None:
+        if self.get_vision_tower().guided:
+            self.get_vision_tower().tokens.make_up()
 
     # -- what callers give -------------------------------------------------------------------------------------------
 

@@ -81,6 +81,7 @@ class TextGuidedVision:
 
     about = _ABOUT
     visual_arguments = ("text_guide_ids", "image_patches")
+    tokens_have_places: ClassVar[bool] = False
     weight_names: ClassVar[dict[str, str]] = {
         r"^model\.text_tower\.text_tower\.text_model\.": "model.text_tower.text_tower."
     }
@@ -112,6 +113,9 @@ class TextGuidedVision:
 
     def get_text_tower(self) -> TextTower:
         return self.get_model().text_tower
+
+    def made_up(self) -> None:
+        self.get_text_tower().tokens.make_up()
 
     def asked_text(self, question: Any) -> str:
         """As it is written, instructions to answer briefly included: so the guidance was trained."""
