@@ -260,6 +260,14 @@ def test_frames_in_both_forms_are_one_video(model):
         assert torch.equal(spliced(model, ids, official).inputs_embeds, ours)
 
 
+def test_without_layers_the_text_is_as_it_is(tmp_path):
+    bare = load(broken(tmp_path, without("prefusion_layers"), prefusion_layer_num=0))
+    ids, image = [[1, IMAGE, 5]], pixels(1)
+    out = spliced(bare, ids, image).inputs_embeds[0]
+    torch.testing.assert_close(out[[0, 2]], bare.get_model().embed_tokens(torch.tensor([1, 5])))
+    torch.testing.assert_close(out, spliced(bare, ids, bare.prefuse(image)).inputs_embeds[0])
+
+
 # -- kept images -------------------------------------------------------------------------------------------------------
 
 

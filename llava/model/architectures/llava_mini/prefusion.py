@@ -42,7 +42,7 @@ class FusedImages(ShapesShown):
     @property
     def length(self) -> int:
         """Rows of an image or frame in pre-fusion."""
-        return self.keys[0].shape[2]
+        return self.keys[0].shape[2] if self.keys else 0  # without layers nothing is read
 
     def cache(self) -> DynamicCache:
         """A new cache that begins with the images; growing it leaves this object as it is."""
