@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from accelerate_methods.engine.devices import computes_on, is_offloaded
+from accelerate_methods.engine.long_prompts import trained_positions
 from accelerate_methods.hosts.checkpoint_files import check_files, reading
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
@@ -243,10 +244,9 @@ def _resize_vocabulary(model: Any, size: int) -> None:
 
 
 def _context_length(config: Any) -> int:
-    for key in ("max_sequence_length", "max_position_embeddings", "tokenizer_model_max_length"):
-        if getattr(config, key, None):
-            return getattr(config, key)
-    return 2048
+    """Rows of a prompt; scaled rotary embeddings stretch what the decoder was trained on."""
+    stated = getattr(config, "max_sequence_length", None) or trained_positions(config)
+    return stated or getattr(config, "tokenizer_model_max_length", None) or 2048
 
 
 __all__ = ["CheckpointError", "find_file", "load_pretrained_model"]

@@ -106,6 +106,12 @@ def test_loaded_like_every_checkpoint(folder):
     assert torch.equal(read, given)
 
 
+def test_scaled_rotary_embeddings_stretch_the_context(folder):
+    change_config(folder, rope_scaling={"type": "linear", "factor": 16.0}, max_token=65536)
+    _, model, _, length = load_pretrained_model(str(folder), torch_dtype="float32", device_map="cpu")
+    assert length == 65536 and model.config.rope_parameters["factor"] == 16.0
+
+
 def test_saved_and_loaded_again(model, tmp_path):
     model.save_pretrained(tmp_path)
     again = load(tmp_path, mm_vision_tower=str(FOLDER / "eva_vit_g.pth"), bert_folder=str(FOLDER / "bert-base-uncased"))
