@@ -24,12 +24,18 @@ STOCK = Path(lmms_eval.__file__).parent / "tasks"
 #: folders of the tasks, so that not all two thousand are looked through
 FOLDERS = (
     "mme mmbench pope scienceqa textvqa gqa vqav2 vizwiz_vqa seedbench videomme mvbench longvideobench mlvu egoschema "
-    "nextqa"
+    "nextqa ai2d chartqa docvqa ocrbench mmstar realworldqa"
 )
 
 
 def gold(document: dict[str, Any]) -> str:
     """The right answer of a document of any of the benchmarks, as its prompt asks for it."""
+    if "gt_answer" in document:  # HallusionBench
+        return "yes" if document["gt_answer"] == "1" else "no"
+    if "options" in document and document["answer"].isdigit():  # AI2D
+        return "ABCDE"[int(document["answer"])]
+    if "question_type" in document and isinstance(document.get("answer"), list):  # OCRBench
+        return document["answer"][0]
     if "correct_choice" in document:  # LongVideoBench
         return "ABCDE"[document["correct_choice"]]
     if "video" in document and "candidates" in document:  # MVBench
@@ -89,7 +95,7 @@ def main(target: str, *tasks: str) -> None:
         )
         numbers = {
             task: {
-                k.partition(",")[0]: v for k, v in values.items() if k.endswith(",none") and isinstance(v, float | int)
+                k.removesuffix(",none"): v for k, v in values.items() if "," in k and isinstance(v, float | int)
             }
             for task, values in results["results"].items()
         }

@@ -1,7 +1,8 @@
 """The benchmarks of the papers' tables: which task of lmms-eval 0.7.3, how its score is printed, where its data lies.
 
 The table is ``catalog.yaml``. Everything runs through lmms-eval's stock task definitions, but for the two embedded
-benchmarks and ``mmbench_cn_dev_static`` (the stock Chinese task with the scoring of the stock English static one).
+benchmarks and two stock tasks that are scored without a judge: ``mmbench_cn_dev_static`` as the stock English static
+one, ``hallusion_bench_image_static`` as the stock file says in comments.
 
     python -m lmms_eval_accelerate.benchmarks list
     python -m lmms_eval_accelerate.benchmarks check --data DIR [names...]
@@ -97,7 +98,10 @@ def _read(path: Path) -> dict[str, Benchmark]:
 BENCHMARKS: dict[str, Benchmark] = _read(_TABLE)
 
 #: further stock tasks that ask a judge for some answers, and what runs without one
-_HALF_JUDGED = {"mmbench_en_dev": "mmbench_en_dev_static", "mmbench_cn_dev": "mmbench_cn_dev_static"}
+_HALF_JUDGED = {
+    **{"mmbench_en_dev": "mmbench_en_dev_static", "mmbench_cn_dev": "mmbench_cn_dev_static"},
+    "hallusion_bench_image": "hallusion_bench_image_static",
+}
 
 
 def benchmark(name: str) -> Benchmark:
@@ -157,8 +161,8 @@ def score(
 
 
 def score_unit(benchmark: Benchmark, metric: str) -> str:
-    """Unit of a score: "points" (MME), "of 5" (a judge's marks) or "%"."""
-    if benchmark.name == "mme":
+    """Unit of a score: "points" (MME, OCRBench), "of 5" (a judge's marks) or "%"."""
+    if benchmark.name in ("mme", "ocrbench"):
         return "points"
     return "of 5" if benchmark.needs_judge and metric.startswith("gpt_eval_score") else "%"
 
@@ -177,7 +181,7 @@ def require_judges(tasks: str | Iterable[str], environ: Mapping[str, str]) -> No
     """:func:`require_judge` for names of tasks and groups as they are given to ``--tasks`` (with commas, or a list).
 
     The stock MMBench tasks without ``_static`` are refused as well: without a key they replace an answer that they
-    cannot read by a random option, after minutes of retries.
+    cannot read by a random option, after minutes of retries; the stock HallusionBench asks about every answer.
 
     Raises:
         MethodError: for the first task that cannot be scored.

@@ -6,7 +6,7 @@ the reason. Three shapes of score exist:
 
 * ``mean``: factor x the mean over documents (most tasks);
 * ``strata``: factor x the sum over groups of the mean of their members. MME: per category over the images, 100 x (share
-  of the two questions right + both right). MLVU: 100 / 7 x the sum over task types. MVBench: mean over 20 tasks;
+  of the two questions right + both right). MMStar: the mean over kinds of question. MLVU: 100 / 7 x the sum over task types. MVBench: mean over 20 tasks;
 * ``f1``: of POPE, from counts of true positives, false positives and false negatives.
 
 Intervals resample members inside their group (documents, for MME the images with their two questions), the same for
@@ -94,12 +94,18 @@ def _made(
         return _mme(metric, scale, lines)
     if metric == "pope_f1_score":
         return _pope(scale, lines)
-    values = {document: _value(line.get(metric)) for document, line in lines.items() if line.get(metric) is not None}
+    key = metric.partition(",")[0]  # a filter's name stands in the results only
+    values = {document: _value(line.get(key)) for document, line in lines.items() if line.get(key) is not None}
     if not values or None in values.values():
         return f"{metric} is no number per document"
     if metric == "mlvu_percetion_score":
         types = {document: lines[document][metric]["task_type"] for document in values}
         return Breakdown("strata", scale * 100 / MLVU_TYPES, _grouped(values, types))
+    if benchmark.name == "mmstar":
+        kinds = _grouped(values, {document: lines[document][key]["l2_category"] for document in values})
+        return Breakdown("strata", scale / len(kinds), kinds)
+    if benchmark.name == "ocrbench":  # right answers out of a thousand, however many there are
+        return Breakdown("mean", scale * len(values) / 1000, {"": values})
     # fractions or per cent: MVBench and VideoMME report 100 x the mean
     factor = scale * (100 if metric in ("mvbench_accuracy", "videomme_perception_score") else 1)
     if benchmark.subtasks:

@@ -215,7 +215,7 @@ def test_metrics_exist_in_the_stock_tasks():
     assert len(stock) > 15
 
 
-OURS = {"shapes_video", "easy_vqa", "mmbench_cn_dev_static"}
+OURS = {"shapes_video", "easy_vqa", "mmbench_cn_dev_static", "hallusion_bench_image_static"}
 
 
 def _included(spec, benchmark):
