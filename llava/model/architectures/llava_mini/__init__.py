@@ -14,7 +14,7 @@ from llava.model.architectures.llava_mini.model import LlavaMiniForCausalLM
 
 def recognises(config: dict[str, Any]) -> bool:
     """Whether a config.json is that of a LLaVA-Mini checkpoint."""
-    said = {str(config.get("model_type")), *config.get("architectures", ())}
+    said = {str(config.get("model_type")), *(config.get("architectures") or ())}
     own = {"llava_mini_llama", "LlavaMiniLlamaForCausalLM", LlavaMiniForCausalLM.__name__}
     return bool(own & said) or {"compressor_size", "prefusion_layer_num"} <= set(config)
 
