@@ -28,7 +28,6 @@ from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.fields import choice, flag, integer, integers, real, share
 from accelerate_methods.stages.frames import FrameMerge, FrameMergeMethod, FrameStep
 from accelerate_methods.stages.least_attended import LeastAttendedMerge
-from accelerate_methods.stages.prefill import same_depth
 
 ATTENTION = "frame_attention"  # the item's signal: what the last chosen block attended to, mixed as the frames were
 #: blocks of the README's example, of the 26 that LLaVA-OneVision's tower runs
@@ -90,7 +89,10 @@ class EarlyTom(FrameMergeMethod, CompressMethod, LeastAttendedMerge):
     # -- inside the vision encoder -----------------------------------------------------------------------------------
 
     def encode_blocks(self, num_blocks: int) -> tuple[int, ...]:
-        return same_depth(BLOCKS, num_blocks, depth=DEPTH, first=0) if self.layers is None else self.layers
+        if self.layers is not None:
+            return self.layers
+        fewer = dict.fromkeys(block * num_blocks // DEPTH for block in BLOCKS)
+        return BLOCKS if num_blocks > BLOCKS[-1] else tuple(fewer)
 
     def encode_frames(self, step: FrameStep) -> FrameMerge | None:
         if self.retention_ratio == 1:
