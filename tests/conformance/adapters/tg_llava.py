@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.model.architectures import architecture_of
-from llava.model.architectures.tg_llava.details import PatchEncoder
+from llava.model.architectures.tg_llava.details import SIZES, PatchEncoder
 from llava.model.architectures.tg_llava.guide import TextGuide
 from llava.model.checkpoint import read_config
 
@@ -36,8 +36,7 @@ def text_guide(inputs, params, context):
 def patch_encoder(inputs, params, context):
     width, text = inputs["w.resize_linear.weight"].shape
     places, out = len(inputs["w.position_embedding.weight"]), len(inputs["w.proj.0.weight"])
-    heads = {name: params[name] for name in ("num_heads", "head_dim", "num_key_value_heads")}
-    module = _filled(PatchEncoder(width, text, out, places, heads), inputs)
+    module = _filled(PatchEncoder(width, text, out, places, {n: params[n] for n in SIZES if n in params}), inputs)
     return {"tokens": module(inputs["patch_features"].float(), inputs["text_tokens"].float())}
 
 

@@ -417,6 +417,25 @@ def test_loaded_as_any_checkpoint_and_saved_in_the_official_format(folder, tmp_p
     assert torch.equal(read.inputs_embeds, given.inputs_embeds)
 
 
+def test_towers_come_from_their_own_files_where_the_checkpoint_has_none(folder, tmp_path, model):
+    weights = load_file(folder / "model.safetensors")
+    start = ("model.vision_tower.vision_tower.", "model.vision_tower.guide_encoder.")
+    own = {
+        name.removeprefix(start[0]).removeprefix(start[1]): v for name, v in weights.items() if name.startswith(start)
+    }
+    rest = {name: value for name, value in weights.items() if not name.startswith(start)}
+    target = changed(folder, tmp_path / "bare", rest)
+    save_file(own, target / "vision_tower/model.safetensors", {"format": "pt"})
+    bare, asked = load(target), {"guided_input": guide()}
+    with pytest.raises(RuntimeError, match="vision tower is not loaded"):
+        spliced(bare, [[1, IMAGE, 5]], pixels(1), **asked)
+    bare.get_vision_tower().load_model()
+    assert torch.equal(
+        spliced(bare, [[1, IMAGE, 5]], pixels(1), **asked).inputs_embeds,
+        spliced(model, [[1, IMAGE, 5]], pixels(1), **asked).inputs_embeds,
+    )
+
+
 @pytest.mark.parametrize("name", ["global_compressor.query", "text_model.head", "vision_model.encoder.layers.2"])
 def test_half_checkpoints_are_refused(folder, tmp_path, name):
     weights = load_file(folder / "model.safetensors")
@@ -461,8 +480,11 @@ def test_every_kind_of_projector_runs(folder, kind, use_guide, scale):
     ).eval()
     ids, asked = torch.tensor([[1, IMAGE, 5, IMAGE, 6]]), {"guided_input": guide(2)}
     images = [pixels(3), pixels(seed=1)]
-    found = built(input_ids=ids, images=images, modalities=["video", "image"], **asked).logits
-    assert found.isfinite().all() and found.shape[1] > 4
+    exact = built(input_ids=ids, images=images, modalities=["video", "image"], **asked).logits
+    assert exact.isfinite().all() and exact.shape[1] > 4
+    for dtype in (torch.float16, torch.bfloat16):
+        near = built.to(dtype)(input_ids=ids, images=images, modalities=["video", "image"], **asked).logits
+        assert (near.float() - exact).norm() < 0.05 * exact.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

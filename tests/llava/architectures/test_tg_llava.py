@@ -131,6 +131,11 @@ def test_quadrants_may_be_given(model):
         spliced(model, [[1, IMAGE, 5, IMAGE]], images, image_patches=list(quadrants(images[:1])), **asked)
 
 
+def test_other_sides_are_refused(model):
+    with pytest.raises(ValueError, match=r"each patch of 336 pixels, got torch.Size\(\[1, 3, 224, 224\]\)"):
+        spliced(model, [[1, IMAGE, 5]], pictures(1)[..., :224, :224], questions=["what is it ?"])
+
+
 def test_long_questions_are_cut_as_in_training(model):
     ids, _ = model.get_text_tower().ids_of(["what " * 200])
     assert ids.shape == (1, 77) and ids[0, -1] == 63

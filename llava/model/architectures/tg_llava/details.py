@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-LATENTS, DEPTH = 64, 2
-#: heads, their width, and heads of keys and values, as Idefics2's resampler has them
-HEADS = {"num_heads": 16, "head_dim": 96, "num_key_value_heads": 4}
+LATENTS = 64
+#: layers and latents; heads, their width, and heads of keys and values, as Idefics2's resampler has them
+SIZES = {"depth": 2, "n_latents": LATENTS, "num_heads": 16, "head_dim": 96, "num_key_value_heads": 4}
 _EPS, _INNER = 1e-5, 4
 
 
@@ -69,34 +69,36 @@ class Layer(nn.Module):
 
 
 class Perceiver(nn.Module):
-    """The first layer reads the text, the second one the patches."""
+    """The first layer reads the text, the others read the patches."""
 
-    def __init__(self, width: int, **heads: int):
+    def __init__(self, width: int, depth: int, n_latents: int, **heads: int):
         super().__init__()
-        self.latents = nn.Parameter(torch.zeros(LATENTS, width))
-        self.layers = nn.ModuleList(Layer(width, **heads) for _ in range(DEPTH))
+        self.latents = nn.Parameter(torch.zeros(n_latents, width))
+        self.layers = nn.ModuleList(Layer(width, **heads) for _ in range(depth))
         self.norm = nn.RMSNorm(width, eps=_EPS)
 
     def forward(self, text: Tensor, mask: Tensor | None, patches: Tensor) -> Tensor:
         latents = self.latents.expand(len(patches), -1, -1)
         latents = self.layers[0](latents, text, mask)
-        return self.norm(self.layers[1](latents, patches, None))
+        for layer in self.layers[1:]:
+            latents = layer(latents, patches, None)
+        return self.norm(latents)
 
 
 class PatchEncoder(nn.Module):
     """Under the official names.
 
     Args:
-        width: C of the patches; text: of the question's rows; out: D; places: patches of the four quadrants; heads: in
-            the place of :data:`HEADS`.
+        width: C of the patches; text: of the question's rows; out: D; places: patches of the four quadrants; sizes: in
+            the place of :data:`SIZES`.
     """
 
-    def __init__(self, width: int, text: int, out: int, places: int, heads: dict[str, int] | None = None):
+    def __init__(self, width: int, text: int, out: int, places: int, sizes: dict[str, int] | None = None):
         super().__init__()
         self.position_embedding = nn.Embedding(places, width)
         self.pre_mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
         self.proj = nn.Sequential(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
-        self.perceiver = Perceiver(width, **{**HEADS, **(heads or {})})
+        self.perceiver = Perceiver(width, **{**SIZES, **(sizes or {})})
         self.resize_linear = nn.Linear(text, width)
 
     def encode(self, patches: Tensor) -> Tensor:

@@ -155,6 +155,10 @@ class TextGuidedVision:
         if not tower.is_loaded:
             raise RuntimeError("the vision tower is not loaded; call model.get_vision_tower().load_model() first.")
         pixels, visuals = gather_visuals(images, modalities, image_sizes, tower.device)
+        if tuple(pixels.shape[-2:]) != (tower.image_size,) * 2:
+            raise ValueError(
+                f"{_ABOUT.name} has a query for each patch of {tower.image_size} pixels, got {pixels.shape}."
+            )
         with recording.stage(request, "vision", tower.device):
             places, (ids, mask), order = self._asked(prompts, len(visuals))
             pooled, rows = self.get_text_tower()(ids)
