@@ -219,6 +219,7 @@ class MultimodalGeneration:
         if kwargs.get("use_cache") is False:
             # transformers would feed only the newest token to the second step: the prompt exists as embeddings alone
             raise ValueError("generate needs the KV cache (use_cache=False is not possible with images as embeddings).")
+        self._check_how(kwargs)
         own = {name: kwargs.pop(name) for name in self.visual_arguments if name in kwargs}
         attention_mask = kwargs.pop("attention_mask", None)
         request = recording.new_request()
@@ -233,7 +234,26 @@ class MultimodalGeneration:
             kwargs["layout"] = spliced.layout
         if request is not None:
             kwargs["request"] = request
-        return super().generate(**self.begin(spliced, request), **kwargs)
+        beginning = self.begin(spliced, request)
+        if beginning.get("past_key_values") is not None and kwargs.get("cache_implementation") is not None:
+            raise ValueError(
+                f"{type(self).__name__} makes the cache of its prompts itself: leave cache_implementation out."
+            )
+        return super().generate(**beginning, **kwargs)
+
+    def _check_how(self, kwargs: dict[str, Any]) -> None:
+        """ValueError if transformers would take parts of the prompt from its ids: here it has embeddings alone."""
+
+        def asked(name: str) -> Any:
+            return kwargs.get(name, getattr(kwargs.get("generation_config") or self.generation_config, name, None))
+
+        if asked("prefill_chunk_size") is not None:
+            raise ValueError("prefill_chunk_size is not possible: the prompt is read as a whole, as embeddings.")
+        if asked("guidance_scale") not in (None, 1) and kwargs.get("negative_prompt_ids") is None:
+            raise ValueError(
+                "guidance_scale needs negative_prompt_ids here: the prompt exists as embeddings alone, of which "
+                "transformers cannot take the last token for the unconditional answer."
+            )
 
     def _text_only(self, inputs: Tensor, mask: Tensor | None, request: recording.RequestRecord | None) -> Spliced:
         embed = self.get_model().embed_tokens

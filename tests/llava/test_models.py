@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import accelerate_methods
 from accelerate_methods import MethodError, accelerate, record
@@ -344,6 +344,28 @@ def test_projector_only(tmp_path, loaded):
 def test_generate_without_cache_is_refused(loaded):
     with pytest.raises(ValueError, match="needs the KV cache"):
         loaded(OV)[1].generate(torch.tensor([[1, 2]]), use_cache=False)
+
+
+@pytest.mark.parametrize(("how", "says"), [
+    ({"prefill_chunk_size": 4}, "prefill_chunk_size is not possible"),
+    ({"generation_config": GenerationConfig(prefill_chunk_size=4)}, "prefill_chunk_size is not possible"),
+    ({"guidance_scale": 2.0}, "guidance_scale needs negative_prompt_ids"),
+])  # fmt: skip
+def test_what_reads_the_ids_of_the_prompt_is_refused(how, says, loaded):
+    model, pixels = loaded(V15)[1], torch.zeros(1, 3, 336, 336)
+    for ids, images in (([5, IMAGE, 8], pixels), ([5, 7, 8], None)):
+        with pytest.raises(ValueError, match=says):
+            model.generate(torch.tensor([ids]), images=images, max_new_tokens=2, **how)
+
+
+def test_guidance_by_another_prompt(loaded):
+    model, ids = loaded(V15)[1], torch.tensor([[5, IMAGE, 8]])
+    pixels = torch.randn(1, 3, 336, 336, generator=torch.Generator().manual_seed(0))
+    how = dict(max_new_tokens=3, output_scores=True, return_dict_in_generate=True, do_sample=False, pad_token_id=0)
+    plain = torch.stack(model.generate(ids, images=pixels, **how).scores).log_softmax(-1)
+    guided = model.generate(ids, images=pixels, guidance_scale=2.0, negative_prompt_ids=torch.tensor([[5, 9]]), **how)
+    other = model(input_ids=torch.tensor([[5, 9]])).logits[:, -1].log_softmax(-1)
+    torch.testing.assert_close(guided.scores[0], 2 * plain[0] - other, atol=1e-4, rtol=1e-4)
 
 
 def test_lora(tmp_path, loaded):
