@@ -16,12 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from accelerate_methods import MethodError, accelerate, available, record
 from accelerate_methods.registry.compatibility import runs_on
 from llava.conversation import conv_templates
+from llava.eval.asking import Assistant
 from llava.model.architectures import architecture_of
 from llava.model.architectures.llava_mini import LlavaMiniForCausalLM, prefusion
 from llava.model.architectures.llava_mini.compressor import QueryCompressor, position_table, stitched
 from llava.model.architectures.llava_mini.media import sample_frames
 from llava.model.checkpoint import CheckpointError, load_config
 from llava.model.splice import Prompts
+from tests.support.architectures import tiny_checkpoint
 from tests.support.configured import configured
 from tests.support.paths import GOLDEN
 from tests.support.several_devices import SeveralDevices
@@ -373,6 +375,15 @@ def test_the_template_leaves_opening_the_answer_to_the_tokenizer():
     conversation.get_prompt()
     assert told["add_generation_prompt"] is False
     assert [turn["role"] for turn in told["chat"]] == ["system", "user"]
+
+
+def test_scripts_ask_in_its_own_prompt(tmp_path):
+    folder = tiny_checkpoint("llava_mini", tmp_path)
+    args = {"model_path": str(folder), "device": "cpu", "temperature": 0, "max_new_tokens": 3}
+    assistant = Assistant(SimpleNamespace(**args))
+    prompt = assistant.prompt(assistant.with_images("What is it?"))
+    assert prompt.startswith("system: ") and prompt.endswith("user: <image>\nWhat is it?\n")
+    assert isinstance(assistant.ask(prompt, [Image.new("RGB", (80, 50))]), str)
 
 
 # -- methods -----------------------------------------------------------------------------------------------------------

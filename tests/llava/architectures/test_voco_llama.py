@@ -3,16 +3,19 @@
 import copy
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import dispatch_model
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, LlamaModel
 
 from accelerate_methods import MethodError, accelerate, available, record
 from accelerate_methods.engine import recording
 from accelerate_methods.registry.compatibility import runs_on
+from llava.eval.asking import Assistant
 from llava.model.architectures import architecture_of
 from llava.model.architectures.voco_llama import VocoLlamaForCausalLM, decoder
 from llava.model.architectures.voco_llama.cache import VocoCache
@@ -20,6 +23,7 @@ from llava.model.architectures.voco_llama.division import visible
 from llava.model.architectures.voco_llama.model import voco_prompt
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import CheckpointError, load_config, read_config
+from tests.support.architectures import tiny_checkpoint
 from tests.support.configured import configured
 from tests.support.paths import GOLDEN
 from tests.support.several_devices import SeveralDevices
@@ -132,6 +136,18 @@ def test_loaded_as_a_user_does(tmp_path):
     asked = {"input_ids": ids[None], "images": pixels(1)}
     assert torch.equal(again(**asked).logits, model(**asked).logits)
     assert processor is not None
+
+
+def test_scripts_ask_in_its_own_prompt(tmp_path, monkeypatch):
+    folder = tiny_checkpoint("voco_llama", tmp_path)
+    args = {"model_path": str(folder), "device": "cpu", "temperature": 0, "max_new_tokens": 3}
+    assistant = Assistant(SimpleNamespace(**args, model_args="num_voco=3"))
+    asked, ids_of = [], assistant.model.prompt_ids
+    seen = lambda text, *more, **how: asked.append(text) or ids_of(text, *more, **how)  # noqa: E731
+    monkeypatch.setattr(assistant.model, "prompt_ids", seen)
+    prompt = assistant.prompt(assistant.with_images("What is it?\nAnswer."))
+    assert isinstance(assistant.ask(prompt, [Image.new("RGB", (80, 50))]), str)
+    assert asked[0].startswith("<image>\n<voco><voco><voco>\nA chat") and asked[0].endswith("it?Answer. ASSISTANT:")
 
 
 def test_prompts_without_pictures_are_left_as_they_are():
