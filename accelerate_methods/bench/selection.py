@@ -20,6 +20,8 @@ from accelerate_methods.bench.features import video_like_features
 from accelerate_methods.engine.cached_keys import gather_keys, gather_rows
 from accelerate_methods.stages.compress import CompressMethod, VisualItem
 from accelerate_methods.stages.encode import EncodeStep
+from accelerate_methods.stages.frames import FrameStep, mixed
+from accelerate_methods.stages.pixels import PixelCells
 from accelerate_methods.stages.prefill import PrefillStep, VisualSpan
 from accelerate_methods.stages.signals import Signal
 from accelerate_methods.stages.views import Views
@@ -271,6 +273,30 @@ def vision_block(name: str, shape: tuple[int, int, int], special: int, **params:
     return make
 
 
+def merged_frames(name: str, frames: int, places: int, width: int, **params: object):
+    """Frames of a video behind the last of the chosen blocks of its encoder, 26 in all."""
+
+    def make(device: torch.device, dtype: torch.dtype) -> Work:
+        method, hidden = accelerate_methods.get(name, **params), video_like_features(frames, places, width)
+        hidden, received = hidden.to(device, dtype), _probabilities(frames, places, device=device, dtype=torch.float32)
+        step = FrameStep(max(method.encode_blocks(26)), 26, hidden, 0, lambda: received)
+        return Work(lambda: mixed(hidden, method.encode_frames(step).mixing), _bytes(hidden), {"copy": hidden.clone})
+
+    return make
+
+
+def pixels(name: str, rows: int, columns: int, **params: object):
+    """A busy picture of so many tokens, each of 2 x 2 patches of 16 pixels."""
+
+    def make(device: torch.device, dtype: torch.dtype) -> Work:
+        method, levels = accelerate_methods.get(name, **params), torch.rand(rows * columns * 4, 1536)
+        patches = levels.mul(255).round().div(255).to(device, dtype)
+        cells = PixelCells.of_patches(patches, (rows, columns), 4, frames=2)
+        return Work(lambda: method.choose(cells), _bytes(patches))
+
+    return make
+
+
 _SCORES = ("cls_attention", "received_attention")
 
 CASES = [
@@ -279,6 +305,9 @@ CASES = [
     Case("tome", "8 frames of SigLIP 729x1152, r=27", vision_block("tome", (8, 729, 1152), 0, r=27)),
     Case("evit", "a CLIP-L block 577x1024, 0.7 and fused", vision_block("evit", (1, 577, 1024), 1, fuse_token=True)),
     Case("evit", "8 views 577x1024, 0.7 and fused", vision_block("evit", (8, 577, 1024), 1, fuse_token=True)),
+    Case("earlytom", "merge 32 frames of SigLIP 729x1152", merged_frames("earlytom", 32, 729, 1152)),
+    Case("pixelprune", "1792x2304 pixels, 4032 tokens", pixels("pixelprune", 56, 72)),
+    Case("pixelprune", "the same with threshold 0.02", pixels("pixelprune", 56, 72, threshold=0.02)),
     Case("fastvid", "compress 32x196x3584, 10 %", video("fastvid", 32, 196, 3584, retention_ratio=0.1)),
     Case("prunevid", "merge 32x196x3584", video("prunevid", 32, 196, 3584)),
     Case("prunevid", "merge 16x144x4096", video("prunevid", 16, 144, 4096)),
