@@ -101,9 +101,8 @@ async def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     client = openai.AsyncOpenAI(base_url=options.url, api_key="EMPTY", timeout=900, max_retries=0)
     model = (await client.models.list()).data[0].id
     rows, seed = [], 0
-    print(
-        "| in flight | method | prompt | requests/s | TTFT p50 / p99 ms | TPOT p50 / p99 ms |\n|---|---|---|---|---|---|"
-    )
+    print("| in flight | method | prompt | requests/s | TTFT p50 / p99 ms | TPOT p50 / p99 ms |")
+    print("|---|---|---|---|---|---|")
     for text in options.methods:  # the first requests of a process pay for what is made once
         await level(client, model, method_of(text), 1, argparse.Namespace(**{**vars(options), "requests": 2}), 10**9)
     for in_flight in options.in_flight:

@@ -14,6 +14,11 @@ from safetensors.torch import save_file
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
+    GotOcr2ImageProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -167,6 +172,30 @@ def qwen2_5_vl(folder: Path) -> Path:
     )
 
 
+def internvl(folder: Path) -> Path:
+    """InternVL: tiles of 8 x 8 patches, 4 x 4 tokens."""
+    vision = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+    vision |= {"image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH], "use_absolute_position_embeddings": True}
+    config = InternVLConfig(
+        vision_config=vision, text_config={**_TEXT, "model_type": "qwen2"}, image_token_id=IMAGE, image_seq_length=16
+    )
+    named = {"start_image_token": "<img>", "end_image_token": "</img>"}
+    named |= {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+    tokenizer = byte_tokenizer(
+        VOCABULARY, {302: "<img>", 303: "</img>", IMAGE: "<IMG_CONTEXT>", VIDEO: "<video>"}, extra_special_tokens=named
+    )
+    size = {"height": SIDE, "width": SIDE}
+    image = "{{ {'image': '<IMG_CONTEXT>'}.get(part['type'], '<video>') }}"
+    processor = InternVLProcessor(
+        GotOcr2ImageProcessor(size=size, max_patches=4, crop_to_patches=True),
+        tokenizer,
+        InternVLVideoProcessor(size=size),
+        image_seq_length=16,
+        chat_template=LLAVA_TEMPLATE.replace("<{{ part['type'] }}>", image),
+    )
+    return _saved(folder / "internvl", InternVLForConditionalGeneration(config), processor)
+
+
 _QWEN_PATCHES = {"patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3}
 _QWEN_IDS = {"image_token_id": 304, "video_token_id": 305, "vision_start_token_id": 302, "vision_end_token_id": 303}
 _QWEN_WORDS = {302: "<|vision_start|>", 303: "<|vision_end|>", 304: "<|image_pad|>", 305: "<|video_pad|>"}
@@ -207,6 +236,7 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "llava_1_5": llava_1_5,
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
+    "internvl": internvl,
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
 }

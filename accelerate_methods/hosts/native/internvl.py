@@ -159,7 +159,7 @@ class InternVL(Family):
         """[V, N, ...] over tokens: averages of their blocks of patches. Keys are those that the queries meet."""
         asked = asked_layers(wanted, len(self.layers), self.feature)
         found = signals_of_layers(self.layers, inputs, asked, special=1)
-        return {name: _blocks(value, self.factor) for name, value in found.items()}
+        return {name: block_means(value, self.factor) for name, value in found.items()}
 
 
 class InternBlock(EncoderBlock):
@@ -236,7 +236,7 @@ def _runs(ids: Tensor, token: int, rows: int) -> list[int]:
     return ((edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]).tolist()
 
 
-def _blocks(signal: Tensor, factor: int) -> Tensor:
+def block_means(signal: Tensor, factor: int) -> Tensor:
     """[V, P, ...] over a square of patches -> [V, P / factor**2, ...], averages over blocks."""
     side = math.isqrt(signal.shape[1]) // factor
     blocks = signal.unflatten(1, (side, factor, side, factor))

@@ -22,6 +22,7 @@ MODELS = {
     "LlavaForConditionalGeneration": f"{_HERE}.llava:CompressedLlava",
     "LlavaNextForConditionalGeneration": f"{_HERE}.llava:CompressedLlavaNext",
     "LlavaOnevisionForConditionalGeneration": f"{_HERE}.llava_onevision:CompressedLlavaOnevision",
+    "InternVLForConditionalGeneration": f"{_HERE}.internvl:CompressedInternVL",
     "Qwen2VLForConditionalGeneration": f"{_HERE}.qwen_vl:CompressedQwen2VL",
     "Qwen2_5_VLForConditionalGeneration": f"{_HERE}.qwen_vl:CompressedQwen25VL",
 }

@@ -150,5 +150,18 @@ class CompressedProcessor:
         return full[:1] * rows
 
 
+def with_runs(full: Any, count: int) -> PromptUpdateDetails:
+    """A replacement of placeholders and words around them, of whose runs of placeholders ``count`` each are left."""
+    is_media = full.is_embed(full.full).tolist()
+    token = next(word for word, media in zip(full.full, is_media, strict=True) if media)
+    out: list[int] = []
+    for index, (word, media) in enumerate(zip(full.full, is_media, strict=True)):
+        if not media:
+            out.append(word)
+        elif not index or not is_media[index - 1]:
+            out += [token] * count
+    return PromptUpdateDetails.select_token_id(out, token)
+
+
 def _without_key(kwargs: Mapping[str, object]) -> dict[str, object]:
     return {key: value for key, value in kwargs.items() if key != KEY}

@@ -15,6 +15,7 @@ MARKS = {
     "llava_1_5": _LLAVA,
     "llava_next": _LLAVA,
     "llava_onevision": {"image": "<image>", "video": "<video>"},
+    "internvl": {"image": "<IMG_CONTEXT>"},
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
 }

@@ -1,0 +1,161 @@
+"""InternVL (the ``-hf`` checkpoints) in vLLM: square tiles, of which four patches make one token.
+
+The frames of a video reach the language model as images with text in between, and are compressed as images, each by
+itself; methods that compare frames cannot act, as under transformers.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.models import interns1
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from accelerate_methods.engine.encoder_attention import ENCODER_SIGNALS, asked_layers, signals_of_layers
+from accelerate_methods.engine.sequences import compressed_sequence
+from accelerate_methods.hosts.native.internvl import block_means
+from accelerate_methods.hosts.vllm.layouts import Layout
+from accelerate_methods.hosts.vllm.llava import given_signals, groups, most_views
+from accelerate_methods.hosts.vllm.processing import FIELD, CompressedInfo, CompressedProcessor, with_runs
+from accelerate_methods.hosts.vllm.served import Served
+from accelerate_methods.hosts.vllm.spec import read
+from accelerate_methods.registry import families
+from accelerate_methods.registry.pipeline import ModelFacts
+from accelerate_methods.stages.compress import VisualItem
+from accelerate_methods.stages.errors import MethodError
+
+
+def tiles_item(features: Tensor) -> VisualItem:
+    """[V, N, D] tokens of the tiles of an image, or of a frame."""
+    views, tokens, _ = features.shape
+    side = int(tokens**0.5)
+    index = torch.arange(views * tokens, device=features.device)
+    return VisualItem(
+        modality="image",
+        features=features,
+        positions=index.view(views, tokens),
+        length=views * tokens,
+        layout="grid",  # a tile's tokens stay in raster order
+        grid=(side, side),
+    )
+
+
+class CompressedInternVLInfo(CompressedInfo, interns1.InternS1ProcessingInfo):
+    about = families.INTERNVL
+
+    def facts(self) -> ModelFacts:
+        config = self.get_hf_config()
+        return ModelFacts(
+            name=self.about.name,
+            stages=frozenset({"compress"}),
+            signals=ENCODER_SIGNALS,
+            modalities=self.about.modalities,
+            layers=config.text_config.num_hidden_layers,
+            limits=self.about.limits,
+        )
+
+    def check(self, method: Served) -> None:
+        config = self.get_hf_config()
+        if config.vision_feature_layer != -1:
+            raise MethodError(
+                f"{method.name}: vLLM takes the features of the last vision layer, this checkpoint those of "
+                f"{config.vision_feature_layer}."
+            )
+        depth = config.vision_config.num_hidden_layers
+        asked_layers(method.signals, depth, depth - 1)
+
+    def layout(self, modality: str, items: Any, index: int, processed: Any) -> Layout:
+        """Of an image; of one frame of a video."""
+        tiles = int(processed["image_num_patches"].data) if modality == "image" else 1
+        tokens = self.get_hf_processor().image_seq_length
+        side = int(tokens**0.5)
+        return Layout(tiles_item(torch.zeros(tiles, tokens, 1)), tiles, (side, side))
+
+
+class CompressedInternVLProcessor(CompressedProcessor, interns1.InternS1MultiModalProcessor):
+    def _replaced(self, full: Any, rows: int, layout: Layout, method: Served) -> Any:
+        return with_runs(full, rows)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    CompressedInternVLProcessor, info=CompressedInternVLInfo, dummy_inputs=interns1.InternS1DummyInputsBuilder
+)
+class CompressedInternVL(interns1.InternS1ForConditionalGeneration):
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        methods = {m: taken for m in ("image", "video") if (taken := kwargs.pop(FIELD + m, None)) is not None}
+        if not methods:
+            return super().embed_multimodal(**kwargs)
+        ((modality, texts),) = methods.items()  # vLLM gives one kind at a time
+        pixels = kwargs["pixel_values" if modality == "image" else "pixel_values_videos"]
+        counts = kwargs[f"{modality}_num_patches"].flatten().tolist()
+        served = [read(text.numpy().tobytes()) for text in texts]
+        out: list[Tensor] = []
+        for part in groups(counts, most_views()):
+            first, last = sum(counts[: part[0]]), sum(counts[: part[-1] + 1])
+            wanted = frozenset().union(*(given_signals(served[i], ENCODER_SIGNALS) for i in part))
+            tokens, signals = self._tokens(pixels[first:last], wanted)
+            start = 0
+            for i in part:
+                here = slice(start, start + counts[i])
+                start = here.stop
+                own = {name: value[here] for name, value in signals.items()}
+                each = counts[i] if modality == "image" else 1  # frames are images by themselves
+                out.append(torch.cat(self._items(served[i], tokens[here], own, each)))
+        return tuple(out)
+
+    def _items(self, method: Served, tokens: Tensor, signals: dict[str, Tensor], each: int) -> list[Tensor]:
+        out = []
+        for start in range(0, tokens.shape[0], each):
+            item = tiles_item(tokens[start : start + each])
+            item.signals = {name: value[start : start + each] for name, value in signals.items()}
+            out.append(compressed_sequence(item, method, lambda given: given).tokens)
+        return out
+
+    def _tokens(self, pixels: Tensor, wanted: frozenset[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """[V, N, D] tokens and the signals over them; the tower gets so many views at a time."""
+        layers = self.vision_tower.encoder.layer
+        asked = asked_layers(wanted, len(layers), len(layers) - 1)
+        tokens, signals = [], []
+        for part in torch.split(pixels, most_views()):
+            inputs: dict[int, Tensor] = {}
+            handles = [layers[i].register_forward_pre_hook(_keeping(inputs, i)) for i in set(asked.values())]
+            try:
+                tokens.append(self.extract_feature(part))
+            finally:
+                for handle in handles:
+                    handle.remove()
+            clip = {index: as_clip(layers[index]) for index in set(asked.values())}
+            found = signals_of_layers(clip, inputs, asked, special=1)
+            factor = int(1 / self.downsample_ratio)
+            signals.append({name: block_means(value, factor) for name, value in found.items()})
+        return torch.cat(tokens), {name: torch.cat([found[name] for found in signals]) for name in signals[0]}
+
+
+def _keeping(inputs: dict[int, Tensor], index: int) -> Any:
+    def hook(layer: nn.Module, args: tuple) -> None:
+        inputs[index] = args[0]
+
+    return hook
+
+
+def as_clip(layer: nn.Module) -> SimpleNamespace:
+    """The parts of a layer that signals are computed with, under the names of a CLIP layer; no rank holds less."""
+    attention = layer.attention
+
+    def projected(name: str) -> Any:
+        linear, norm = getattr(attention, f"{name}_proj"), getattr(attention, f"{name}_norm", None)
+        return linear if norm is None else lambda states: norm(linear(states))
+
+    return SimpleNamespace(
+        layer_norm1=layer.layernorm_before,
+        self_attn=SimpleNamespace(
+            num_heads=attention.num_heads,
+            head_dim=attention.head_dim,
+            scale=attention.scale,
+            q_proj=projected("q"),
+            k_proj=projected("k"),
+        ),
+    )
