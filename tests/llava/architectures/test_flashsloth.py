@@ -111,6 +111,22 @@ def test_loaded_like_every_checkpoint(folder):
     assert group.words[1] - group.words[0] == len(tokenizer("What is it?").input_ids) and group.start == group.words[1]
 
 
+def test_answers_end_at_the_templates_separator(folder):
+    """Phi-2's tokenizer has no such token: it is found in the text."""
+    give_tokenizer(folder)
+    tokenizer, model, *_ = load_pretrained_model(str(folder), torch_dtype="float32", device_map="cpu")
+    words = tokenizer("is </s> and on").input_ids
+    answer = {
+        "prefix_allowed_tokens_fn": lambda sample, sent: [words[len(sent)]],
+        **ASKED,
+        "max_new_tokens": len(words),
+    }
+    (ids,) = model.generate(torch.tensor([prompt(6)]), images=pixels(1), **answer)
+    assert tokenizer.decode(ids) == "is </s>"
+    (ids,) = model.generate(input_ids=torch.tensor([[4, 5]]), **answer)
+    assert tokenizer.decode(ids) == "is </s>"
+
+
 def test_saved_and_loaded_again(model, tmp_path):
     model.save_pretrained(tmp_path)
     shutil.copytree(FOLDER / "vision_tower", tmp_path / "vision_tower")

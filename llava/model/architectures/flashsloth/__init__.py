@@ -8,6 +8,7 @@ left out among them. Follows `codefanw/FlashSloth@881445a`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -32,6 +33,7 @@ from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.errors import MethodError
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import conv_templates
+from llava.mm_utils import KeywordsStoppingCriteria, divide_to_patches, expand2square
 from llava.model.architectures.flashsloth.modules import REGION, EmbeddedQuery, LearnableTokens, RegionPooling
 from llava.model.architectures.flashsloth.queries import query_groups, update_of, with_query_ids
 from llava.model.checkpoint import CheckpointError
@@ -133,8 +135,6 @@ class FlashSlothForCausalLM(LlavaMetaForCausalLM, PhiForCausalLM):
         squeezed to a square, then the quarters of it padded to a square, row by row."""
         if not getattr(self.config, "image_hd", False):
             return super().image_inputs(images, image_processor, **arguments)
-        from llava.mm_utils import divide_to_patches, expand2square
-
         height, width = image_processor.size
         background = tuple(int(mean * 255) for mean in image_processor.image_mean)
         views = []
@@ -181,6 +181,15 @@ class FlashSlothForCausalLM(LlavaMetaForCausalLM, PhiForCausalLM):
         text = sample.dense_length - views * tokens - QUERIES
         each = patches * width * (width + 1) + patches * width + tokens * hidden * (width + hidden)
         return views * each + decoder.lqformer.macs(QUERIES, text, views * patches)
+
+    @functools.wraps(LlavaMetaForCausalLM.generate)
+    def generate(self, inputs: Tensor | None = None, *visual: Any, **kwargs: Any):
+        """As everywhere; answers also end at the template's "</s>", which is no end token of Phi-2's tokenizer."""
+        if self.prompt_tokenizer is not None:
+            ids = kwargs.get("input_ids") if inputs is None else inputs
+            stop = KeywordsStoppingCriteria([conv_templates[self.about.template].sep2], self.prompt_tokenizer, ids)
+            kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), stop]
+        return super().generate(inputs, *visual, **kwargs)
 
     # -- encode and embed --------------------------------------------------------------------------------------------
 
