@@ -21,6 +21,7 @@ from lmms_eval_accelerate import embedded
 from lmms_eval_accelerate.compare import checks, matched, pictures, table
 from lmms_eval_accelerate.compare.comparison import Comparison, Wanted, comparison_of
 from lmms_eval_accelerate.compare.options import parser
+from lmms_eval_accelerate.manifest import TRAINED
 from lmms_eval_accelerate.model_args import pairs
 from lmms_eval_accelerate.runs.command_line import own_options
 from lmms_eval_accelerate.runs.folder import RunError
@@ -79,6 +80,8 @@ def _planned(
         raise MethodError("--picture draws models of the llava package only; save_provenance=N shows kept tokens.")
     if args.picture is not None and comparison.family == "llava":
         raise MethodError("--picture draws a video, and the family llava reads images only.")
+    if args.picture is not None and comparison.family in TRAINED:
+        raise MethodError("--picture draws plain LLaVA models; scripts/visualize.py draws trained architectures.")
     if args.picture is not None:
         checks.check_picture(args.picture)
     settings = _settings(args, comparison)

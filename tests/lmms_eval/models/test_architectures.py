@@ -182,3 +182,12 @@ def test_a_comparison_of_run_parameters_is_relative_to_the_dense_run(tmp_path):
     summary.write_text(json.dumps(content))
     _, few = table.read(folders)
     assert few.kept == 0.2 and few.flops_share == pytest.approx(0.2)
+
+
+def test_a_picture_of_a_comparison_is_refused_before_anything_is_loaded(mqt, capsys):
+    from lmms_eval_accelerate.compare.cli import main
+
+    words = ["--config", "models/mqt_llava", "--pretrained", str(mqt), "--tasks", "gqa", "--picture", "clip.mp4"]
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--dry-run"])
+    assert end.value.code != 0 and "scripts/visualize.py draws trained architectures" in capsys.readouterr().err
