@@ -8,7 +8,7 @@ the pooled patches the content tokens: two tokens in all for a frame of the vide
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -55,6 +55,7 @@ from llava.model.splice import Prompts, Spliced
 
 #: frames whose features are held at a time
 CHUNK = 64
+_Words = tuple[dict[str, int], Tensor, Tensor | None]
 
 
 def recognises(config: dict[str, Any]) -> bool:
@@ -270,30 +271,42 @@ class LlamaVidForCausalLM(LlavaLlamaForCausalLM):
 
     def _seen(self, views: Sequence[Tensor], places: Sequence[Place]) -> dict[tuple[int, str], Tensor]:
         """[F, 1 + n, D] tokens of every item with every question that it is shown with."""
-        pairs = list(dict.fromkeys((place.item, place.question) for place in places))
-        questions = [[text for item, text in pairs if item == number] for number in range(len(views))]
-        texts = list(dict.fromkeys(text for _, text in pairs))
-        row = {text: number for number, text in enumerate(texts)}
+        device = self.get_vision_tower().device
+        questions: list[list[str]] = [[] for _ in views]
+        for item, text in dict.fromkeys((place.item, place.question) for place in places):
+            questions[item].append(text)
+        texts = list(dict.fromkeys(text for own in questions for text in own))
         ids, real = self.question_tokenizer(texts)
-        padded, device = not bool(real.all()), self.get_vision_tower().device
-        ids, real = on_device(ids, device), on_device(real.bool(), device) if padded else None
-        found: dict[tuple[int, str], Tensor] = {}
+        real = on_device(real.bool(), device) if not bool(real.all()) else None
+        words = ({text: row for row, text in enumerate(texts)}, on_device(ids, device), real)
+        pieces: dict[tuple[int, str], list[Tensor]] = {}
         for numbers in _alike(views):
-            frames = views[numbers[0]] if len(numbers) == 1 else torch.cat([views[number] for number in numbers])
+            together = [views[number] if len(numbers) == 1 else views[number].to(device) for number in numbers]
+            frames = together[0] if len(together) == 1 else torch.cat(together)
             owners = [number for number in numbers for _ in range(len(views[number]))]
-            tokens: dict[tuple[int, str], list[Tensor]] = {}
             for start in range(0, len(frames), CHUNK):
-                features = self._features(frames[start : start + CHUNK])
-                own = owners[start : start + CHUNK]
-                for turn in range(max(len(questions[number]) for number in own)):
-                    asked = [at for at, number in enumerate(own) if turn < len(questions[number])]
-                    pairs = [(own[at], questions[own[at]][turn]) for at in asked]
-                    part = features if len(asked) == len(own) else features[on_device(asked, device)]
-                    seen = self.get_model().look_for(part, [row[text] for _, text in pairs], ids, real)
-                    for pair, piece in _stretches(seen, pairs):
-                        tokens.setdefault(pair, []).append(piece)
-            found |= {key: pieces[0] if len(pieces) == 1 else torch.cat(pieces) for key, pieces in tokens.items()}
-        return found
+                part = slice(start, start + CHUNK)
+                for key, piece in self._asked(self._features(frames[part]), owners[part], questions, words):
+                    pieces.setdefault(key, []).append(piece)
+        return {key: own[0] if len(own) == 1 else torch.cat(own) for key, own in pieces.items()}
+
+    def _asked(
+        self, features: Tensor, owners: Sequence[int], questions: Sequence[Sequence[str]], words: _Words
+    ) -> Iterator[tuple[tuple[int, str], Tensor]]:
+        """Tokens of frames, in stretches of one item and question.
+
+        Args:
+            features: [B, S, C]; owners: [B] the item of each frame; questions: of each item.
+            words: row of each question in ids [U, T], these, and what is real of them, or None.
+        """
+        row, ids, real = words
+        for turn in range(max(len(questions[item]) for item in owners)):
+            frames = [at for at, item in enumerate(owners) if turn < len(questions[item])]
+            keys = [(owners[at], questions[owners[at]][turn]) for at in frames]
+            part = features if len(frames) == len(owners) else features[on_device(frames, features.device)]
+            seen = self.get_model().look_for(part, [row[text] for _, text in keys], ids, real)
+            lengths = [(key, len(list(group))) for key, group in itertools.groupby(keys)]
+            yield from zip([key for key, _ in lengths], seen.split([count for _, count in lengths]), strict=True)
 
 
 def _alike(views: Sequence[Tensor]) -> list[list[int]]:
@@ -302,12 +315,6 @@ def _alike(views: Sequence[Tensor]) -> list[list[int]]:
     for number, view in enumerate(views):
         kinds.setdefault(tuple(view.shape[1:]), []).append(number)
     return list(kinds.values())
-
-
-def _stretches(tokens: Tensor, keys: Sequence[Any]) -> list[tuple[Any, Tensor]]:
-    """Tokens [B, k, D] in stretches with the same key."""
-    lengths = [(key, len(list(group))) for key, group in itertools.groupby(keys)]
-    return list(zip([key for key, _ in lengths], tokens.split([n for _, n in lengths]), strict=True))
 
 
 MODEL = LlamaVidForCausalLM
