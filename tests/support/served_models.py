@@ -41,6 +41,10 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -196,6 +200,21 @@ def internvl(folder: Path) -> Path:
     return _saved(folder / "internvl", InternVLForConditionalGeneration(config), processor)
 
 
+def qwen3_vl(folder: Path) -> Path:
+    """Qwen3-VL, features of a second vision block for the first decoder layer."""
+    vision = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "depth": 3, "num_heads": 2}
+    vision |= {"deepstack_visual_indexes": [1], "num_position_embeddings": 64, **_QWEN_PATCHES}
+    text = {**_TEXT, "head_dim": 32, **_mrope([4, 6, 6])}
+    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(vision_config=vision, text_config=text, **_QWEN_IDS))
+    processor = Qwen3VLProcessor(
+        Qwen2VLImageProcessor(**_QWEN_SIZES, **_QWEN_LIMITS),
+        byte_tokenizer(VOCABULARY, _QWEN_WORDS),
+        Qwen3VLVideoProcessor(**_QWEN_SIZES, **_QWEN_LIMITS),
+        chat_template=QWEN_TEMPLATE.replace("VIDEO", "<|video_pad|>"),
+    )
+    return _saved(folder / "qwen3_vl", model, processor)
+
+
 _QWEN_PATCHES = {"patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3}
 _QWEN_IDS = {"image_token_id": 304, "video_token_id": 305, "vision_start_token_id": 302, "vision_end_token_id": 303}
 _QWEN_WORDS = {302: "<|vision_start|>", 303: "<|vision_end|>", 304: "<|image_pad|>", 305: "<|video_pad|>"}
@@ -239,4 +258,5 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "internvl": internvl,
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
 }

@@ -25,6 +25,7 @@ MODELS = {
     "InternVLForConditionalGeneration": f"{_HERE}.internvl:CompressedInternVL",
     "Qwen2VLForConditionalGeneration": f"{_HERE}.qwen_vl:CompressedQwen2VL",
     "Qwen2_5_VLForConditionalGeneration": f"{_HERE}.qwen_vl:CompressedQwen25VL",
+    "Qwen3VLForConditionalGeneration": f"{_HERE}.qwen3_vl:DenseQwen3VL",
 }
 
 

@@ -18,7 +18,10 @@ MARKS = {
     "internvl": {"image": "<IMG_CONTEXT>"},
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
+    "qwen3_vl": {"image": _QWEN["image"]},
 }
+#: families on which every method is refused
+DENSE = {"qwen3_vl"}
 #: families that want to know the frame rate of a video
 DESCRIBED = {"qwen2_5_vl"}
 #: more than one run of the tower, and of the language model, for every prompt

@@ -2,16 +2,18 @@
 
 import pytest
 
-from tests.hosts.vllm.conftest import MARKS
+from tests.hosts.vllm.conftest import DENSE, MARKS
 from tests.support.served_engines import picture
 from tests.support.served_methods import PARAMETERS, specification
 
-pytestmark = [pytest.mark.engine, pytest.mark.parametrize("checkpoint", sorted(MARKS), indirect=True)]
+pytestmark = pytest.mark.engine
+every_model = pytest.mark.parametrize("checkpoint", sorted(set(MARKS) - DENSE), indirect=True)
 UNIFORM = {"method": "uniform", "retention_ratio": 0.25}
 #: why a method does not act on a family's images or videos
 REFUSED = ("cannot act on", "needs")
 
 
+@every_model
 @pytest.mark.parametrize("name", [None, *PARAMETERS])
 def test_answers_are_those_of_transformers(served, reference, media, name):
     asked = None if name is None else specification(name)
@@ -31,6 +33,7 @@ def test_answers_are_those_of_transformers(served, reference, media, name):
         pytest.skip(f"{name} does not act on this model, and says so")
 
 
+@every_model
 def test_mixed_requests_of_one_batch_do_not_touch_each_other(served, media):
     prompts = [
         served.prompt([make(seed=seed)], method=method)
@@ -41,6 +44,7 @@ def test_mixed_requests_of_one_batch_do_not_touch_each_other(served, media):
     assert together == [served.ask(prompt)[0] for prompt in prompts]
 
 
+@every_model
 def test_several_media_per_prompt(served, reference, media):
     makers = list(media.values())
     prompt = served.prompt([makers[0](seed=1), makers[-1](seed=2)], method=UNIFORM)
@@ -49,6 +53,7 @@ def test_several_media_per_prompt(served, reference, media):
     assert answer.near(expected, 1e-3)
 
 
+@every_model
 def test_videos_of_different_lengths_in_one_step(served, media):
     if "video" not in media:
         pytest.skip("no videos")
@@ -57,17 +62,20 @@ def test_videos_of_different_lengths_in_one_step(served, media):
         assert served.ask(*prompts) == [served.ask(prompt)[0] for prompt in prompts]
 
 
+@every_model
 def test_a_repeated_prompt_hits_the_prefix_cache_and_answers_alike(served):
     prompt = served.prompt([picture(seed=5)], method=UNIFORM)
     assert served.ask(prompt) == served.ask(prompt)
 
 
+@every_model
 def test_retentions_share_no_cache_entry(served):
     lengths = [served.one(picture(seed=6), method={**UNIFORM, "retention_ratio": r}).prompt for r in (0.25, 0.5, 1.0)]
     dense = served.one(picture(seed=6)).prompt
     assert lengths[0] < lengths[1] < lengths[2] <= dense
 
 
+@every_model
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
@@ -84,3 +92,13 @@ def test_a_bad_request_is_refused_and_the_engine_goes_on(served, asked, said):
     with pytest.raises(ValueError, match=said):
         served.one(picture(), method=asked)
     assert served.one(picture(), method=UNIFORM).ids
+
+
+@pytest.mark.parametrize("checkpoint", sorted(DENSE), indirect=True)
+def test_a_model_without_methods_refuses_them_and_runs_dense(served, reference):
+    with pytest.raises(ValueError, match="cannot be served on Qwen3-VL yet"):
+        served.one(picture(), method=UNIFORM)
+    prompt = served.prompt([picture()])
+    answer, expected = served.ask(prompt)[0], reference.answer(prompt)
+    assert answer.ids == expected.ids
+    assert answer.near(expected, 1e-3)

@@ -20,9 +20,7 @@ def prompt(*runs):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_columns_are_exact_in_half_precision(dtype):
-    numbers = torch.tensor(
-        [[0, 1, 255, 256, 257, 401], [2, 511, 512, 99, 4095, 65535], [3, 300, 9, 77, 5, 60000]]
-    )
+    numbers = torch.tensor([[0, 1, 255, 256, 257, 401], [2, 511, 512, 99, 4095, 65535], [3, 300, 9, 77, 5, 60000]])
     columns = grids.packed(numbers, torch.zeros(1, dtype=dtype))
     assert columns.dtype == dtype
     assert columns.shape == (6, grids.COLUMNS)
