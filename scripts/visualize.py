@@ -346,7 +346,7 @@ def _run_parameters(about: Any, given: str) -> tuple[dict[str, Any], dict[str, A
 
 def _template(model: Any) -> str:
     if model.about is not None:
-        return model.about.template
+        return model.prompt_template
     name = type(model).__name__
     return "qwen_1_5" if "Qwen" in name else "mistral_instruct" if "Mistral" in name else "vicuna_v1"
 

@@ -119,7 +119,7 @@ class Assistant:
         if asked is not None:
             return asked
         if self.model.about is not None:  # a trained architecture has one template
-            return self.model.about.template
+            return self.model.prompt_template
         name = self.name.lower()
         for part, template in _NAMED_TEMPLATES.items():
             if part in name:

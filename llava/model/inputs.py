@@ -35,6 +35,12 @@ class MediaInputs:
     about: ClassVar[Architecture | None] = None
     tokens_have_places: ClassVar[bool] = True
 
+    @property
+    def prompt_template(self) -> str | None:
+        """Conversation of a trained architecture's prompts, a name in ``llava.conversation``, unless the user says
+        another; None for plain LLaVA, whose callers tell it by other things."""
+        return None if self.about is None else self.about.template
+
     def image_inputs(self, images: Sequence[Image.Image], image_processor: Any, **arguments: Any) -> Any:
         """Pictures as ``images=`` takes them: a tensor [N, 3, S, S] of plain images, or a list of [V, 3, S, S] tensors,
         in float32 on the CPU."""

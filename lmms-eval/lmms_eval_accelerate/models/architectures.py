@@ -32,7 +32,7 @@ class TrainedArchitecture(LlavaAccelerated):
     # -- start -------------------------------------------------------------------------------------------------------
 
     def default_template(self) -> str:
-        return self.entry.template
+        return self.model.prompt_template
 
     @property
     def steps(self) -> dict[str, Any]:

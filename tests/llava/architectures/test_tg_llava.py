@@ -183,7 +183,7 @@ def test_checkpoints_are_told_by_their_config():
 
 
 def test_prompts_are_those_of_the_official_script(model):
-    conversation = conv_templates[model.about.template].copy()
+    conversation = conv_templates[model.prompt_template].copy()
     conversation.append_message(conversation.roles[0], "<image>\nWhat is it?")
     conversation.append_message(conversation.roles[1], None)
     assert conversation.get_prompt() == (
@@ -225,6 +225,7 @@ def test_a_llama_decoder(folder, tmp_path):
     keys = {"architectures": [LlavaLlamaTextLearnableQueryForCausalLM.__name__], "attention_bias": False}
     llama = load(changed(folder, tmp_path / "llama", weights, model_type="llava_llama_text_learnable_query", **keys))
     assert isinstance(llama, LlavaLlamaTextLearnableQueryForCausalLM)
+    assert llama.prompt_template == "llava_v0" and llama.prompt_template in conv_templates
     ids, asked = torch.tensor([[1, IMAGE, 5]]), {"images": pictures(1), "questions": ["what is it ?"]}
     assert llama.generate(ids, **asked, **GREEDY).shape == (1, 4)
 

@@ -235,6 +235,10 @@ class LlavaQwenTextLearnableQueryForCausalLM(TextGuidedVision, LlavaQwenForCausa
         self._work: dict[int, int] = {}
 
 
+#: ids of Llama-3's vocabulary, which Vicuna's is far from
+_LLAMA_3_WORDS = 128_000
+
+
 class TgLlavaLlamaConfig(LlavaConfig):
     model_type = "llava_llama_text_learnable_query"
 
@@ -250,6 +254,11 @@ class LlavaLlamaTextLearnableQueryForCausalLM(TextGuidedVision, LlavaLlamaForCau
         super(LlamaForCausalLM, self).__init__(config)
         self.build(config, TgLlavaLlamaModel)
         self._work: dict[int, int] = {}
+
+    @property
+    def prompt_template(self) -> str:
+        """As the official script writes prompts for Llama-3, and for Vicuna."""
+        return "llava_llama_3" if self.config.vocab_size >= _LLAMA_3_WORDS else "llava_v0"
 
 
 for _config, _model in (
