@@ -171,7 +171,11 @@ def _check_given(choices: Choices, parts: list[Part]) -> None:
         family = None if given == EMBEDDED else guards.family_of(model_name(given))
         if family not in (None, part.family):
             raise MethodError(f"--pretrained {given} is a {family} model by its name; part {here}.")
-        if any(kind) and not any("llava" in str(word).lower() for word in kind):
+        if part.model_class is not None:
+            built = config.get("architectures") or [part.model_class]
+            if part.model_class not in built:
+                raise MethodError(f"--pretrained {given} is a {built[0]}; {part.name} is a {part.model_class}.")
+        elif any(kind) and not any("llava" in str(word).lower() for word in kind):
             raise MethodError(f"--pretrained {given} is a {kind[0] or kind[1]} model; part {here}.")
         wrong = {k: config[k] for k, v in part.checkpoint.items() if config.get(k) not in (None, v)}
         if wrong and not choices.other_model(part):

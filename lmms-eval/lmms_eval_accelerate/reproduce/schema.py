@@ -109,6 +109,7 @@ class Part:
         unmeasured: column title -> why it is not measured here.
         not_run: why none of the rows can be run; empty if they can.
         relative: how the table makes "% of dense" out of the columns, one of :data:`RELATIVE`.
+        model_class: class of transformers that the model is of; None for models of the llava package.
     """
 
     name: str
@@ -120,6 +121,7 @@ class Part:
     note: str
     not_run: str
     relative: str = RELATIVE[0]
+    model_class: str | None = None
 
     @property
     def family(self) -> str | None:

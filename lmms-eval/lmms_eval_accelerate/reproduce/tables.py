@@ -3,6 +3,7 @@
     table, title, paper, source, secondary, note, relative (how "% of dense" is made: mean_of_ratios, ratio_of_means)
     parts:
       - name, model (arguments of --model_args with ``family``), checkpoint (what the right weights look like),
+        model_class (of transformers, for the family hf),
         columns {title: {benchmark, metric, scale, note}}, unmeasured {title: why it is not measured here},
         source, secondary, note, not_run, relative
         rows:
@@ -44,17 +45,16 @@ OTHER_KEYS = (
     *("method", "config", "match", "device", "device_map", "gpus_per_model", "batch_size", "max_batch_size"),
     *("on_error", "on_long_prompt", "save_provenance"),
 )
-#: family of the llava package -> model arguments that a part may set: those of the plugin that belong to the setting
+#: key of a family -> model arguments that a part may set: those of the plugin that belong to the setting
 MODEL_KEYS: dict[str, tuple[str, ...]] = {
     key: tuple(name for name in defaults_of(key) if name not in OTHER_KEYS)
-    for key, declared in keys().items()
-    if not any(family.classes for family in declared)
+    for key in keys()
 }
 _CHECKPOINT_KEYS = ("hidden_size", "num_hidden_layers")
 _TABLE_KEYS = ("table", "title", "paper", "source", "secondary", "note", "relative", "parts")
 _PART_KEYS = (
     *("name", "model", "checkpoint", "columns", "unmeasured", "rows"),
-    *("source", "secondary", "note", "not_run", "relative"),
+    *("source", "secondary", "note", "not_run", "relative", "model_class"),
 )
 _COLUMN_KEYS = ("benchmark", "metric", "scale", "note")
 _ROW_KEYS = (
@@ -119,6 +119,7 @@ def _part(content: Any, table: Mapping[str, Any], where: str) -> Part:
         raise TableError(f"{where}: {UnknownNameError('value of relative:', relative, RELATIVE)}")
     note = _text(content, "note", where)
     part = Part(content["name"], model, checkpoint, columns, unmeasured, (), note, not_run, relative)
+    part = dataclasses.replace(part, model_class=_model_class(content, part, where))
     inherited = {key: content.get(key, table.get(key)) for key in ("source", "secondary")}
     rows = tuple(_row(row, part, inherited, where) for row in _list(content["rows"], f"{where}: rows"))
     _unique([row.folder for row in rows], f"{where}: row")
@@ -127,6 +128,17 @@ def _part(content: Any, table: Mapping[str, Any], where: str) -> Part:
     if rows[0].not_run and not not_run:
         raise TableError(f"{where}: the dense row is not run, but rows that need it for comparison are.")
     return dataclasses.replace(part, rows=rows)
+
+
+def _model_class(content: Any, part: Part, where: str) -> str | None:
+    """Class of transformers that a part's model is of; needed where one family key stands for many."""
+    name = _text(content, "model_class", where) or None
+    known = [c for family in keys().get(str(part.family), ()) for c in family.classes]
+    if part.not_run or not (known or name):
+        return None
+    if name not in known:
+        raise TableError(f"{where}: {UnknownNameError(f'model_class of the family {part.family}:', str(name), known)}")
+    return name
 
 
 def _model(content: Any, not_run: bool, where: str) -> dict[str, Any]:
@@ -224,7 +236,7 @@ def _pipeline(spec: str | None, params: Mapping[str, Any], part: Part, where: st
             of_config = (read_config(spec).get("model") or {}).get("family", part.family)
             if of_config != part.family:
                 raise MethodError(f"config {spec} is for the family {of_config}, this part is {part.family}.")
-        compatibility.check(pipeline, part.family)
+        compatibility.check(pipeline, part.family, part.model_class)
         pipeline.check_layers(part.checkpoint["num_hidden_layers"])
     except MethodError as error:
         raise TableError(f"{where}: {error}") from error

@@ -19,6 +19,7 @@ from tests.support.paths import ROOT
 TABLES = sorted(
     [
         *("dycoke", "embedded", "fastervlm", "fastv", "fastvid", "prunevid", "visionzip"),
+        *("internvl3", "llava_1_5", "llava_next", "llava_onevision", "llava_video", "qwen2_5_vl", "qwen3_vl"),
         *("fastvlm", "flashsloth", "hicom", "llama_vid", "llava_mini", "mqt", "video_xl", "voco_llama"),
     ]
 )
@@ -58,7 +59,7 @@ def test_row_is_run_or_says_why_not(part, row):
 
 @pytest.mark.parametrize(("part", "row"), RUNNABLE)
 def test_row_resolves_and_runs_on_its_family(part, row):
-    compatibility.check(row.pipeline, part.family)
+    compatibility.check(row.pipeline, part.family, part.model_class)
     arguments = row.model_args()
     assert bool(arguments) != row.dense or row.arguments
     arguments = row.method_args()
@@ -102,6 +103,21 @@ def test_row_resolves_and_runs_on_its_family(part, row):
         ("fastervlm", "llava-next-7b", "FasterVLM 290", {"VQAv2": 75.21, "SQA": 68.12, "MMB-CN": 54.47}),
         ("fastv", "llava-1.5-7b", "FastV K=3 R=50 %", {"GQA": 60.4, "MME-Cog": 349.3, "MME-Per": 1511.7}),
         ("fastv", "llava-1.5-7b-in-fastervlm", "FastV 58", {"VQAv2": 65.38, "POPE": 57.30, "MME": 1210.36}),
+        ("llava_1_5", "llava-1.5-7b", "CDPruner 64", {"VQAv2": 75.4, "POPE": 87.5, "MME-P": 1415.1, "VizWiz": 53.4}),
+        ("llava_1_5", "llava-1.5-7b", "HiPrune 192", {"GQA": 59.2, "MME": 1814, "MMB-CN": 57.0, "VQAv2": 76.7}),
+        ("llava_1_5", "llava-1.5-7b", "SCOPE 128", {"GQA": 59.7, "MMB": 62.5, "SEED": 57.8}),
+        ("llava_1_5", "llava-1.5-7b", "SparseVLM 64", {"GQA": 53.8, "MME": 1591, "TextVQA": 53.4}),
+        ("llava_next", "llava-next-7b", "CDPruner 320", {"GQA": 61.6, "POPE": 87.2, "MMB-CN": 55.7}),
+        ("llava_next", "llava-next-7b-in-scope", "SCOPE 160", {"GQA": 60.0, "MME": 1700, "TextVQA": 56.8}),
+        ("qwen2_5_vl", "qwen2.5-vl-7b-in-hiprune", "HiPrune 11.2 %", {"GQA": 52.5, "TextVQA": 62.6}),
+        ("qwen2_5_vl", "qwen2.5-vl-7b-in-cdpruner", "CDPruner 256", {"ChartQA": 73.0, "AI2D": 77.5, "OCRBench": 749}),
+        ("qwen3_vl", "qwen3-vl-8b-32-frames", "VidCom2 25 %", {"MVBench": 67.0, "MLVU": 60.6, "VideoMME": 62.4}),
+        ("qwen3_vl", "qwen3-vl-8b-32-frames", "HoliTom 25 %", {"LongVideoBench": 56.8, "VideoMME": 59.7}),
+        ("llava_onevision", "llava-onevision-7b", "HoliTom 15 %", {"MVBench": 58.1, "VideoMME": 57.3}),
+        ("llava_onevision", "llava-onevision-7b", "VisionZip 10 %", {"LongVideoBench": 49.3, "VideoMME": 53.4}),
+        ("llava_onevision", "llava-onevision-7b-in-vidcom2", "VidCom2 15 %", {"MVBench": 54.3, "MLVU": 58.9}),
+        ("llava_video", "llava-video-7b", "FlashVID 10 %", {"MVBench": 59.3, "VideoMME": 60.9}),
+        ("llava_video", "llava-video-7b-in-cdpruner", "CDPruner 64 x 32", {"MLVU": 63.0, "MVBench": 55.7}),
         ("embedded", "tiny-llava-onevision", "fastvid@0.1", {"shapes_video": 95.1, "easy_vqa": 100.0}),
     ],
 )  # fmt: skip
@@ -120,11 +136,40 @@ def test_numbers(table, part, row, published):
         ("visionzip", "llava-next-7b", "VisionZip 640", "average %", 97.6),
         ("fastervlm", "llava-1.5-7b", "FasterVLM 58", "average %", 94.24),
         ("fastv", "llava-next-7b-in-fastervlm", "FastV 290", "average %", 89.24),
+        ("llava_1_5", "llava-1.5-7b", "MMTok 64", "average %", 96.5),
+        ("llava_onevision", "llava-onevision-7b", "HoliTom 10 %", "EgoSchema full", 61.2),
     ],
 )
 def test_numbers_that_are_not_measured_are_kept(table, part, row, title, number):
     part = load(table).part(part)
     assert part.row(row).unmeasured[title] == number and part.unmeasured[title]
+
+
+BUDGETS = {
+    **{"llava_1_5": ("192", "128", "64", "32"), "llava_next": ("640", "320", "160")},
+    **dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "internvl3"), ("25 %", "20 %", "10 %")),
+    **dict.fromkeys(("llava_onevision", "llava_video"), ("25 %", "20 %", "15 %", "10 %")),
+}
+
+
+@pytest.mark.parametrize("table", BUDGETS)
+def test_tables_of_a_model_show_baselines_at_every_budget(table):
+    part = load(table).parts[0]
+    videos = any(column.benchmark.kind == "video" for column in part.columns)
+    for budget in BUDGETS[table]:
+        for name in ("random", "uniform", "pool", "downsample", *(("fewer_frames",) if videos else ())):
+            row = part.row(f"{name} {budget}")
+            assert not row.published and (row.not_run == "" or name == "downsample"), row.name
+            assert row.not_run in ("", "acts at the sample stage, which transformers' models do not offer")
+        assert len([row for row in part.rows if row.name.endswith(f" {budget}")]) >= 10
+
+
+@pytest.mark.parametrize("table", BUDGETS)
+def test_numbers_of_others_are_marked(table):
+    """A row whose source is a copy, or another method's paper, is secondary."""
+    for part in load(table).parts:
+        for row in part.rows[1:]:
+            assert row.secondary or not ("second hand" in row.source and (row.published or row.unmeasured)), row.name
 
 
 def test_embedded_table_is_the_page_of_results():
@@ -206,7 +251,8 @@ def test_metrics_exist_in_the_stock_tasks():
         if name := re.search(r"^task: *\"?(\w+)\"? *$", text, re.MULTILINE):
             files[name[1]] = text
     columns = [column for name in TABLES for part in load(name).parts for column in part.columns]
-    wanted = {(column.benchmark.name, metric) for column in columns for metric in column.metric.split("+")}
+    metrics = ((c.benchmark.name, metric.partition(",")[0]) for c in columns for metric in c.metric.split("+"))
+    wanted = set(metrics)
     stock = [(BENCHMARKS[name], metric) for name, metric in sorted(wanted) if BENCHMARKS[name].task not in OURS]
     for benchmark, metric in stock:
         texts = [files[task] for task in benchmark.tasks]
@@ -229,7 +275,7 @@ def test_model_keys_are_those_of_the_plugin():
     families = pytest.importorskip("lmms_eval_accelerate.models.families")
     arguments = pytest.importorskip("lmms_eval_accelerate.models.arguments")
     manifest = pytest.importorskip("lmms_eval_accelerate.manifest")
-    assert {*families.FAMILY_CLASSES, *manifest.TRAINED} == set(MODEL_KEYS)
+    assert {*families.FAMILY_CLASSES, *manifest.TRAINED, "hf"} == set(MODEL_KEYS)
     for family in manifest.TRAINED:
         assert {*MODEL_KEYS[family], *OTHER_KEYS} == set(arguments.defaults_of(family))
     for family, cls in families.FAMILY_CLASSES.items():
