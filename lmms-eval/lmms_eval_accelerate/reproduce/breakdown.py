@@ -6,7 +6,8 @@ the reason. Three shapes of score exist:
 
 * ``mean``: factor x the mean over documents (most tasks);
 * ``strata``: factor x the sum over groups of the mean of their members. MME: per category over the images, 100 x (share
-  of the two questions right + both right). MMStar: the mean over kinds of question. MLVU: 100 / 7 x the sum over task types. MVBench: mean over 20 tasks;
+  of the two questions right + both right). MLVU: 100 / 7 x the sum over task types. MVBench: mean over 20 tasks, MMStar
+  over kinds of question;
 * ``f1``: of POPE, from counts of true positives, false positives and false negatives.
 
 Intervals resample members inside their group (documents, for MME the images with their two questions), the same for

@@ -93,6 +93,26 @@ def test_pope_is_what_the_harness_makes(seed):
     assert parts.shape == "f1" and parts.score() == pytest.approx(score)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_mmstar_is_what_the_harness_makes(seed):
+    draw = random.Random(seed)
+    kinds = ["geometry", "image emotion", "recognition"]
+    scores = [draw.choice([0.0, 1.0]) for _ in range(20)]
+    entries = [{"question_id": n, "l2_category": draw.choice(kinds), "score": s} for n, s in enumerate(scores)]
+    score = 100 * stock("mmstar").mmstar_aggregate_results(entries)
+    lines = {("mmstar", n): {"average": entry} for n, entry in enumerate(entries)}
+    assert break_down(benchmark("mmstar"), "average", 100, lines, score).score() == pytest.approx(score)
+
+
+def test_ocrbench_counts_out_of_a_thousand():
+    entries = [{"prediction": "tea", "ground_truth": ["tea"], "score": n % 2} for n in range(7)]
+    lines = {("ocrbench", n): {"ocrbench_accuracy": entry} for n, entry in enumerate(entries)}
+    about = benchmark("ocrbench")
+    parts = break_down(about, about.metric, about.scale, lines, 3.0)
+    assert parts.shape == "mean" and parts.score() == pytest.approx(3.0) and parts.members == 7
+    assert dataclasses.replace(column("ocrbench"), metric=about.metric).unit == "points"
+
+
 CHOSEN = [{"pred_answer": "A", "answer": "A", "score": 1.0}, {"pred_answer": "B", "answer": "A", "score": 0.0}]
 PARSED = [{"parsed_pred": "A", "answer": "A"}, {"parsed_pred": "B", "answer": "A"}]
 STATIC = {("mmbench_en_dev_static", 0): {"gpt_eval_score": {"prediction": "A", "answer": "A"}}}
@@ -107,6 +127,8 @@ HALF = {("mme", 0): {"mme_perception_score": {"category": "OCR", "question_id": 
         ("egoschema_subset", None, None, [{"pred": 3, "ground_truth": "3"}, {"pred": -1, "ground_truth": "0"}], 50),
         ("seedbench", None, None, [{"pred": " a", "answer": "A"}, {"pred": "B", "answer": "A"}], 50),
         ("gqa", None, None, [1.0, 0.0, 0.0, 1.0], 50),
+        ("chartqa", None, None, [1.0, 0.0], 50),
+        ("docvqa_val", None, None, [0.75, 0.0], 37.5),
         ("nextqa_mc_test", None, None, [True, False], 50),
         ("textvqa_val", None, None, [0.9, 0.3], 60),
         ("pope", "pope_accuracy", 100, [{"prediction": "yes", "score": 1.0}, {"prediction": "no", "score": 0.0}], 50),

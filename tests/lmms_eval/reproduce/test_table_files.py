@@ -73,6 +73,17 @@ def _set(target, **values):
         (lambda t, p, r: p["model"].pop("pretrained"), "pretrained is missing"),
         (lambda t, p, r: p.pop("checkpoint"), "checkpoint needs hidden_size and num_hidden_layers"),
         (lambda t, p, r: _set(p["checkpoint"], num_layers=3), "'num_layers'. Did you mean 'num_hidden_layers'"),
+        (lambda t, p, r: _set(p, model_class="Llava"), "unknown model_class of the family llava_onevision: 'Llava'"),
+        (
+            lambda t, p, r: _set(p, model={"family": "hf", "pretrained": "org/model"}),
+            "part one: unknown model_class of the family hf: 'None'",
+        ),
+        (
+            lambda t, p, r: _set(
+                p, model={"family": "hf", "pretrained": "x"}, model_class="InternVLForConditionalGeneration"
+            ),
+            "row FastVID: fastvid cannot run on InternVL",
+        ),
         (lambda t, p, r: p.pop("columns"), "no columns"),
         (lambda t, p, r: _set(p["columns"], MLVU={"benchmark": "mlvu"}), "column MLVU: unknown benchmark.*mlvu_dev"),
         (lambda t, p, r: _set(p["columns"]["VideoMME"], task="x"), "column VideoMME: unknown key 'task'"),
@@ -111,6 +122,15 @@ def test_bad_files(tmp_path, change, message):
     with pytest.raises(TableError, match=message) as error:
         load(written(tmp_path, change))
     assert str(error.value).startswith("bad.yaml: ") and "\n" not in str(error.value)
+
+
+def test_a_model_of_transformers_names_its_class(tmp_path):
+    def qwen(table, part, rows):
+        part.update(model={"family": "hf", "pretrained": "Qwen/Qwen2.5-VL-7B-Instruct", "max_num_frames": 8})
+        part.update(model_class="Qwen2_5_VLForConditionalGeneration")
+
+    part = load(written(tmp_path, qwen)).parts[0]
+    assert part.model_class == "Qwen2_5_VLForConditionalGeneration" and part.rows[1].pipeline.name == "fastvid"
 
 
 def test_part_that_is_not_run(tmp_path):
