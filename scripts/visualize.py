@@ -296,7 +296,7 @@ class Looker:
 
     def _ids(self, question: str, items: int, kind: str) -> Any:
         from llava.constants import DEFAULT_IMAGE_TOKEN
-        from llava.conversation import conv_templates
+        from llava.conversation import SeparatorStyle, conv_templates
 
         if self.template not in conv_templates:
             from accelerate_methods.stages.errors import UnknownNameError
@@ -309,6 +309,8 @@ class Looker:
         if self.model.about is None and question.count(DEFAULT_IMAGE_TOKEN) != items:
             raise InputError(f"the question has {question.count(DEFAULT_IMAGE_TOKEN)} <image>, the input {items}.")
         conversation = conv_templates[self.template].copy()
+        if conversation.sep_style is SeparatorStyle.LLAMA_3:  # printed by the checkpoint's own chat template
+            conversation.tokenizer = self.tokenizer
         conversation.append_message(conversation.roles[0], question)
         conversation.append_message(conversation.roles[1], None)
         prompt = self.model.whole_prompt(conversation.get_prompt(), **self.inputs)

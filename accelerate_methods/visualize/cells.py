@@ -142,6 +142,10 @@ def cells_of(item: ItemRecord, places: np.ndarray, panels: int) -> list[Cells]:
     out = []
     for panel in range(panels):
         here = np.nonzero(which == panel)[0]
+        if not len(here):  # the model has no token of this picture
+            whole = np.array([0.0, 1.0])
+            out.append(Cells(whole, whole, np.array([[NOWHERE]]), np.array([[0]]), np.array([[-1]])))
+            continue
         centres, slots = zip(*(_levels(places[here, axis]) for axis in (1, 2)), strict=True)
         shape = (len(centres[1]), len(centres[0]))
 

@@ -33,7 +33,7 @@ from accelerate_methods.visualize import (
     write_clip,
     write_page,
 )
-from accelerate_methods.visualize.cells import even_cells
+from accelerate_methods.visualize.cells import cells_of, even_cells
 from accelerate_methods.visualize.painting import EMPTY, FRAME, fitted, font, wrapped
 from tests.conftest import CHECKPOINTS
 from tests.support.paths import ROOT
@@ -96,6 +96,15 @@ def test_output_tokens_of_two_items_have_different_numbers():
     first, second = [make_cells([[KEPT, DROPPED]], owner=[[3, -1]])], [make_cells([[KEPT, MERGED]], owner=[[0, 0]])]
     assert numbered_on(second, first)[0].owner.tolist() == [[4, 4]]
     assert numbered_on(first, [])[0].owner.tolist() == [[3, -1]]
+
+
+def test_a_picture_without_tokens_has_one_empty_cell():
+    owner = torch.tensor([[0, 1]])
+    item = ItemRecord("image", 2, 2, owner=owner, kept=owner >= 0)
+    places = np.array([[1, 0.25, 0.5], [1, 0.75, 0.5]])
+    empty, there = cells_of(item, places, 2)
+    assert empty.state.tolist() == [[NOWHERE]] and there.state.tolist() == [[KEPT, KEPT]]
+    assert empty.at(3).tolist() == [[NOWHERE]]
 
 
 # -- places ----------------------------------------------------------------------------------------------------------

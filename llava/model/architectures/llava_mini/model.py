@@ -83,6 +83,7 @@ class LlavaMiniForCausalLM(LlavaLlamaForCausalLM):
 
     config_class = LlavaMiniConfig
     about = architecture("llava_mini")
+    tokens_have_places: ClassVar[bool] = False
     unquantised: ClassVar[tuple[str, ...]] = ("compressor",)
 
     def __init__(self, config: LlavaMiniConfig):
