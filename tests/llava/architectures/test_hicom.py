@@ -353,13 +353,12 @@ def test_frames_are_the_middles_of_equal_parts(model):
     assert model.frame_indices(1, 1.0, max_frames_num=3) == [0, 0, 0]
 
 
-def test_short_videos_are_filled_with_black(model):
-    processor, frames = model.get_vision_tower().image_processor, np.full((2, 40, 80, 3), 255, dtype=np.uint8)
-    assert len(model.video_inputs(frames, processor, max_frames_num=4)) == 2  # as many as were chosen
-    found = model.video_inputs(frames, processor)
-    assert found.shape == (32, 3, 384, 384)
-    assert found[0, 0, 192].min() == 1 and found[0, 0, 10].max().abs() < 0.01  # white, and grey above it
-    assert found[3, 0, :, 192].max() == -1 and found[3, 0, 192, 10].abs() < 0.01  # a black frame stands on its side
+def test_frames_are_padded_in_grey_unless_images_are_tiled(model, tiled):
+    frames = np.full((2, 40, 80, 3), 255, dtype=np.uint8)
+    padded, squeezed = (m.video_inputs(frames, m.get_vision_tower().image_processor) for m in (model, tiled))
+    assert padded.shape == squeezed.shape == (2, 3, 384, 384)
+    assert padded[0, 0, 192].min() == 1 and padded[0, 0, 10].max().abs() < 0.01  # white, and grey above it
+    assert squeezed.min() == 1
 
 
 def test_several_pictures_are_padded_also_where_one_is_tiled(tiled):

@@ -165,21 +165,15 @@ class HIComQwen2ForCausalLM(LlavaQwenForCausalLM):
             return process_images(images, image_processor, self.config)
         return _squares(images, image_processor)
 
-    def video_inputs(
-        self, frames: np.ndarray, image_processor: Any, max_frames_num: int | None = None, **arguments: Any
-    ) -> Tensor:
-        """Frames of a video; where nobody says how many were to be chosen, black ones fill up the config's number."""
+    def video_inputs(self, frames: np.ndarray, image_processor: Any, **arguments: Any) -> Tensor:
+        """Frames of a video, padded to squares unless the model's images are of any resolution."""
         pictures = [Image.fromarray(frame) for frame in frames]
-        if max_frames_num is None:
-            # black as the official code makes it: of the size of a frame on its side
-            black = Image.new("RGB", pictures[0].size[::-1])
-            pictures += [black] * ((getattr(self.config, "num_frames", None) or 0) - len(pictures))
         if getattr(self.config, "image_aspect_ratio", "pad") == "pad":
             return _squares(pictures, image_processor)
         return image_processor.preprocess(pictures, return_tensors="pt")["pixel_values"]
 
     def frame_indices(self, total: int, rate: float, **arguments: Any) -> list[int]:
-        """The middle of each of so many equal parts of the video."""
+        """The middle of each of so many equal parts of the video; those of a short one repeat frames."""
         count = arguments.get("max_frames_num") or getattr(self.config, "num_frames", None) or self.about.frames
         edges = np.arange(count + 1) * (float(total - 1) / count)
         return np.round((edges[:-1] + edges[1:]) / 2 + 1e-6).astype(int).tolist()
