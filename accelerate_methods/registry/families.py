@@ -65,7 +65,7 @@ QWEN_VL = _native(
     *("qwen_vl:QwenVL", _SIGLIP | {"patch_pixels"}, _BOTH),
 )
 INTERNVL = _native(
-    *("InternVL", {"internvl": "InternVL"}, "internvl:InternVL", _CLS, _IMAGE),
+    *("InternVL", {"internvl": "InternVL"}, "internvl:InternVL", _CLS | {"patch_pixels"}, _IMAGE),
     limits="The frames of a video reach an InternVL model as images, which it cannot tell from others.",
 )
 

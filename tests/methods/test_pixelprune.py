@@ -9,6 +9,7 @@ import accelerate_methods
 from accelerate_methods import MethodError, accelerate, record
 from accelerate_methods.pixelprune import kept_positions
 from accelerate_methods.stages.pixels import PixelCells, PixelMethod, check_choice
+from tests.hosts.native import test_internvl as internvl
 from tests.support import qwen_inputs as qwen
 
 METRICS = ("max", "mae", "rmse")
@@ -243,7 +244,7 @@ def test_an_image_of_several_frames_and_labels():
     with accelerate(model, "pixelprune"), record() as requests:
         out = model(**inputs, labels=inputs["input_ids"])
     (item,) = requests[0].samples[0].items
-    one, two = item.kept[0].chunk(2)
+    one, two = item.kept
     assert torch.equal(one, two) and 1 < one.sum() < 12, "every frame for itself"
     assert out.loss.isfinite()
 
@@ -268,3 +269,62 @@ def test_positions_of_a_whole_prompt(variant):
     positions, more, rows = kept_positions(ids[0], qwen.IMAGE, grids, keep, variant)
     assert torch.equal(positions, expected[:, 0]) and more == int(delta)
     assert torch.equal(rows, torch.arange(ids.shape[1]))
+
+
+# -- InternVL ----------------------------------------------------------------------------------------------------------
+
+
+def screens(name, model):
+    """The inputs of a question with tiles of few colours, and which tokens of each tile stay."""
+    asked = internvl.inputs(name)
+    side = int(internvl.PER_TILE**0.5)
+    views, _, height, _ = asked["pixel_values"].shape
+    colors = torch.randint(0, 2, (views, 1, side, side), generator=torch.Generator().manual_seed(3)).float()
+    cell = height // side
+    asked["pixel_values"] = colors.repeat_interleave(cell, 2).repeat_interleave(cell, 3).expand(-1, 3, -1, -1).clone()
+    cells = [PixelCells(tile[0, ..., None, None, None].expand(-1, -1, 1, 3, 1)) for tile in colors]
+    return asked, [accelerate_methods.get("pixelprune").choose(one) for one in cells]
+
+
+@pytest.mark.parametrize(("variant", "first"), itertools.product(["plain", "6b"], [0, 1, -1]))
+def test_internvl_tiles(variant, first):
+    """Tokens of a tile see what is left of it, block after block; the prompt is cut to them."""
+    model = internvl.internvl(variant)
+    asked, masks = screens("tiled image", model)
+    assert len({int(mask.sum()) for mask in masks}) > 1, "tiles keep different numbers"
+    with accelerate(model, "pixelprune", vit_layer=first):
+        with record() as requests:
+            logits = model(**asked).logits
+        features = model.model.get_image_features(asked["pixel_values"]).pooler_output
+    (item,) = requests[0].samples[0].items
+    assert torch.equal(item.kept, torch.stack(masks).flatten(1)) and item.tokens_after == int(item.kept.sum())
+    assert logits.shape[1] == asked["input_ids"].shape[1] - item.tokens_before + item.tokens_after
+    tower, layer = model.model.vision_tower, model.config.vision_feature_layer
+    blocks = layer if layer > 0 else len(tower.encoder.layer) + 1 + layer
+    states = tower.embeddings(asked["pixel_values"])
+    states = states[0] if isinstance(states, tuple) else states
+    side, done = int(internvl.PER_TILE**0.5), []
+    for tile, mask in zip(states, masks, strict=True):
+        patches = mask.repeat_interleave(2, 0).repeat_interleave(2, 1).flatten()
+        rows, alone = torch.cat([torch.ones(1, dtype=torch.bool), patches]), tile[None]
+        for number in range(blocks):
+            alone = alone[:, rows] if number == first else alone
+            alone = tower.encoder.layer[number](alone)
+            alone = alone[0] if isinstance(alone, tuple) else alone
+        alone = tower.layernorm(alone) if layer == -1 else alone
+        full = tile.new_zeros(1, len(rows), tile.shape[-1])
+        full[:, rows] = alone if alone.shape[1] == int(rows.sum()) else alone[:, rows]
+        shuffled = model.model.pixel_shuffle(full[:, 1:].view(1, 2 * side, 2 * side, -1), scale_factor=0.5)
+        done.append(model.model.multi_modal_projector(shuffled.flatten(1, 2))[0])
+    for got, expected, mask in zip(features, done, masks, strict=True):
+        torch.testing.assert_close(got[mask.flatten()], expected[mask.flatten()], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["plain", "middle"])
+def test_internvl_with_all_tokens_is_the_dense_model(variant):
+    model, asked = internvl.internvl(variant), internvl.inputs("tiled image")
+    dense = model(**asked).logits
+    with accelerate(model, "pixelprune"):
+        assert torch.equal(model(**asked).logits, dense)
+    with pytest.raises(MethodError, match="signals of vision blocks are not read"):
+        accelerate(model, "pixelprune+visionzip")

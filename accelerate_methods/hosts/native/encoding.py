@@ -21,10 +21,11 @@ from accelerate_methods.hosts.layouts import shortened_item
 from accelerate_methods.hosts.native.family import ItemRows
 from accelerate_methods.hosts.native.prompt import PromptItem
 from accelerate_methods.hosts.native.wrapping import Wrappers
-from accelerate_methods.ops.select import on_device, pick_rows
+from accelerate_methods.ops.select import on_device, on_host, pick_rows
 from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.encode import PatchMap, TokenMap
 from accelerate_methods.stages.frames import FrameMap
+from accelerate_methods.stages.pixels import PixelCells, PixelMethod, check_choice
 
 #: what each layer of the encoder gives, by its number; None: the layers run by themselves
 Outputs = Callable[[int], Tensor] | None
@@ -63,6 +64,30 @@ class TakenOver:
 def layer_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """The states that a layer of an encoder was called with."""
     return (args[0] if args else kwargs["hidden_states"]).detach()
+
+
+@torch.no_grad()
+def chosen(method: PixelMethod, cells: Sequence[PixelCells]) -> list[Tensor]:
+    """[R, C] bool of each picture, on the host: the tokens that the method keeps; read from the device together."""
+    masks = [method.choose(one) for one in cells]
+    for mask, one in zip(masks, cells, strict=True):
+        check_choice(method.name, mask, one)
+    return on_host(masks)
+
+
+def pruned_in_place(features: Tensor, kept: Tensor, at: ItemRows, grid: tuple[int, int]) -> PromptItem:
+    """An image of which tokens are left where they stand, of each of its views as many as it likes.
+
+    Args:
+        features: [F, P, D] one for every place; kept: [F, P] bool, on the host.
+    """
+    flat = kept.flatten()
+    owner = on_device(torch.where(flat, flat.cumsum(0) - 1, -1)[None], features.device)
+    stands = on_device(flat.nonzero().T.contiguous(), features.device)
+    found = tokens_in_place(features.flatten(0, 1)[None], TokenMap(owner, stands), at, "image", grid)
+    patches = found.item.patches
+    found.item.patches = PatchMap(patches.owner.view(kept.shape), patches.stands.view(kept.shape), grid)
+    return found
 
 
 def frames_in_place(

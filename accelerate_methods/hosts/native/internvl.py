@@ -16,12 +16,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from accelerate_methods.engine.devices import moved
 from accelerate_methods.engine.encoder_attention import ENCODER_SIGNALS, asked_layers, signals_of_layers
 from accelerate_methods.engine.encoder_block import EncoderBlock
 from accelerate_methods.engine.encoder_blocks import BlockRun, EncodedTokens, acting_blocks
-from accelerate_methods.hosts.native.encoding import TakenOver, layer_input, tokens_in_place
+from accelerate_methods.engine.packed_blocks import run_packed
+from accelerate_methods.hosts.native.encoding import (
+    TakenOver,
+    chosen,
+    layer_input,
+    pruned_in_place,
+    tokens_in_place,
+)
 from accelerate_methods.hosts.native.family import Call, Family, locate_items
 from accelerate_methods.hosts.native.prompt import PromptItem
 from accelerate_methods.hosts.native.wrapping import Wrappers
@@ -30,6 +38,10 @@ from accelerate_methods.registry import families
 from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.encode import EncodeMethod, TokenMap
 from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.pixels import PixelCells, PixelMethod
+
+#: mean and deviation of the processors of these models: what pixels of [0, 1] are brought to the encoder's range with
+_NORMALISED = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 class InternVL(Family):
@@ -62,14 +74,15 @@ class InternVL(Family):
         if rows != columns or rows % self.factor:
             raise MethodError(f"tiles of {rows} x {columns} patches do not make blocks of {self.factor} squared.")
         self.side = rows // self.factor
-        self._asked = {"key_states": self.feature}
+        self._asked, self._names = {"key_states": self.feature}, []
         self._inputs: ContextVar[dict[int, Tensor]] = ContextVar("accelerate_layer_inputs", default={})  # noqa: B039
 
     @property
     def signals(self) -> frozenset[str]:
-        return ENCODER_SIGNALS
+        return ENCODER_SIGNALS | {"patch_pixels"}
 
     def prepare(self, wanted: frozenset[str]) -> None:
+        self._names = sorted(asked_layers(wanted, len(self.layers), self.feature))
         # without any, the feature's layer says how large the tiles are
         self._asked = asked_layers(wanted | {"key_states"}, len(self.layers), self.feature)
 
@@ -89,7 +102,11 @@ class InternVL(Family):
         return [self._modules[i].register_forward_pre_hook(hook_of(i), with_kwargs=True) for i in wanted]
 
     def take_over(self, method: EncodeMethod, wrappers: Wrappers, seen: Any, seeing: Any) -> None:
-        """``seen`` gets the :class:`EncodedTokens`, over the blocks of a tile by raster."""
+        """``seen`` gets the :class:`EncodedTokens`, over the blocks of a tile by raster; under a method that looks at
+        pixels [V, N] bool, on the host, the tokens that are left."""
+        if isinstance(method, PixelMethod):
+            self._take_over_pixels(method, wrappers, seen, seeing)
+            return
         blocks = self.feature + 1
         acting_blocks(method, blocks)
         unit, order = self.factor**2, _block_order(self.side, self.factor)
@@ -109,6 +126,40 @@ class InternVL(Family):
 
         taken = TakenOver(wrappers, self._modules, run)
 
+    def _take_over_pixels(self, method: PixelMethod, wrappers: Wrappers, seen: Any, seeing: Any) -> None:
+        if self._names:
+            raise MethodError(
+                f"{', '.join(self._names)}: signals of vision blocks are not read on {self.about.name} models while "
+                f"{method.name} drops tokens there."
+            )
+        blocks = self.feature + 1
+        first, order = method.first_block(blocks), _block_order(self.side, self.factor)
+        back = torch.argsort(order)
+
+        def run(hidden: Tensor) -> Any:
+            self._check_patches(hidden)
+            call = seeing()
+            kept = torch.ones(len(hidden), self.side**2, dtype=torch.bool)
+            if call is not None:
+                cells = self._cells(call.arguments["pixel_values"])
+                kept = torch.stack(chosen(method, cells)).flatten(1)
+            seen(kept)
+            if first is None or bool(kept.all()):
+                return None
+            by_block, in_place = on_device(order, hidden.device) + 1, on_device(back, hidden.device) + 1
+            parts = [InternBlock(module, taken.forwards[i]) for i, module in enumerate(self._modules[:blocks])]
+            states = torch.cat([hidden[:, :1], hidden[:, by_block]], dim=1)
+            full = run_packed(parts, states, kept, first, special=1, unit=self.factor**2)
+            full = torch.cat([full[:, :1], full[:, in_place]], dim=1)
+            return lambda number: full
+
+        taken = TakenOver(wrappers, self._modules, run)
+
+    def _cells(self, pixels: Tensor) -> list[PixelCells]:
+        """The pixels [V, 3, H, W] of every tile, token by token."""
+        tokens = pixels.unflatten(3, (self.side, -1)).unflatten(2, (self.side, -1)).permute(0, 2, 4, 1, 3, 5)
+        return [PixelCells(tile.flatten(3)[:, :, None], tuple(_NORMALISED[1])) for tile in tokens]
+
     def _check_patches(self, states: Tensor) -> None:
         """MethodError unless [V, 1 + P, M] are states of tiles of the checkpoint's size."""
         patches, own = states.shape[1] - 1, (self.side * self.factor) ** 2
@@ -119,22 +170,32 @@ class InternVL(Family):
         seen, token, per_tile = call.seen["image"], self.config.image_token_id, self.side**2
         (inputs,) = seen.encoded
         merged = inputs if isinstance(inputs, EncodedTokens) else None
+        kept = inputs if isinstance(inputs, Tensor) else None
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
             if seen.arguments.get(name) not in (None, getattr(self.config, name)):
                 raise MethodError(f"{name}={seen.arguments[name]!r} is not the model's own; set it in its config.")
-        if merged is None:
+        if merged is None and kept is None:
             self._check_patches(inputs[self.feature])
-        tiles = len(inputs[self.feature] if merged is None else merged.hidden)
+        tiles = len(kept if kept is not None else inputs[self.feature] if merged is None else merged.hidden)
         lengths = _runs(call.ids, token, tiles * per_tile)
         if any(length % per_tile for length in lengths):
             raise MethodError(f"runs of {lengths} image placeholders are not made of tiles of {per_tile} tokens.")
-        signals = self._signals(inputs, call.wanted) if merged is None else self._merged_signals(merged, call.wanted)
+        signals: dict[str, Tensor] = {}
+        if merged is not None:
+            signals = self._merged_signals(merged, call.wanted)
+        elif kept is None:
+            signals = self._signals(inputs, call.wanted)
+            if "patch_pixels" in call.wanted:
+                signals["patch_pixels"] = self._pixels(seen.arguments["pixel_values"])
         firsts = [sum(lengths[:number]) // per_tile for number in range(len(lengths))]
         out = []
         for at in locate_items(call.ids, token, lengths, "image", call.embeds.device):
             count, first = lengths[at.number] // per_tile, firsts[at.number]
             features = call.embeds[at.sample, at.rows].view(count, per_tile, -1)
             own = {name: value[first : first + count] for name, value in signals.items()}
+            if kept is not None and not bool(kept[first : first + count].all()):
+                out.append(pruned_in_place(features, kept[first : first + count], at, (self.side, self.side)))
+                continue
             if merged is not None and not merged.grid:
                 tokens, own = moved((merged[first : first + count].tokens, own), features.device)
                 out.append(tokens_in_place(features, tokens, at, "image", (self.side, self.side), own))
@@ -150,6 +211,12 @@ class InternVL(Family):
             )
             out.append(PromptItem(at.sample, at.rows, at.start, at.end, item))
         return out
+
+    def _pixels(self, pixels: Tensor) -> Tensor:
+        """Signal "patch_pixels"."""
+        cells = torch.stack([tile.values.flatten(0, 1) for tile in self._cells(pixels)])
+        mean, scale = (torch.tensor(part)[:, None].to(cells) for part in _NORMALISED)
+        return (cells * scale + mean).flatten(2)
 
     def _merged_signals(self, merged: EncodedTokens, wanted: frozenset[str]) -> dict[str, Tensor]:
         """[V, N, ...] over the tokens that an encode method has left, or all places if the grid has returned."""

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from accelerate_methods.hosts.native.encoding import chosen
 from accelerate_methods.hosts.native.qwen_encoding import FrameShape
 from accelerate_methods.hosts.native.wrapping import Wrappers
-from accelerate_methods.ops.select import on_device, on_host
-from accelerate_methods.stages.encode import TokenMap
-from accelerate_methods.stages.pixels import PixelCells, PixelMethod, check_choice
+from accelerate_methods.ops.select import on_device
+from accelerate_methods.stages.pixels import PixelCells, PixelMethod
 
 
 @dataclasses.dataclass
@@ -91,7 +91,7 @@ class PixelTower:
     """One vision encoder under a method that looks at pixels.
 
     Args:
-        seen: gets where the tokens of each image are, by raster; None where all of them stay.
+        seen: gets [frames, tokens] bool of each image, on the host, which of its tokens stay; None where all do.
         seeing: gives what the vision side was called with (:class:`.family.Seen`), None outside of the model.
 
     Raises:
@@ -100,7 +100,7 @@ class PixelTower:
 
     def __init__(
         self, visual: nn.Module, method: PixelMethod, layout: Layout, wrappers: Wrappers,
-        seen: Callable[[list[TokenMap | None]], None], seeing: Callable[[], Any],
+        seen: Callable[[list[Tensor | None]], None], seeing: Callable[[], Any],
     ):  # fmt: skip
         self._method, self._layout, self._seen, self._seeing = method, layout, seen, seeing
         self._first = method.first_block(len(visual.blocks))
@@ -129,7 +129,7 @@ class PixelTower:
             self._seen([None] * len(grids))
             return self._visual(hidden_states, grid_thw, **kwargs)
         masks = self._choose(call.arguments.get("pixel_values", hidden_states), grids)
-        self._seen([self._map(mask, hidden_states.device) for mask in masks])
+        self._seen([None if bool(mask.all()) else mask for mask in masks])
         cut = None
         if self._first is not None and not all(bool(mask.all()) for mask in masks):
             cut = self._made(masks, grids, hidden_states.device)
@@ -139,25 +139,11 @@ class PixelTower:
         finally:
             self._cut.reset(token)
 
-    @torch.no_grad()
     def _choose(self, pixels: Tensor, grids: Sequence[tuple[int, int, int]]) -> list[Tensor]:
         """[frames, tokens] bool of each image, by raster, on the host: one read."""
-        masks = []
-        for image in self._layout.cells(pixels, grids):
-            for cells in image:
-                mask = self._method.choose(cells)
-                check_choice(self._method.name, mask, cells)
-                masks.append(mask.flatten())
-        read = iter(on_host(masks))
-        return [torch.stack([next(read) for _ in range(frames)]) for frames, _, _ in grids]
-
-    @staticmethod
-    def _map(mask: Tensor, device: torch.device) -> TokenMap | None:
-        if bool(mask.all()):
-            return None
-        flat = mask.flatten()
-        owner = torch.where(flat, flat.cumsum(0) - 1, -1)[None]
-        return TokenMap(on_device(owner, device), on_device(flat.nonzero().T.contiguous(), device))
+        cells = self._layout.cells(pixels, grids)
+        read = iter(chosen(self._method, [frame for image in cells for frame in image]))
+        return [torch.stack([next(read).flatten() for _ in range(frames)]) for frames, _, _ in grids]
 
     def _made(self, masks: Sequence[Tensor], grids: Sequence[tuple[int, int, int]], device: torch.device) -> Cut:
         stays, frames, windows = [], [], []

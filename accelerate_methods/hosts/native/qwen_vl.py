@@ -18,7 +18,13 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from accelerate_methods.engine.devices import moved
 from accelerate_methods.engine.encoder_attention import asked_layers, received_per_map
-from accelerate_methods.hosts.native.encoding import TakenOver, frames_in_place, layer_input, tokens_in_place
+from accelerate_methods.hosts.native.encoding import (
+    TakenOver,
+    frames_in_place,
+    layer_input,
+    pruned_in_place,
+    tokens_in_place,
+)
 from accelerate_methods.hosts.native.family import Call, Family, ItemRows, Seen, locate_items
 from accelerate_methods.hosts.native.prompt import PromptItem
 from accelerate_methods.hosts.native.qwen_encoding import FrameShape, QwenRun, rotated
@@ -192,11 +198,11 @@ class QwenVL(Family):
                 out.append(frames_in_place(features, found, at, (rows, columns), marks))
                 continue
             if maps is not None and maps[at.number] is not None:
-                tokens = moved(maps[at.number], features.device)
-                own_grid = (rows, columns)
-                if len(tokens.owner) != frames:  # frames of an image that keep different numbers
-                    features, own_grid = features.flatten(0, 1)[None], None if frames > 1 else own_grid
-                found = tokens_in_place(features, tokens, at, kind, own_grid)
+                if isinstance(maps[at.number], Tensor):
+                    found = pruned_in_place(features, maps[at.number], at, (rows, columns))
+                else:
+                    tokens = moved(maps[at.number], features.device)
+                    found = tokens_in_place(features, tokens, at, kind, (rows, columns))
                 if "frame_features" in call.wanted:
                     found.item.signals["frame_features"] = found.item.features.mean(1)
                 out.append(found)
