@@ -202,7 +202,8 @@ def small(method, name):
 
 
 def test_every_method_and_model_is_covered():
-    assert {m for m, _ in PAIRS} == set(NAMES) and {n for _, n in PAIRS} == set(FAMILY)
+    elsewhere = {m for m in NAMES if "patch_pixels" in method_class(m).signals}  # of transformers' models, in tests/hosts
+    assert {m for m, _ in PAIRS} == set(NAMES) - elsewhere and {n for _, n in PAIRS} == set(FAMILY)
 
 
 # -- one request -------------------------------------------------------------------------------------------------------
