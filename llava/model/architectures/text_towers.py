@@ -38,6 +38,8 @@ def build_text_model(kind: str, name: str, checkpoint: str | None) -> nn.Module:
     found = raw.get("model_type", f"{kind}_text_model")
     if found != f"{kind}_text_model":
         raise TowerError(f"text tower {name!r} is of model_type {found!r}; the one of {kind} is needed here.")
+    if kind == "siglip":  # reads neither, and transformers warns of its own defaults, which are beyond the vocabulary
+        raw = {"bos_token_id": None, "eos_token_id": None, **raw}
     config = config_class.from_dict(raw)
     config._attn_implementation = "sdpa"
     return model_class(config).requires_grad_(False)
