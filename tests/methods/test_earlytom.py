@@ -237,3 +237,24 @@ def test_qwen_models(name):
     video = items["video"]
     assert video.info["initial_frames"] == 4 and video.info["frames"] == 3
     assert int(video.kept.sum()) == video.tokens_after < video.tokens_before
+
+
+def test_a_batch_of_qwen_prompts_is_its_prompts_one_by_one():
+    model, questions = qwen.qwen(qwen.QWEN25), ["two videos", qwen.TEXT, "image and video", "image"]
+    together = qwen.inputs(model, *[qwen.QUESTIONS.get(question, question) for question in questions])
+    first = {"pixel_values": 0, "pixel_values_videos": 0}
+    with accelerate(model, "earlytom", k=2, tau=-1.0, max_window=99, retention_ratio=0.5):
+        with record() as requests:
+            batch = model(**together).logits[:, -1]
+        for sample, question in enumerate(questions):
+            alone = qwen.inputs(model, qwen.QUESTIONS.get(question, question))
+            for pixels in {*first} & {*alone}:
+                count = len(alone[pixels])
+                alone[pixels] = together[pixels][first[pixels] : first[pixels] + count]
+                first[pixels] += count
+            with record() as own:
+                one = model(**alone).logits[0, -1]
+            torch.testing.assert_close(batch[sample], one, atol=1e-4, rtol=1e-4)
+            for item, same in zip(requests[0].samples[sample].items, own[0].samples[0].items, strict=True):
+                assert torch.equal(item.kept, same.kept) and item.tokens_after == same.tokens_after
+                assert (item.tokens_after < item.tokens_before) == (item.modality == "video")
