@@ -126,9 +126,9 @@ class Pipeline:
     @property
     def positions(self) -> str:
         """Position rule of the spliced sequence; a prefill stage's own gaps are its Selection's matter."""
-        if self.compress is None or self.loses_grid:  # there are no positions of an uncompressed sequence then
-            return "compact"
-        return self.compress.positions
+        if self.loses_grid:  # then it is for the encode method to say whether tokens still stand where they stood
+            return self.encode.positions
+        return "compact" if self.compress is None else self.compress.positions
 
     def check(self, facts: ModelFacts) -> None:
         """Refuse, with one clear error, what the methods cannot do on a model.

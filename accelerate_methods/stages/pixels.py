@@ -53,6 +53,7 @@ class PixelMethod(EncodeMethod):
 
     modalities: ClassVar[frozenset[str]] = frozenset({"image"})
     signals: ClassVar[frozenset[str]] = frozenset({"patch_pixels"})
+    positions: ClassVar[str] = "original"
 
     def first_block(self, num_blocks: int) -> int | None:
         """0-based index of the first block that gets fewer; ``num_blocks``: all see everything. None: so does what

@@ -292,13 +292,19 @@ def test_internvl_tiles(variant, first):
     model = internvl.internvl(variant)
     asked, masks = screens("tiled image", model)
     assert len({int(mask.sum()) for mask in masks}) > 1, "tiles keep different numbers"
+    given = []
+    hook = model.model.language_model.rotary_emb.register_forward_hook(lambda module, args, out: given.append(args[1]))
     with accelerate(model, "pixelprune", vit_layer=first):
         with record() as requests:
             logits = model(**asked).logits
+        hook.remove()
         features = model.model.get_image_features(asked["pixel_values"]).pooler_output
     (item,) = requests[0].samples[0].items
     assert torch.equal(item.kept, torch.stack(masks).flatten(1)) and item.tokens_after == int(item.kept.sum())
     assert logits.shape[1] == asked["input_ids"].shape[1] - item.tokens_before + item.tokens_after
+    rows = torch.ones(asked["input_ids"].shape[1], dtype=torch.bool)
+    rows[(asked["input_ids"][0] == internvl.IMAGE).nonzero().squeeze(1)] = item.kept.flatten()
+    assert torch.equal(given[0][0], rows.nonzero().squeeze(1)), "what is left has the numbers of the whole prompt"
     tower, layer = model.model.vision_tower, model.config.vision_feature_layer
     blocks = layer if layer > 0 else len(tower.encoder.layer) + 1 + layer
     states = tower.embeddings(asked["pixel_values"])
