@@ -232,7 +232,7 @@ class QwenEncoding:
         ids = torch.as_tensor(input_ids, device=mrope_positions.device)
         parts = [part[:, -grids.COLUMNS :] for part in multimodal_embeddings]
         media = (self.config.image_token_id, self.config.video_token_id)
-        positions = grids.placed(ids, media, mrope_positions, num_computed_tokens, parts)
+        positions = grids.with_encoded(ids, media, mrope_positions, num_computed_tokens, parts)
         delta = int(positions[:, -1].max()) + 1 - ids.shape[0]
         return [part[:, : -grids.COLUMNS] for part in multimodal_embeddings], positions, delta
 

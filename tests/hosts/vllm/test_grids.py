@@ -62,7 +62,7 @@ def case():
 
 def test_encoded_tokens_keep_their_coordinates():
     ids, positions, columns, wholes, kept = case()
-    found = grids.placed(ids, (IMAGE, VIDEO), positions, 0, columns)
+    found = grids.with_encoded(ids, (IMAGE, VIDEO), positions, 0, columns)
     assert torch.equal(found[:, 2:5], 2 + wholes[0][:, kept[0]])
     assert torch.equal(found[:, 9:14], 10 + wholes[1][:, kept[1]])
     text = torch.isin(ids, torch.tensor([TEXT]))
@@ -74,13 +74,13 @@ def test_in_parts_or_again_comes_to_the_same(cut):
     """Chunked prefill, prefix-cache hits inside an item, and requests that were put off."""
     ids, positions, columns, _, _ = case()
     media = (IMAGE, VIDEO)
-    whole = grids.placed(ids, media, positions, 0, columns)
+    whole = grids.with_encoded(ids, media, positions, 0, columns)
     rows = torch.cat(columns)
     before = int((ids[:cut] != TEXT).sum())
     first = [rows[:before]] if before else []
-    in_parts = grids.placed(ids, media, positions, 0, first)
-    in_parts = grids.placed(ids, media, in_parts, cut, [rows[before:]] if before < len(rows) else [])
+    in_parts = grids.with_encoded(ids, media, positions, 0, first)
+    in_parts = grids.with_encoded(ids, media, in_parts, cut, [rows[before:]] if before < len(rows) else [])
     assert torch.equal(in_parts, whole)
-    assert torch.equal(grids.placed(ids, media, whole, 0, columns), whole)
-    from_cache = grids.placed(ids, media, positions, cut, [rows[before:]] if before < len(rows) else [])
+    assert torch.equal(grids.with_encoded(ids, media, whole, 0, columns), whole)
+    from_cache = grids.with_encoded(ids, media, positions, cut, [rows[before:]] if before < len(rows) else [])
     assert torch.equal(from_cache[:, cut:], whole[:, cut:])
