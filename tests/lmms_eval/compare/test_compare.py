@@ -100,9 +100,11 @@ def test_all_leaves_out_what_the_family_cannot_run():
     assert {"fastv", "fastervlm", "visionzip"} <= set(names) and not {"fastvid", "dycoke", "prunevid"} & set(names)
 
 
-def test_all_means_dense_and_every_method():
+def test_all_means_dense_and_every_method_that_the_family_can_run():
     settings = settings_of("all", 0.2)
-    expected = [f"{n}@0.2" if has_budget(n) else n for n in accelerate_methods.available()]
+    fit = [n for n in accelerate_methods.available() if compatibility.runs_on(n, "llava_onevision")]
+    assert len(fit) > 20
+    expected = [f"{n}@0.2" if has_budget(n) else n for n in fit]
     assert [s.label for s in settings] == ["dense", *expected]
     assert settings_of("all@0.2", 0.1) == settings
 
