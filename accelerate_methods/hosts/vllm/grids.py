@@ -57,7 +57,9 @@ def prompt_positions(length: int, items: Sequence[tuple[int, int, Tensor]]) -> t
     return out, base + length - start - length
 
 
-def with_encoded(ids: Tensor, media: Sequence[int], positions: Tensor, computed: int, parts: Sequence[Tensor]) -> Tensor:
+def with_encoded(
+    ids: Tensor, media: Sequence[int], positions: Tensor, computed: int, parts: Sequence[Tensor]
+) -> Tensor:
     """[3, L] ``positions`` with those of the media tokens that have been encoded.
 
     Args:
