@@ -202,7 +202,7 @@ def small(method, name):
 
 
 def test_every_method_and_model_is_covered():
-    elsewhere = {m for m in NAMES if "patch_pixels" in method_class(m).signals}  # of transformers' models, in tests/hosts
+    elsewhere = {m for m in NAMES if "patch_pixels" in method_class(m).signals}  # of transformers' models: tests/hosts
     assert {m for m, _ in PAIRS} == set(NAMES) - elsewhere and {n for _, n in PAIRS} == set(FAMILY)
 
 
