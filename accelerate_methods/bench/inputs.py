@@ -43,6 +43,17 @@ class Inputs:
     def batch(self) -> int:
         return self.ids.shape[0]
 
+    def thinned(self, frames: int) -> Inputs:
+        """The same with ``frames`` of a video's frames, spread evenly."""
+        if self.modality != "video" or frames >= self.frames:
+            return self
+        keep = torch.linspace(0, self.frames - 1, frames, device=self.ids.device).long()
+        pixels = [views[keep] for views in self.pixels]
+        patches = self.patches
+        if patches is not None:
+            patches = patches.unflatten(0, (-1, self.frames))[:, keep.to(patches.device)].flatten(0, 1)
+        return dataclasses.replace(self, pixels=pixels, patches=patches, frames=frames)
+
     def arguments(self) -> dict[str, Any]:
         """For ``prepare_multimodal`` and ``generate`` of the LLaVA tree."""
         asked = ["What is shown, and what happens?"] * self.batch

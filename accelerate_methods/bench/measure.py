@@ -90,10 +90,15 @@ class Bench:
     @contextlib.contextmanager
     def attached(self, row: Row) -> Iterator[None]:
         self.host.restore(self.model, row.state)
+        whole = self.inputs
+        sample = row.state.pipeline.sample if row.state is not None else None
+        if sample is not None and not sample.selects_frames():  # those are chosen by what a video shows
+            self.inputs = whole.thinned(sample.frame_count(whole.frames))
         try:
             with fed(self.model, self.inputs):
                 yield
         finally:
+            self.inputs = whole
             self.host.restore(self.model, None)
 
     @contextlib.contextmanager
@@ -118,11 +123,14 @@ class Bench:
     @torch.inference_mode()
     def find_facts(self, row: Row) -> None:
         """Token counts, work and cache size, from one request of a single new token."""
+        frames = self.inputs.frames
         with self.caught(row), self.attached(row):
             counter = flops.MacCounter()
             with record() as requests, counted_work(self.model, counter):
                 out = self._generate(1, return_dict_in_generate=True)
             cache = out.past_key_values.layers
+            for sample in requests[0].samples:
+                sample.count_left_out([(frames, self.inputs.frames)])
             row.facts = self._facts(requests[0], counter.macs, [layer.keys.shape[2] for layer in cache])
             row.facts["kv_cache_bytes"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache)
 

@@ -16,7 +16,7 @@ import collections
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
@@ -143,6 +143,19 @@ class SampleRecord:
     @property
     def visual_tokens_after(self) -> int:
         return sum(i.tokens_after for i in self.items)
+
+    def count_left_out(self, thinned: Sequence[tuple[int, int]]) -> None:
+        """Count the frames that a method kept from the model in what the uncompressed prompt would have been.
+
+        Args:
+            thinned: (frames without the method, frames) of each of the sample's videos.
+        """
+        videos = [item for item in self.items if item.modality == "video"]
+        for item, (whole, there) in zip(videos, thinned, strict=False):
+            newlines = item.full_length - item.tokens_before
+            per_frame = newlines if newlines >= there else 0  # one at the end of a video does not grow with it
+            self.dense_length += (item.tokens_before + per_frame) * (whole - there) // there
+            item.tokens_before += item.tokens_before * (whole - there) // there
 
     @property
     def trouble(self) -> str:

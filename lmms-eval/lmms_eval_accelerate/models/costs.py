@@ -7,7 +7,7 @@ subclass that adds keys is all it takes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from lmms_eval.api.instance import TokenCounts
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 
 from accelerate_methods.engine.flops import prefill_macs
-from accelerate_methods.engine.recording import RequestRecord, SampleRecord
+from accelerate_methods.engine.recording import RequestRecord
 
 STAGES = ("vision", "compress", "prefill", "decode")
 
@@ -48,20 +48,6 @@ class Costs(TokenCounts):
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), **self.extra}
-
-
-def add_left_out(sample: SampleRecord, thinned: Sequence[tuple[int, int]]) -> None:
-    """Count the frames that a method kept from the model in what the uncompressed prompt would have been.
-
-    Args:
-        thinned: (frames without the method, frames) of each of the sample's videos.
-    """
-    videos = [item for item in sample.items if item.modality == "video"]
-    for item, (whole, there) in zip(videos, thinned, strict=False):
-        newlines = item.full_length - item.tokens_before
-        per_frame = newlines if newlines >= there else 0  # one at the end of a video does not grow with it
-        sample.dense_length += (item.tokens_before + per_frame) * (whole - there) // there
-        item.tokens_before += item.tokens_before * (whole - there) // there
 
 
 def sample_costs(

@@ -24,7 +24,6 @@ from lmms_eval_accelerate.models.arguments import Arguments, defaults_of, parse_
 from lmms_eval_accelerate.models.batching import cut, generation_arguments, grouped, is_padding, until_end
 from lmms_eval_accelerate.models.costs import (
     Costs,
-    add_left_out,
     log_costs,
     of_all_ranks,
     sample_costs,
@@ -331,7 +330,7 @@ class Accelerated(MatchesBudgets, lmms):
     ) -> list[Costs]:
         """Costs of a call's samples, counted in; ``thinned``: of each sample's videos, see :class:`Question`."""
         for number, frames in enumerate(thinned):
-            add_left_out(call.samples[number * (len(call.samples) // len(thinned))], frames)
+            call.samples[number * (len(call.samples) // len(thinned))].count_left_out(frames)
         costs = sample_costs(call, self.text_config, generated, elapsed, self.args.pipeline.name, not self._warm)
         self._warm = True
         self._costs.extend(c.to_dict() for c in costs)

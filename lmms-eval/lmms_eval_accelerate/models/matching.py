@@ -25,7 +25,7 @@ from accelerate_methods.stages.method import Method
 from accelerate_methods.stages.shapes import ItemShape
 from lmms_eval_accelerate import session
 from lmms_eval_accelerate.models.batching import is_padding
-from lmms_eval_accelerate.models.costs import Costs, add_left_out, of_all_ranks, sample_costs
+from lmms_eval_accelerate.models.costs import Costs, of_all_ranks, sample_costs
 from lmms_eval_accelerate.models.question import naming
 from lmms_eval_accelerate.models.visuals import VisualError
 
@@ -63,7 +63,7 @@ class MatchesBudgets:
         more = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": self._pad_id, "use_cache": True}
         with torch.inference_mode(), record() as calls, naming([question]):
             self.model.generate(ids, **inputs, **more, temperature=None, top_p=None, top_k=None)
-        add_left_out(calls[0].samples[0], question.thinned)
+        calls[0].samples[0].count_left_out(question.thinned)
         (costs,) = sample_costs(calls[0], self.text_config, [1], 0.0, pipeline.name, True)
         return costs, calls[0]
 

@@ -6,7 +6,6 @@ import pytest
 
 pytest.importorskip("lmms_eval")
 
-from lmms_eval_accelerate.models.costs import add_left_out
 from lmms_eval_accelerate.models.visuals import Choosing, read_frames
 from lmms_eval_accelerate.runs.no_op import kept_everything
 from PIL import Image
@@ -34,10 +33,10 @@ def item(tokens: int, rows: int, kind: str = "video") -> ItemRecord:
 )
 def test_left_out_frames_count_as_uncompressed_tokens(rows, dense):
     sample = SampleRecord(items=[item(7, 7, "image"), item(80, rows)], dense_length=100, length=100)
-    add_left_out(sample, [(16, 4)])
+    sample.count_left_out([(16, 4)])
     assert [i.tokens_before for i in sample.items] == [7, 320] and sample.dense_length == dense
     assert sample.visual_tokens_after == 87 and sample.length == 100
-    add_left_out(sample, [(16, 16)])
+    sample.count_left_out([(16, 16)])
     assert sample.dense_length == dense
 
 
