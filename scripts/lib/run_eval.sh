@@ -11,6 +11,7 @@
 #                     "levels": the config's method at every level of its paper; "all", "all@0.25": every method
 #   RETENTION_RATIO   share of visual tokens kept, above 0 and up to 1     (default: the config's)
 #                     for the methods named without one; an error if a method has none
+#   MATCH             equal budgets: "tokens=0.25", "layer_tokens=0.25" or "flops=0.25", solved for every method
 #   LIMIT             documents per task                                   (default: all)
 #   NUM_PROCESSES     GPUs (without any: processes) per machine   (default: all visible GPUs; embedded model: 1)
 #   NUM_MACHINES, MACHINE_RANK, MAIN_PROCESS_IP, MAIN_PROCESS_PORT         several nodes, as in `accelerate launch`
@@ -36,6 +37,7 @@ arguments_of_environment() {
     add --tasks "${TASKS:-}"
     add --methods "${METHODS:-}"
     add --retention-ratio "${RETENTION_RATIO:-}"
+    add --match "${MATCH:-}"
     add --limit "${LIMIT:-}"
     add --num-processes "${NUM_PROCESSES:-}"
     add --num-machines "${NUM_MACHINES:-}"

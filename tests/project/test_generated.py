@@ -111,7 +111,7 @@ def test_scripts_are_valid_and_can_be_run(script):
 
 VARIABLES = {
     "PRETRAINED": "--pretrained", "TASKS": "--tasks", "METHODS": "--methods", "RETENTION_RATIO": "--retention-ratio",
-    "LIMIT": "--limit", "NUM_PROCESSES": "--num-processes", "NUM_MACHINES": "--num-machines",
+    "MATCH": "--match", "LIMIT": "--limit", "NUM_PROCESSES": "--num-processes", "NUM_MACHINES": "--num-machines",
     "MACHINE_RANK": "--machine-rank", "MAIN_PROCESS_IP": "--main-process-ip",
     "MAIN_PROCESS_PORT": "--main-process-port", "BATCH_SIZE": "--batch-size", "MODEL_ARGS": "--model-args",
     "GPUS_PER_MODEL": "--gpus-per-model", "DATA": "--data", "OUTPUT": "--output",
