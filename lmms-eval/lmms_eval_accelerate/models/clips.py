@@ -30,11 +30,15 @@ from lmms_eval_accelerate.models.visuals import (
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """Frames of a video, [T, 3, H, W] of 0..255, what processors want to know about them, and their file."""
+    """Frames of a video, [T, 3, H, W] of 0..255, what processors want to know about them, and their file.
+
+    ``of``: how many frames there would be without a method that wants fewer.
+    """
 
     frames: Tensor
     metadata: dict[str, Any]
     filename: str = ""
+    of: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,12 +100,12 @@ def read_clip(video: Any, how: Sampling, where: str, choosing: Mapping[str, Any]
         group = 1 if how.patch is None else qwen.FRAME_FACTOR
         count = count if how.patch is None else _even(count, len(files))
         frames, indices = read_frames(files, count, where, (choosing or {}).get("sampler"), group)
-        clip = Clip(_planes(frames), _metadata(float(FRAME_FOLDER_FPS), indices, len(files)))
+        clip = Clip(_planes(frames), _metadata(float(FRAME_FOLDER_FPS), indices, len(files)), of=count)
     clip = dataclasses.replace(clip, filename=paths[0])
     if how.patch is None:
         return clip
     with reading(where, f"video {paths[0]}", "use"):
-        return dataclasses.replace(clip, frames=fitted(clip.frames, how))
+        return dataclasses.replace(clip, frames=fitted(clip.frames, how, clip.of))
 
 
 def _from_file(
@@ -129,7 +133,7 @@ def _from_file(
         return FrameSample(indices, [index / rate for index in indices], total / rate, group)
 
     read = read_video(path, where, backend=how.backend, choose=choose, **choosing)
-    return Clip(_planes(read.frames), _metadata(read.avg_fps, read.sample.indices, counts[0]))
+    return Clip(_planes(read.frames), _metadata(read.avg_fps, read.sample.indices, counts[0]), of=read.sample.of)
 
 
 def _spread(first: int, last: int, number: int) -> list[int]:
@@ -141,10 +145,15 @@ def _even(wanted: int, there: int) -> int:
     return max(2, min(wanted, there) // qwen.FRAME_FACTOR * qwen.FRAME_FACTOR)
 
 
-def fitted(frames: Tensor, how: Sampling) -> Tensor:
-    """[T, 3, H, W] resized within the limits of a frame and of the whole video, as ``fetch_video`` does it."""
+def fitted(frames: Tensor, how: Sampling, of: int | None = None) -> Tensor:
+    """[T, 3, H, W] resized within the limits of a frame and of the whole video, as ``fetch_video`` does it.
+
+    ``of``: the number of frames that share the limit of the video, if a method left some of them out: the others do not
+    become larger.
+    """
     factor = how.patch * qwen.SPATIAL_MERGE_SIZE
     count, _, height, width = frames.shape
+    count = of or count
     least = how.limits.get("min_pixels", qwen.VIDEO_MIN_TOKEN_NUM * factor**2)
     total = how.limits.get("total_pixels", qwen.MODEL_SEQ_LEN * factor**2 * 0.9)
     most = max(min(qwen.VIDEO_MAX_TOKEN_NUM * factor**2, total / count * qwen.FRAME_FACTOR), int(least * 1.05))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("lmms_eval")
 
+from lmms_eval_accelerate.models.clips import Sampling, fitted
 from lmms_eval_accelerate.models.visuals import Choosing, read_frames
 from lmms_eval_accelerate.runs.no_op import kept_everything
 from PIL import Image
@@ -80,3 +82,11 @@ def test_images_are_left_alone(runs):
     assert "acts on videos only" in kept_everything(means, [{"method": "fewer_frames", "retention_ratio": 0.25}])
     means["modalities"] = ["video"]
     assert kept_everything(means, [{"method": "fewer_frames", "retention_ratio": 0.25}]), "its counts would show it"
+
+
+def test_frames_that_are_left_do_not_become_larger():
+    """Qwen's limit is of a whole video; fewer frames at equal tokens share it with those that were left out."""
+    frames = torch.zeros(2, 3, 800, 800)
+    how = Sampling(frames=8, total_pixels=8 * 150_000, patch=14)
+    alone, of_eight = fitted(frames, how).shape, fitted(frames, how, 8).shape
+    assert of_eight[2:] == fitted(torch.zeros(8, 3, 800, 800), how).shape[2:] and of_eight[2] < alone[2]

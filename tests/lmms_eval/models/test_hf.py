@@ -153,6 +153,19 @@ def test_same_answers_as_the_stock_class(stock, name, tasks, limits, folder, che
         assert answers(our, task) == answers(their, task)
 
 
+def test_fewer_frames_keep_their_size_and_come_in_pairs(folder, checkpoints) -> None:
+    """The limit of a whole video is shared by the frames that were left out, too."""
+    checkpoint = checkpoints(QWEN)
+    runs = {}
+    for name, more in (("dense", ""), ("fewer", ",method=fewer_frames,retention_ratio=0.6")):
+        found = evaluate("hf_accelerated", ["video"], folder, model_args=arguments(checkpoint, more))
+        runs[name] = lines(found, "video")
+    for dense, fewer in zip(runs["dense"], runs["fewer"], strict=True):
+        # 2 of 4 frames, one pair of two
+        assert fewer["kept"] == 0.5 and fewer["visual_tokens_after"] == dense["visual_tokens_after"] / 2
+        assert fewer["visual_tokens_before"] == dense["visual_tokens_before"]
+
+
 def test_log_lines_carry_costs(folder, checkpoints) -> None:
     checkpoint = checkpoints(QWEN)
     args = arguments(checkpoint, ",retention_ratio=0.25")
