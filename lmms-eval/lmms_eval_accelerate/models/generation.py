@@ -28,7 +28,7 @@ READS: dict[str, frozenset[str]] = {
     "llava_video": _COMMON | {"image_aspect_ratio"},
     "llava_onevision": _COMMON | {"image_aspect_ratio"} | _HANDED_ON,
     "hf": _COMMON | {"top_k"},
-    **dict.fromkeys(TRAINED, _COMMON),
+    **dict.fromkeys(sorted(TRAINED), _COMMON),
 }
 #: families that sample if ``do_sample`` says so; the others sample as soon as the temperature is above 0
 _BY_DO_SAMPLE = frozenset({"llava_onevision"})
