@@ -12,16 +12,28 @@ if "$PY" -c 'import xdist' 2>/dev/null; then  # an interpreter of your own (PYTH
     workers=(-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 fi
+color=()
+[[ ! -t 1 ]] || color=(--color=yes)
 status=0
+closing=()
+# run_pytest PYTHON ARGUMENTS...: what it prints last is said again behind everything else
+run_pytest() {
+    local printed
+    printed="$(mktemp)"
+    "$1" -m pytest ${color[@]+"${color[@]}"} "${@:2}" | tee "$printed" || status=$?
+    closing=("$(tail -n 1 "$printed")" ${closing[@]+"${closing[@]}"})
+    rm -f "$printed"
+}
 if [[ "$*" != *"-m engine"* ]]; then
-    "$PY" -m pytest ${workers[@]+"${workers[@]}"} "$@" || status=$?
+    run_pytest "$PY" ${workers[@]+"${workers[@]}"} "$@"
     [[ $# -eq 0 ]] || exit "$status" # a choice of tests
     set -- -m engine tests/hosts/vllm
 fi
 if ensure_vllm; then
     vllm_environment
-    "$VLLM_PY" -m pytest -n 0 "$@" || status=$?
+    run_pytest "$VLLM_PY" -n 0 "$@"
 else
     say "SKIPPED: tests of the vLLM plugin, because $VLLM_WHY"
 fi
+printf '%s\n' ${closing[@]+"${closing[@]}"}
 exit "$status"
