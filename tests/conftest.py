@@ -1,6 +1,7 @@
 """Shared fixtures: offline, few threads, every tiny model loaded once in float32."""
 
 import collections
+import contextlib
 import os
 
 from tests.support.paths import GOLDEN
@@ -14,6 +15,13 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # process groups of two wor
 
 import PIL
 import pytest
+
+with contextlib.suppress(ImportError):  # machines that run some tests only
+    from hypothesis import settings
+
+    # the same examples in every run; `--hypothesis-profile=default` looks for new ones
+    settings.register_profile("same", derandomize=True, print_blob=True)
+    settings.load_profile("same")
 
 CHECKPOINTS = GOLDEN / "checkpoints"
 
