@@ -8,6 +8,7 @@ whoever asks for methods or hosts imports them first. Processes that a command s
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -25,7 +26,13 @@ _imported: set[str] = set()
 
 def offered() -> list[EntryPoint]:
     """The methods that installed packages offer."""
-    return list(entry_points(group=GROUP))
+    return list(_offered(tuple(sys.path)))
+
+
+@functools.lru_cache(maxsize=1)  # every look reads the metadata of all packages
+def _offered(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """Those that can be found along ``sys.path``."""
+    return tuple(entry_points(group=GROUP))
 
 
 def named() -> list[str]:

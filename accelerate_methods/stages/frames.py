@@ -18,8 +18,8 @@ from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.printing import ShapesShown
 
 
-@dataclasses.dataclass
-class FrameStep:
+@dataclasses.dataclass(repr=False)
+class FrameStep(ShapesShown):
     """What an encode method sees of one video behind a block.
 
     Attributes:
