@@ -56,10 +56,16 @@ def has_budget(method: str) -> bool:
     return "+" not in method and "retention_ratio" in method_class(method).parameters()
 
 
+def needs_a_scorer(method: str) -> bool:
+    """Whether a method scores frames by a model of its own."""
+    return getattr(method_class(method), "scorer", None) is not None
+
+
 def settings_of(
     words: str, retention: float, config: Mapping[str, Any], family: str, asked: float | None = None
 ) -> list[Setting]:
-    """Settings of a list of words, separated by spaces or commas; "all" leaves out what cannot run on ``family``.
+    """Settings of a list of words, separated by spaces or commas. "all" leaves out what cannot run on ``family``, and
+    methods that need weights beside the model's: a scorer of frames is named by who has it.
 
     ========================  ======================================================================================
     ``dense``                 no method
@@ -118,7 +124,7 @@ class _Word:
             return [Setting()]
         if self.name == "all":
             share = share if self.ratio is None else self.ratio
-            fit = [method for method in available() if compatibility.runs_on(method, family)]
+            fit = [m for m in available() if compatibility.runs_on(m, family) and not needs_a_scorer(m)]
             return [Setting(), *(_at(method, share) for method in fit)]
         if self.name == "levels":
             if entry is not None and config.get("method") is None:

@@ -8,7 +8,8 @@
 #   PRETRAINED        checkpoint folder or hub name
 #   TASKS             comma-separated lmms-eval tasks  (default: videomme; gqa,mme,pope for image models; the embedded tasks)
 #   METHODS           what to compare: "dense fastvid@0.25 dycoke(k=0.3) random"       (default: dense and the config's method)
-#                     "levels": the config's method at every level of its paper; "all", "all@0.25": every method
+#                     "levels": the config's method at every level of its paper; "all", "all@0.25": every method but
+#                     AKS, whose scorer has weights of its own
 #   RETENTION_RATIO   share of visual tokens kept, above 0 and up to 1     (default: the config's)
 #                     for the methods named without one; an error if a method has none
 #   MATCH             equal budgets: "tokens=0.25", "layer_tokens=0.25" or "flops=0.25", solved for every method

@@ -90,7 +90,8 @@ def test_result_file(tmp_path, capsys):
     }  # fmt: skip
     rows = {row["label"]: row for row in content["rows"]}
     assert next(iter(rows)) == "dense"
-    every = set(accelerate_methods.available()) - {"mmtok", "pixelprune"}  # which need a question's words, and pixels
+    # which need weights of a scorer, the words of a question, and pixels
+    every = set(accelerate_methods.available()) - {"aks", "mmtok", "pixelprune"}
     assert {name.split("@")[0] for name in rows} >= every
     for row in rows.values():
         assert row["status"] == "ok", row

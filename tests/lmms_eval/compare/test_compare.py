@@ -102,8 +102,9 @@ def test_all_leaves_out_what_the_family_cannot_run():
 
 def test_all_means_dense_and_every_method_that_the_family_can_run():
     settings = settings_of("all", 0.2)
-    fit = [n for n in accelerate_methods.available() if compatibility.runs_on(n, "llava_onevision")]
-    assert len(fit) > 20
+    fit = [n for n in accelerate_methods.available() if compatibility.runs_on(n, "llava_onevision") and n != "aks"]
+    assert len(fit) > 20  # AKS needs the weights of its scorer
+    assert [s.label for s in settings_of("aks", 0.2)] == ["aks"]
     expected = [f"{n}@0.2" if has_budget(n) else n for n in fit]
     assert [s.label for s in settings] == ["dense", *expected]
     assert settings_of("all@0.2", 0.1) == settings
