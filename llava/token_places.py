@@ -113,7 +113,7 @@ def token_cells(
 
 
 def _rows_of_tokens(tokens: int, panels: int) -> np.ndarray:
-    """[tokens, 3] (panel, x, y): the tokens in order, as evenly over the panels as they go, in rows of a near square."""
+    """[tokens, 3] (panel, x, y): the tokens in order, spread over the panels evenly, in rows of a near square."""
     panel = np.arange(tokens) * panels // tokens
     found = []
     for number in range(panels):

@@ -140,6 +140,7 @@ def test_a_last_block_that_sees_windows_only():
         with accelerate(model, configured(method)):
             assert answer(model, asked)[0].shape == ids.shape
     for method in ("visionzip", "fastervlm", "fastvid"):
-        with pytest.raises(MethodError, match=rf"^{method} needs .*attention.*: frame_features, key_states, patch_pixels\). Its "):
+        gives = "frame_features, key_states, patch_pixels"
+        with pytest.raises(MethodError, match=rf"^{method} needs .*attention.*: {gives}\). Its "):
             accelerate(model, configured(method))
     assert "forward" not in model.__dict__

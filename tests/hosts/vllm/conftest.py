@@ -22,6 +22,8 @@ MARKS = {
 }
 #: families on which every method is refused
 DENSE = {"qwen3_vl"}
+#: families whose engines start with ``--thorough`` only: their code is that of another family, or refuses methods
+ON_DEMAND = {"llava_next", "qwen2_vl", "qwen3_vl"}
 #: families that want to know the frame rate of a video
 DESCRIBED = {"qwen2_5_vl"}
 #: more than one run of the tower, and of the language model, for every prompt
@@ -31,7 +33,12 @@ FEW_VIEWS = "3"
 ASKED = {"qwen2_vl", "qwen2_5_vl"}
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    families = {item: getattr(item, "callspec", None) and item.callspec.params.get("checkpoint") for item in items}
+    gone = [] if config.getoption("--thorough") else [item for item, family in families.items() if family in ON_DEMAND]
+    if gone:
+        config.hook.pytest_deselected(items=gone)
+        items[:] = [item for item in items if item not in set(gone)]
     if importlib.util.find_spec("vllm") is None:
         reason = "vLLM is not installed here: scripts/test.sh runs these in an environment of their own"
         for item in items:
