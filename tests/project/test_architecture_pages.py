@@ -34,7 +34,9 @@ def test_python_of_the_page_runs(about, tmp_path):
 
     def load(name, **how):
         asked.append(name)
-        return load_pretrained_model(str(tiny_checkpoint(about.file, tmp_path)), None, None, device="cpu", **how)
+        loaded = load_pretrained_model(str(tiny_checkpoint(about.file, tmp_path)), None, None, device="cpu", **how)
+        loaded[1].generation_config.max_new_tokens = 4  # random weights do not come to an end
+        return loaded
 
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
     video = np.random.default_rng(1).integers(0, 256, (4, 40, 60, 3), dtype=np.uint8)
