@@ -19,7 +19,26 @@ from accelerate_methods.engine.devices import moved
 from accelerate_methods.stages.errors import MethodError
 
 
-class FollowedCache(DynamicCache):
+class RowsAlong(DynamicCache):
+    """In front of the class of a cache: what it remembers of each sample goes along when samples move."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._change_rows(lambda value: value.index_select(0, beam_idx.to(value.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._change_rows(lambda value: value.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Any) -> None:
+        super().batch_select_indices(indices)
+        self._change_rows(lambda value: value[moved(indices, value.device)])
+
+    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply ``change``, which moves the first dimension, to every tensor that has a row for each sample."""
+
+
+class FollowedCache(RowsAlong):
     """In front of the class of a cache: the request's state goes along with every operation.
 
     Assigned to the object that the caller knows (``cache.__class__``), which stays a cache of its class.
@@ -67,25 +86,14 @@ class FollowedCache(DynamicCache):
         super().reset()
         self.accelerate_state = None
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._change_rows(lambda value: value.index_select(0, beam_idx.to(value.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._change_rows(lambda value: value.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Any) -> None:
-        super().batch_select_indices(indices)
-        self._change_rows(lambda value: value[moved(indices, value.device)])
-
     def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        super()._change_rows(change)
         if self.accelerate_state is not None:
             self.accelerate_state.change_rows(change)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """For copies and pickles. What records a request (``accelerate_request``) does not record its copies."""
-        plain = next(c for c in type(self).__mro__ if not issubclass(c, FollowedCache))
+        plain = next(c for c in type(self).__mro__ if not issubclass(c, FollowedCache) and c is not RowsAlong)
         return _unfilled, (plain,), {**self.__dict__, "accelerate_request": None}
 
 

@@ -23,6 +23,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
     eager_attention_forward,
 )
 
+from accelerate_methods.engine.cache import RowsAlong
 from accelerate_methods.engine.cached_keys import cached_length
 from accelerate_methods.engine.devices import moved
 from accelerate_methods.engine.output_rows import DecoderOutput
@@ -98,7 +99,7 @@ class SummaryAttention(Qwen2Attention):
         return out.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
-class SummaryCache(DynamicCache):
+class SummaryCache(RowsAlong):
     """The cache of a batch: what the prompts have left, each padded on the left to the longest.
 
     Attributes:
@@ -135,18 +136,6 @@ class SummaryCache(DynamicCache):
     def reset(self) -> None:
         super().reset()
         self.padding, self.prompt = None, 0
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._change_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._change_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._change_rows(lambda rows: rows[indices.to(rows.device)])
 
 
 @dataclasses.dataclass

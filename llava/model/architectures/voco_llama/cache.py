@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from accelerate_methods.engine.cache import check_cache
+from accelerate_methods.engine.cache import RowsAlong, check_cache
 from accelerate_methods.engine.cached_keys import cached_length, replace_entries
 from accelerate_methods.engine.prompt import PromptLayout
 from accelerate_methods.stages.errors import MethodError
@@ -82,7 +81,7 @@ class DividedLayout(PromptLayout):
     given: Kept | None = None
 
 
-class VocoCache(DynamicCache):
+class VocoCache(RowsAlong):
     """The cache of a request: entries of ``<voco>`` tokens, then of the text.
 
     Attributes:
@@ -141,18 +140,6 @@ class VocoCache(DynamicCache):
     def reset(self) -> None:
         super().reset()
         self.awaits = self.real = self.following = None
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._change_rows(lambda value: value.index_select(0, beam_idx.to(value.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._change_rows(lambda value: value.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Any) -> None:
-        super().batch_select_indices(indices)
-        self._change_rows(lambda value: value[indices])
 
     def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         self.real = None if self.real is None else change(self.real)
