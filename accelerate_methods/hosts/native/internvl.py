@@ -62,7 +62,7 @@ class InternVL(Family):
             tower = model.model.vision_tower
             layers, sizes = tower.encoder.layer, zip(tower.config.image_size, tower.config.patch_size, strict=True)
             self.feature = number - 1 if number > 0 else len(layers) + number
-            self.layers = [_as_clip(layer) for layer in layers]
+            self.layers = [as_clip(layer) for layer in layers]
             self._modules = list(layers)
             tower.embeddings.cls_token  # noqa: B018
         except (AttributeError, IndexError, TypeError) as error:
@@ -270,23 +270,24 @@ def _block_order(side: int, factor: int) -> Tensor:
     return index.transpose(1, 2).flatten()
 
 
-def _as_clip(layer: nn.Module) -> SimpleNamespace:
+def as_clip(layer: nn.Module) -> SimpleNamespace:
     """The parts of an encoder layer that signals are computed with, under the names of a CLIP layer."""
     attention = layer.attention
+
+    def projected(name: str) -> Callable[[Tensor], Tensor]:
+        projection, norm = getattr(attention, f"{name}_proj"), getattr(attention, f"{name}_norm", None)
+        return projection if norm is None else lambda states: norm(projection(states))
+
     return SimpleNamespace(
         layer_norm1=layer.layernorm_before,
         self_attn=SimpleNamespace(
             num_heads=attention.num_heads,
             head_dim=attention.head_dim,
             scale=attention.scale,
-            q_proj=_after(attention.q_proj, attention.q_norm),
-            k_proj=_after(attention.k_proj, attention.k_norm),
+            q_proj=projected("q"),
+            k_proj=projected("k"),
         ),
     )
-
-
-def _after(projection: nn.Module, norm: nn.Module) -> Callable[[Tensor], Tensor]:
-    return lambda states: norm(projection(states))
 
 
 def _runs(ids: Tensor, token: int, rows: int) -> list[int]:

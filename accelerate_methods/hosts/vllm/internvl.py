@@ -6,7 +6,6 @@ itself; methods that compare frames cannot act, as under transformers.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from accelerate_methods.engine.encoder_attention import ENCODER_SIGNALS, asked_layers, signals_of_layers
 from accelerate_methods.engine.sequences import compressed_sequence
-from accelerate_methods.hosts.native.internvl import block_means
+from accelerate_methods.hosts.native.internvl import as_clip, block_means
 from accelerate_methods.hosts.vllm.layouts import Layout
 from accelerate_methods.hosts.vllm.llava import given_signals, groups, most_views
 from accelerate_methods.hosts.vllm.processing import FIELD, CompressedInfo, CompressedProcessor, with_runs
@@ -139,23 +138,3 @@ def _keeping(inputs: dict[int, Tensor], index: int) -> Any:
         inputs[index] = args[0]
 
     return hook
-
-
-def as_clip(layer: nn.Module) -> SimpleNamespace:
-    """The parts of a layer that signals are computed with, under the names of a CLIP layer; no rank holds less."""
-    attention = layer.attention
-
-    def projected(name: str) -> Any:
-        linear, norm = getattr(attention, f"{name}_proj"), getattr(attention, f"{name}_norm", None)
-        return linear if norm is None else lambda states: norm(linear(states))
-
-    return SimpleNamespace(
-        layer_norm1=layer.layernorm_before,
-        self_attn=SimpleNamespace(
-            num_heads=attention.num_heads,
-            head_dim=attention.head_dim,
-            scale=attention.scale,
-            q_proj=projected("q"),
-            k_proj=projected("k"),
-        ),
-    )
