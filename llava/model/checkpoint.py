@@ -44,6 +44,20 @@ def has_tower_weights(path: str | Path, kwargs: Mapping[str, Any] | None = None)
     return any(name.startswith(TOWER_PREFIX) for name in names)
 
 
+def check_whole_tower(info: Mapping[str, Any], path: Any, tower: str) -> None:
+    """CheckpointError if files hold weights of a tower that has no place for them: of one that runs as a whole.
+
+    Args:
+        info: ``output_loading_info`` of ``from_pretrained``; tower: what it is called.
+    """
+    extra = sorted(name for name in info["unexpected_keys"] if name.startswith(TOWER_PREFIX))
+    if extra:
+        raise CheckpointError(
+            f"checkpoint {str(path)!r} does not fit the model: {tower} has no place for {len(extra)} of its weights "
+            f"(first: {extra[0]})."
+        )
+
+
 def share_weight_conversion(source: str, model_type: str) -> None:
     """Load (and save) weights of ``model_type`` as transformers does those of ``source``: it fuses experts."""
     mapping = get_checkpoint_conversion_mapping(source)
@@ -55,6 +69,7 @@ __all__ = [
     "KEY_MAPPING",
     "TOWER_PREFIX",
     "CheckpointError",
+    "check_whole_tower",
     "find_file",
     "has_tower_weights",
     "load_config",

@@ -191,8 +191,7 @@ class LlavaMetaForCausalLM(MediaInputs, MultimodalGeneration):
         ``views``, and only the form of their layout.
         """
         tower, acceleration = self.get_vision_tower(), self.acceleration
-        if not tower.is_loaded:
-            raise RuntimeError("the vision tower is not loaded; call model.get_vision_tower().load_model() first.")
+        tower.check_loaded()
         if getattr(self.config, "add_faster_video", False):
             raise ValueError("config.add_faster_video (slow/fast video tokens) is not supported; set it to False.")
         pixels, visuals = gather_visuals(images, modalities, image_sizes, tower.device)

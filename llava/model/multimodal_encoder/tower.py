@@ -64,6 +64,11 @@ class VisionTower(nn.Module):
         self.vision_tower.requires_grad_(False)
         self.is_loaded = True
 
+    def check_loaded(self) -> None:
+        """RuntimeError where the tower has no weights yet."""
+        if not self.is_loaded:
+            raise RuntimeError("the vision tower is not loaded; call model.get_vision_tower().load_model() first.")
+
     def load_model(self, device_map: Any = None) -> None:
         """Build and fill from the tower's own files; does nothing if the tower is already there.
 

@@ -17,7 +17,7 @@ from accelerate_methods.hosts.layouts import video_item
 from accelerate_methods.registry.architectures import architecture
 from accelerate_methods.stages.compress import VisualItem
 from llava.model.architectures.fastvlm.tower import FastViTHDTower
-from llava.model.checkpoint import TOWER_PREFIX, CheckpointError, load_config
+from llava.model.checkpoint import CheckpointError, check_whole_tower, load_config
 from llava.model.language_model.llava_qwen import LlavaQwenConfig, LlavaQwenForCausalLM, LlavaQwenModel
 
 _QWEN2 = ("LlavaQwen2ForCausalLM", "llava_qwen2")
@@ -75,12 +75,7 @@ class LlavaQwen2ForCausalLM(LlavaQwenForCausalLM):
             config.tie_word_embeddings = True
         want_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(path, *args, **{**kwargs, "config": config, "output_loading_info": True})
-        extra = sorted(name for name in info["unexpected_keys"] if name.startswith(TOWER_PREFIX))
-        if extra:
-            raise CheckpointError(
-                f"checkpoint {str(path)!r} does not fit the model: FastVLM's encoder has no place for {len(extra)} of "
-                f"its weights (first: {extra[0]})."
-            )
+        check_whole_tower(info, path, "FastVLM's encoder")
         return (model, info) if want_info else model
 
     def lay_out(self, tokens: Tensor, kind: str, size: tuple[int, int] | None) -> VisualItem:

@@ -206,8 +206,7 @@ class FlashSlothForCausalLM(LlavaMetaForCausalLM, PhiForCausalLM):
     ) -> list[VisualItem]:
         """Pooled and projected views; the features before pooling are left for the queries."""
         tower = self.get_vision_tower()
-        if not tower.is_loaded:
-            raise RuntimeError("the vision tower is not loaded; call model.get_vision_tower().load_model() first.")
+        tower.check_loaded()
         if "video" in modalities:
             raise ValueError(f"{self.about.name} reads images, not videos. {self.about.limits}".strip())
         pixels, visuals = gather_visuals(images, modalities, image_sizes, tower.device)

@@ -30,7 +30,7 @@ from llava.model.architectures.hicom.grammar import branches, is_compressor, wit
 from llava.model.architectures.hicom.instruction import instruction_in
 from llava.model.architectures.hicom.tower import GuidedSigLipTower
 from llava.model.architectures.text_towers import text_macs
-from llava.model.checkpoint import TOWER_PREFIX, CheckpointError, load_config
+from llava.model.checkpoint import CheckpointError, check_whole_tower, load_config
 from llava.model.language_model.llava_qwen import LlavaQwenConfig, LlavaQwenForCausalLM, LlavaQwenModel
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import Prompts, Spliced
@@ -118,12 +118,7 @@ class HIComQwen2ForCausalLM(LlavaQwenForCausalLM):
         _follow_weights(config, weight_names(path) if state is None else set(state))
         want_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(path, *args, **{**kwargs, "config": config, "output_loading_info": True})
-        extra = sorted(name for name in info["unexpected_keys"] if name.startswith(TOWER_PREFIX))
-        if extra:
-            raise CheckpointError(
-                f"checkpoint {str(path)!r} does not fit the model: its tower has no place for {len(extra)} of its "
-                f"weights (first: {extra[0]})."
-            )
+        check_whole_tower(info, path, "its tower")
         return (model, info) if want_info else model
 
     def made_up(self) -> None:
@@ -207,8 +202,7 @@ class HIComQwen2ForCausalLM(LlavaQwenForCausalLM):
     ) -> list[VisualItem]:  # fmt: skip
         """The tokens of every image and video, asked with the instruction at each of its placeholders."""
         tower, projector = self.get_vision_tower(), self.get_model().mm_projector
-        if not tower.is_loaded:
-            raise RuntimeError("the vision tower is not loaded; call model.get_vision_tower().load_model() first.")
+        tower.check_loaded()
         pixels, visuals = gather_visuals(images, modalities, image_sizes, tower.device)
         with recording.stage(request, "vision", tower.device):
             places, guide = self._asked(prompts, len(visuals))

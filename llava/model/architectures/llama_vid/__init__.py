@@ -238,8 +238,7 @@ class LlamaVidForCausalLM(LlavaLlamaForCausalLM):
     ) -> list[VisualItem]:
         """The tokens of every image and video at each of its placeholders, seen with the question there."""
         tower = self.get_vision_tower()
-        if not tower.is_loaded:
-            raise RuntimeError("the vision tower is not loaded; call model.get_vision_tower().load_model() first.")
+        tower.check_loaded()
         views = [visual[None] if visual.ndim == 3 and not self._is_features(visual) else visual for visual in images]
         tokenizer = self.prompt_tokenizer or getattr(self.acceleration, "tokenizer", None)
         places = places_of(prompts, len(views), tokenizer, self.about.name)

@@ -103,8 +103,7 @@ class LlavaMiniForCausalLM(LlavaLlamaForCausalLM):
     ) -> list[VisualItem]:
         """Tower features of every image and video; the rest waits for the text (:meth:`compress`)."""
         tower = self.get_vision_tower()
-        if not tower.is_loaded:
-            raise RuntimeError("the vision tower is not loaded; call model.get_vision_tower().load_model() first.")
+        tower.check_loaded()
         kinds = kinds_of(modalities, len(images))
         given = [_views(item, kind) for item, kind in zip(images, kinds, strict=True)]
         fresh = [item for item in given if isinstance(item, Tensor)]

@@ -152,8 +152,7 @@ class TextGuidedVision:
     ) -> list[VisualItem]:  # fmt: skip
         """Of every view the guided patches and the detail latents, with the question at each of its placeholders."""
         tower, decoder = self.get_vision_tower(), self.get_model()
-        if not tower.is_loaded:
-            raise RuntimeError("the vision tower is not loaded; call model.get_vision_tower().load_model() first.")
+        tower.check_loaded()
         pixels, visuals = gather_visuals(images, modalities, image_sizes, tower.device)
         if tuple(pixels.shape[-2:]) != (tower.image_size,) * 2:
             raise ValueError(
