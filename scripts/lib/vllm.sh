@@ -99,6 +99,12 @@ vllm_environment() {
     export VLLM_CACHE_ROOT="${VLLM_CACHE_ROOT:-$VLLM_VENV/vllm-cache}"
 }
 
+# embedded_checkpoint FOLDER: the embedded LLaVA-OneVision in transformers' format, which vLLM reads
+embedded_checkpoint() {
+    "$VLLM_PY" "$ROOT/scripts/serve/embedded_checkpoint.py" "$1" >/dev/null 2>&1 ||
+        die "the embedded checkpoint could not be written; run scripts/serve/embedded_checkpoint.py to see why"
+}
+
 # start_server CHECKPOINT ARGUMENTS...: an OpenAI-compatible server on this machine; sets SERVER (its address), SERVER_PID
 # and SERVER_LOG, and returns when it answers. It ends with the script. Settings of small CPU runs, unless PORT, DTYPE ...
 start_server() {

@@ -11,8 +11,7 @@ vllm_environment
 work="$(mktemp -d)"
 if [[ -z "${CHECKPOINT:-}" ]]; then
     CHECKPOINT="$work/embedded"
-    "$VLLM_PY" "$ROOT/scripts/serve/embedded_checkpoint.py" "$CHECKPOINT" >/dev/null 2>&1 ||
-        die "the embedded checkpoint could not be written; run scripts/serve/embedded_checkpoint.py to see why"
+    embedded_checkpoint "$CHECKPOINT"
 fi
 # requests may name methods here: the flag is for clients that are trusted
 start_server "$CHECKPOINT" --trust-request-mm-kwargs --limit-mm-per-prompt '{"image": 2, "video": 2}' \

@@ -15,7 +15,7 @@ mkdir -p "$output"
 work="$(mktemp -d)"
 (
     vllm_environment
-    [[ -n "${CHECKPOINT:-}" ]] || "$VLLM_PY" "$ROOT/scripts/serve/embedded_checkpoint.py" "$work/embedded" >/dev/null 2>&1
+    [[ -n "${CHECKPOINT:-}" ]] || embedded_checkpoint "$work/embedded"
 )
 CHECKPOINT="${CHECKPOINT:-$work/embedded}"
 vllm_environment

@@ -12,8 +12,7 @@ vllm_environment
 work="$(mktemp -d)"
 if [[ -z "${CHECKPOINT:-}" ]]; then
     CHECKPOINT="$work/embedded"
-    "$VLLM_PY" "$ROOT/scripts/serve/embedded_checkpoint.py" "$CHECKPOINT" >/dev/null 2>&1 ||
-        die "the embedded checkpoint could not be written; run scripts/serve/embedded_checkpoint.py to see why"
+    embedded_checkpoint "$CHECKPOINT"
 fi
 MAX_SEQS=32 start_server "$CHECKPOINT" --trust-request-mm-kwargs --limit-mm-per-prompt '{"image": 1, "video": 1}' \
     --hf-overrides '{"visual_compression": "none"}' --media-io-kwargs '{"video": {"num_frames": 16}}'
