@@ -21,6 +21,7 @@ from lmms_eval_accelerate.models.visuals import (
     read_frames,
     read_image,
     read_video,
+    videos_of,
 )
 
 
@@ -56,8 +57,7 @@ class TrainedArchitecture(LlavaAccelerated):
             return self._image_question(context, visuals)
         if "video" not in self.entry.modalities:
             raise UnsupportedVisual(f"{where}: {self.entry.name} reads images, not videos. {self.entry.limits}".strip())
-        videos = [paths] if frame_files(paths) is not None else [[path] for path in paths]
-        tensors = [self._video(files, where, metadata) for files in videos]
+        tensors = [self._video(files, where, metadata) for files in videos_of(paths)]
         text = self.model.question_text(context, "video", len(tensors), **self.steps)
         return Question(text, [self.model.to_model(t) for t in tensors], "video")
 

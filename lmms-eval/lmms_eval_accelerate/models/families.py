@@ -32,6 +32,7 @@ from lmms_eval_accelerate.models.visuals import (
     read_frames,
     read_image,
     read_video,
+    videos_of,
 )
 
 
@@ -120,7 +121,7 @@ class LlavaOneVision(Llava):
         if metadata.get("task_type") == "video" and "sample_frames" in metadata:
             question = self._still_frames(context, visuals, metadata["sample_frames"])
         elif all(isinstance(v, str) for v in visuals):
-            videos = [self._video(paths, where, metadata) for paths in _videos(visuals)]
+            videos = [self._video(paths, where, metadata) for paths in videos_of(visuals)]
             question = self._video_question(context, videos)
         elif any(isinstance(v, str) for v in visuals):
             raise UnsupportedVisual(f"{where}: images and videos in one document are not supported.")
@@ -182,7 +183,7 @@ class LlavaVideo(LlavaOneVision):
             frames = torch.cat([self._frames(np.asarray(v.convert("RGB"))[None]) for v in visuals])
             return self._timed_question(context, [(frames, "1.00s", 1.0)])
         if visuals and all(isinstance(v, str) for v in visuals):
-            videos = [self._timed_video(paths, where, metadata) for paths in _videos(visuals)]
+            videos = [self._timed_video(paths, where, metadata) for paths in videos_of(visuals)]
             return self._timed_question(context, videos)
         return super().question(context, visuals, gen_kwargs, {}, where)
 
@@ -229,11 +230,6 @@ FAMILY_CLASSES: dict[str, type[LlavaAccelerated]] = {c.family: c for c in (Llava
 def _choosing(metadata: dict) -> dict[str, Any]:
     """What chooses the frames of a video, if a method does (``Accelerated.choosing``)."""
     return {key: metadata[key] for key in ("sampler", "question") if "sampler" in metadata}
-
-
-def _videos(paths: list[str]) -> list[list[str]]:
-    """One list of paths per video: several image files are the frames of one."""
-    return [paths] if frame_files(paths) is not None else [[path] for path in paths]
 
 
 def _turns(text: Any) -> str | list[str]:

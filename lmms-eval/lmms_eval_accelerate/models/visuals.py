@@ -167,6 +167,11 @@ def frame_files(paths: list[str]) -> list[str] | None:
     return paths if all(_suffix(p) in PICTURE_SUFFIXES or is_picture(p) for p in paths) else None
 
 
+def videos_of(paths: list[str]) -> list[list[str]]:
+    """One list of paths per video: several image files are the frames of one."""
+    return [paths] if frame_files(paths) is not None else [[path] for path in paths]
+
+
 def read_frames(
     paths: list[str], num_frames: int, where: str, sampler: Choosing | None = None, group: int = 1
 ) -> tuple[np.ndarray, list[int]]:
