@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from llava.model.architectures import architecture_of
 from llava.model.architectures.llava_mini.media import sample_frames, split_image
-from llava.model.checkpoint import load_config, read_config
 from llava.model.splice import Prompts
-
-
-@lru_cache(maxsize=2)
-def load(folder: Path, tower: Path, heads: int) -> Any:
-    """The checkpoint in float32, its tower from ``tower``."""
-    model_class = architecture_of(read_config(folder))
-    config = load_config(model_class.config_class, folder)
-    config.mm_vision_tower, config.compressor_heads = str(tower), heads
-    model = model_class.from_pretrained(folder, config=config, dtype=torch.float32, attn_implementation="sdpa").eval()
-    model.get_vision_tower().load_model()
-    return model
+from tests.conformance.adapters import whole_models
 
 
 def _model(params: dict[str, Any], context: Any) -> Any:
-    first, *rest = Path(params["vision_tower"]).parts
-    tower = context.checkpoint(first).joinpath(*rest)
-    return load(context.checkpoint(params["checkpoint"]), tower, params["compressor_heads"])
+    return whole_models.load_architecture(params, context, compressor_heads=params["compressor_heads"])
 
 
 def compress(inputs, params, context):

@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from llava.conversation import conv_templates
 from llava.mm_utils import tokenizer_image_token
-from llava.model.architectures import architecture_of
 from llava.model.architectures.voco_llama.division import visible
 from llava.model.architectures.voco_llama.model import voco_prompt
-from llava.model.checkpoint import load_config, read_config
 from llava.tokenization import load_tokenizer
-
-
-@lru_cache(maxsize=2)
-def load(folder: Path, tower: Path) -> Any:
-    """The checkpoint in float32, its tower from ``tower``."""
-    model_class = architecture_of(read_config(folder), folder)
-    config = load_config(model_class.config_class, folder)
-    config.mm_vision_tower = str(tower)
-    model = model_class.from_pretrained(folder, config=config, dtype=torch.float32, attn_implementation="sdpa").eval()
-    model.get_vision_tower().load_model()
-    return model
+from tests.conformance.adapters import whole_models
 
 
 def _model(params: dict[str, Any], context: Any) -> Any:
-    first, *rest = Path(params["vision_tower"]).parts
-    return load(context.checkpoint(params["checkpoint"]), context.checkpoint(first).joinpath(*rest))
+    return whole_models.load_architecture(params, context)
 
 
 def attention_mask(inputs, params, context):

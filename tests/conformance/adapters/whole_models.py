@@ -14,8 +14,9 @@ from torch import Tensor
 import accelerate_methods
 from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.method import Method
+from llava.model.architectures import architecture_of
 from llava.model.builder import load_pretrained_model
-from llava.model.checkpoint import load_config
+from llava.model.checkpoint import load_config, read_config
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_qwen import LlavaQwenForCausalLM
 from tests.conformance import vocabulary
@@ -52,6 +53,24 @@ def load_whole_vocabulary(params: dict[str, Any], context: Any) -> Any:
         setattr(config, key, value)
     attention = params.get("attn_implementation", "sdpa")
     return cls.from_pretrained(folder, config=config, dtype=torch.float32, attn_implementation=attention).eval()
+
+
+@lru_cache(maxsize=4)
+def _load_architecture(folder: Path, tower: Path, **keys: Any) -> Any:
+    model_class = architecture_of(read_config(folder), folder)
+    config = load_config(model_class.config_class, folder)
+    for key, value in {"mm_vision_tower": str(tower), **keys}.items():
+        setattr(config, key, value)
+    model = model_class.from_pretrained(folder, config=config, dtype=torch.float32, attn_implementation="sdpa").eval()
+    model.get_vision_tower().load_model()
+    return model
+
+
+def load_architecture(params: dict[str, Any], context: Any, **keys: Any) -> Any:
+    """The trained architecture of a case in float32, with the tower that it names and ``keys`` in its config."""
+    first, *rest = Path(params["vision_tower"]).parts
+    tower = context.checkpoint(first).joinpath(*rest)
+    return _load_architecture(context.checkpoint(params["checkpoint"]), tower, **keys)
 
 
 @dataclasses.dataclass
