@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import accelerate_methods
 from accelerate_methods.earlytom import ATTENTION, EarlyTom, frame_groups, frame_products, frame_similarity
 from accelerate_methods.engine.sequences import assemble
 from accelerate_methods.hosts.layouts import video_item
 from accelerate_methods.stages.frames import FrameMap, FrameStep, mixed
 from tests.conformance import vocabulary
 from tests.conformance.adapters import whole_models
-from tests.conformance.adapters.holitom import llm_merge
+from tests.conformance.adapters.holitom import answered, llm_merge
 
 PARAMETERS = {"retain_ratio": "retention_ratio", "prune_layers": "layers", "prune_ratio_r": "r"}
 
@@ -86,44 +85,16 @@ def tower(inputs, params, context):
     }
 
 
-class _Watched(EarlyTom):
-    """Remembers which rows went on in the LLM."""
-
-    def prefill(self, step):
-        selection = super().prefill(step)
-        object.__setattr__(self, "kept", selection.indices[0])
-        return selection
-
-
 def e2e(inputs, params, context):
     own = vocabulary.parameters_of("earlytom", params)
-    if params["inner_k"] is None:
-        own["inner"] = False
-    else:  # as released, layer k - 1 looks ahead
-        own |= {"k": params["inner_k"], "r": params["inner_r"], "causal_score_layer": False}
-    method = _Watched(**own)
-    question = whole_models.ask(inputs, params, context, method=method)
-    model = question.model
-    with accelerate_methods.accelerate(model, method):
-        (item,) = question.items()
-        out = whole_models.answer(question)
-        with accelerate_methods.record() as requests:
-            generated = model.generate(
-                question.ids, **question.media, do_sample=False, max_new_tokens=question.steps, eos_token_id=None,
-                pad_token_id=0, return_dict_in_generate=True,
-            )  # fmt: skip
+    method, item, out = answered(EarlyTom, own, params["inner_k"], params["inner_r"], inputs, params, context)
     compressed = method.compress(item)
-    info, cache = compressed.info, generated.past_key_values
-    more = {"llm_keep": method.kept} if method.inner else {}
     return {
         **out,
-        **more,
         "index": compressed.positions,
         "attention": item.signals[ATTENTION],
-        "groups": torch.tensor(info["groups"]),
-        "ratio": torch.tensor([info["ratio"]], dtype=torch.float64),
-        "tokens_per_layer": torch.tensor(requests[0].layer_lengths(0)),
-        "kv_len_end": torch.tensor([cache.get_seq_length(n) for n in range(model.config.num_hidden_layers)]),
+        "groups": torch.tensor(compressed.info["groups"]),
+        "ratio": torch.tensor([compressed.info["ratio"]], dtype=torch.float64),
     }
 
 

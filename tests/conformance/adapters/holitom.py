@@ -60,22 +60,24 @@ def llm_merge(inputs, params, context):
     return {"keep": keep, "hidden": selection.hidden_states[0, keep]}
 
 
-class _Watched(HoliTom):
-    """Remembers which rows went on in the LLM."""
+def answered(kind, own, k, r, inputs, params, context):
+    """(method, its item, outputs that the methods with this merge in the LLM share) of a whole model's case.
 
-    def prefill(self, step):
-        selection = super().prefill(step)
-        object.__setattr__(self, "kept", selection.indices[0])
-        return selection
+    Args:
+        kind: class of the method; own: its parameters; k, r: of the merge in the LLM, k None: without it.
+    """
 
+    class Watched(kind):
+        """Remembers which rows went on in the LLM."""
 
-def e2e(inputs, params, context):
-    own = vocabulary.parameters_of("holitom", params)
-    if params["holitom_k"] is None:
-        own["inner"] = False
-    else:  # as released, layer k - 1 looks ahead
-        own |= {"k": params["holitom_k"], "r": params["holitom_r"], "causal_score_layer": False}
-    method = _Watched(**own)
+        def prefill(self, step):
+            selection = super().prefill(step)
+            object.__setattr__(self, "kept", selection.indices[0])
+            return selection
+
+    # as released, layer k - 1 looks ahead
+    inner = {"inner": False} if k is None else {"k": k, "r": r, "causal_score_layer": False}
+    method = Watched(**own, **inner)
     question = whole_models.ask(inputs, params, context, method=method)
     model = question.model
     with accelerate_methods.accelerate(model, method):
@@ -87,15 +89,16 @@ def e2e(inputs, params, context):
                 pad_token_id=0, return_dict_in_generate=True,
             )  # fmt: skip
     cache, layers = generated.past_key_values, range(model.config.num_hidden_layers)
-    more = {"llm_keep": method.kept} if method.inner else {}
-    return {
-        **out,
-        **_said(method.compress(item).info),
-        **more,
-        "attention": item.signals["received_attention"],
-        "tokens_per_layer": torch.tensor(requests[0].layer_lengths(0)),
-        "kv_len_end": torch.tensor([cache.get_seq_length(index) for index in layers]),
-    }
+    out |= {"llm_keep": method.kept} if method.inner else {}
+    out["tokens_per_layer"] = torch.tensor(requests[0].layer_lengths(0))
+    out["kv_len_end"] = torch.tensor([cache.get_seq_length(index) for index in layers])
+    return method, item, out
+
+
+def e2e(inputs, params, context):
+    own = vocabulary.parameters_of("holitom", params)
+    method, item, out = answered(HoliTom, own, params["holitom_k"], params["holitom_r"], inputs, params, context)
+    return {**out, **_said(method.compress(item).info), "attention": item.signals["received_attention"]}
 
 
 ADAPTERS = {
