@@ -30,6 +30,7 @@ FOLDER = GOLDEN / "fastvlm/tiny_fastvlm"
 IMAGE = -200
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 TOWER = "model.vision_tower.vision_tower.model."
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def load(folder=FOLDER, dtype=torch.float32, **how):
@@ -39,12 +40,6 @@ def load(folder=FOLDER, dtype=torch.float32, **how):
 @pytest.fixture(scope="module")
 def model():
     return load()
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 def pictures(count, side=256, seed=0):

@@ -29,6 +29,7 @@ from tests.support.paths import GOLDEN
 FOLDER = GOLDEN / "flashsloth/tiny_flashsloth"
 IMAGE, LEARNABLE = -200, 280
 ASKED = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def load(folder=FOLDER, **how):
@@ -38,12 +39,6 @@ def load(folder=FOLDER, **how):
 @pytest.fixture(scope="module")
 def model():
     return load()
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture

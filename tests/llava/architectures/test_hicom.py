@@ -33,6 +33,7 @@ ANYRES = {
     "image_aspect_ratio": "anyres_max_2",
     "image_grid_pinpoints": "[[384, 768], [768, 384], [768, 768]]",
 }
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +75,6 @@ def tiled(folder, tmp_path_factory):
     """A model of any-resolution images."""
     weights = load_file(folder / "model.safetensors") | {"model.image_newline": torch.arange(48.0).half()}
     return load(changed(folder, tmp_path_factory.mktemp("tiled") / "checkpoint", weights, **ANYRES))
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 def pixels(*shape, seed=0):

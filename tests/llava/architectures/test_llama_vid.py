@@ -26,6 +26,7 @@ from tests.support.paths import CHECKPOINTS
 FOLDER, TOKENIZER = CHECKPOINTS / "tiny-llama-vid", CHECKPOINTS / "tiny-llava-1.5"
 IMAGE = -200
 ASKED = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def load(folder=FOLDER, device_map=None, offload_folder=None, **config_keys):
@@ -46,12 +47,6 @@ def model():
 @pytest.fixture(scope="module")
 def grids():
     return load(compress_type="grid:4")
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ CHECKPOINTS = GOLDEN / "checkpoints"
 TOWER = CHECKPOINTS / "tiny-llava-1.5/vision_tower"
 IMAGE = -200
 ASKED = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def load(folder=CHECKPOINTS / "tiny-llava-mini", dtype=torch.float32, **how):
@@ -50,12 +51,6 @@ def model():
 @pytest.fixture(scope="module")
 def sharp():
     return load(CHECKPOINTS / "tiny-llava-mini-hd")
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 def pixels(*shape, seed=0):

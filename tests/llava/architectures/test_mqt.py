@@ -13,6 +13,7 @@ from tests.support.paths import GOLDEN
 
 FOLDER, TOWER = GOLDEN / "checkpoints/tiny-mqt-llava", GOLDEN / "checkpoints/tiny-llava-1.5/vision_tower"
 IMAGE = -200
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def load(folder=FOLDER, **config_keys):
@@ -27,12 +28,6 @@ def load(folder=FOLDER, **config_keys):
 @pytest.fixture(scope="module")
 def model():
     return load()
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 def pictures(count, seed=0):

@@ -29,6 +29,7 @@ FOLDER = GOLDEN / "tg_llava/tiny_tgllava_qwen2"
 IMAGE = -200
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 UNREAD = ("Qformer.cls.", "d_embeddings", "position_embeddings", ".intermediate.dense", ".0.output.", ".1.output.")
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +59,6 @@ def changed(folder, target, weights=None, **keys):
 @pytest.fixture(scope="module")
 def model(folder):
     return load(folder)
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 def pictures(count, seed=0):

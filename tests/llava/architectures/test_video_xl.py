@@ -31,6 +31,7 @@ from tests.support.several_devices import SeveralDevices
 FOLDER = GOLDEN / "video_xl/tiny_videoxl"
 IMAGE = -200
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def load(folder=FOLDER, dtype=torch.float32, **how):
@@ -43,12 +44,6 @@ def model():
     loaded = load()
     loaded.config.beacon_window = loaded.config.beacon_stride = 288
     return loaded
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 def clip(frames, seed=0):

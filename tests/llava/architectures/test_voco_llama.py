@@ -32,6 +32,7 @@ CHECKPOINTS = GOLDEN / "checkpoints"
 FOLDER, TOWER = CHECKPOINTS / "tiny-voco-llama", CHECKPOINTS / "tiny-llava-1.5/vision_tower"
 IMAGE, VOCO = -200, 1000
 ASKED = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def load(folder=FOLDER, dtype=torch.float32, **how):
@@ -45,12 +46,6 @@ def load(folder=FOLDER, dtype=torch.float32, **how):
 @pytest.fixture(scope="module")
 def model():
     return load()
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 def pixels(count, seed=0):
