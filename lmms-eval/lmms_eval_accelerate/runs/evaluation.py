@@ -14,6 +14,7 @@ from lmms_eval_accelerate import TASKS
 from lmms_eval_accelerate.runs.command_line import own_options
 from lmms_eval_accelerate.runs.folder import RunError, RunFolder, run_name
 from lmms_eval_accelerate.runs.launch import FAILED_MARK
+from lmms_eval_accelerate.runs.task_files import read_by_libyaml
 from lmms_eval_accelerate.session import Session
 
 #: errors that say all that there is to say: no traceback
@@ -107,7 +108,8 @@ def stock_command(argv: list[str]) -> None:
     before = sys.argv
     sys.argv = ["lmms-eval-accelerate", *argv]
     try:
-        dispatch()
+        with read_by_libyaml():
+            dispatch()
     finally:
         sys.argv = before
 
