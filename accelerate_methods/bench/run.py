@@ -49,6 +49,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.print("random weights: features of the clip are those of a random tower", style="yellow")
     if args.threads:
         torch.set_num_threads(args.threads)
+    _check_words(args)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         with console.status("building the model"):
             model, inputs, described = _model_and_inputs(args, device, Path(folder))
@@ -77,6 +78,21 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if not any(row.ok for row in rows if row.setting.label == DENSE):
         console.print("the dense model could not be measured: there are no speed-ups", style="yellow")
     return int(any(row.status.startswith("error") for row in rows))
+
+
+def _check_words(args: argparse.Namespace) -> None:
+    """Refuse methods that cannot be read before a model is built or loaded, which may take minutes."""
+    if args.methods is None:
+        return
+    if args.pretrained:
+        from llava.model.architectures import architecture_of
+        from llava.model.checkpoint import read_config
+
+        trained = architecture_of(read_config(args.pretrained), args.pretrained)
+        family = "llava_onevision" if trained is None else trained.about.key  # what the words mean is the same for all
+    else:
+        family = shape_of(args.model, ALL_SHAPES).family
+    settings_of(args.methods, RETENTION, {}, family, args.retention)
 
 
 def chosen(words: str, retention: float, family: str, modality: str, asked: float | None = None) -> list[Setting]:

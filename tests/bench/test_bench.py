@@ -350,6 +350,17 @@ def test_bad_arguments_are_one_message(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", ["fastvidd", "fastv@2", "fastv(kk=1)", "dense@0.5", "dense(tokens=3)"])
+@pytest.mark.parametrize(
+    "model", [("--model", "llava-onevision-7b"), ("--pretrained", str(ROOT / "assets/tiny-llava-onevision"))]
+)
+def test_methods_are_read_before_a_model_is_made(words, model, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench_run, "_model_and_inputs", lambda *_: pytest.fail("a model was made first"))
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*model, "--methods", words, "--output", str(tmp_path)])
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
+
+
 def test_all_leaves_out_what_does_nothing_with_the_input():
     labels = [s.label for s in chosen("all@0.2", 0.1, "llava_onevision", "image")]
     assert labels[0] == "dense" and "fastv@0.2" in labels and "fastvid@0.2" not in labels

@@ -1,6 +1,8 @@
 """Attaching methods to models, saying which ones, and recording what they did."""
 
+import re
 import threading
+import types
 
 import pytest
 import torch
@@ -216,6 +218,20 @@ def test_unknown_model():
     for model in (torch.nn.Linear(1, 1), "model", None):
         with pytest.raises(MethodError, match=r"no host for .*LLaVA-OneVision"):
             host_for(model)
+
+
+def test_wrappers_are_told_where_their_model_is(tiny):
+    model = tiny(OV)
+    inside = types.SimpleNamespace(model=model)  # as a pipeline or a trainer holds it
+    adapted = types.SimpleNamespace(get_base_model=lambda: model)  # as peft does
+    for wrapper, where in (
+        (torch.nn.DataParallel(model), ".module"),
+        (torch.compile(model, backend="eager"), "._orig_mod"),
+        (inside, ".model"),
+        (types.SimpleNamespace(module=adapted), ".module.get_base_model()"),
+    ):
+        with pytest.raises(MethodError, match=f"wrapper around a model.*its {re.escape(where)}"):
+            accelerate(wrapper, "fastvid")
 
 
 def test_composed_stages(tiny):
