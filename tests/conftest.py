@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import gc
 import os
 
 from tests.support.paths import GOLDEN
@@ -38,6 +39,17 @@ def pytest_collection_modifyitems(config, items):
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     count = collections.Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path not in slow, -count[item.path], str(item.path)))
+
+
+def pytest_collection_finish():
+    """What imports and collected tests hold stays until the end. The garbage collector, which transformers, accelerate
+    and lmms-eval call at every load and unload of a model, would look through its millions of objects each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # what would otherwise be called a leak when the process ends
 
 
 @pytest.fixture(scope="session", autouse=True)
