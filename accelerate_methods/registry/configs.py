@@ -39,6 +39,8 @@ def config_path(spec: str | Path) -> Path:
     for path in tried:
         if path.is_file():
             return path
+    if spec.is_absolute():
+        raise MethodError(f"config {spec}: no such file.")
     raise UnknownNameError("config", str(spec), config_names())
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _PACKAGE = __name__.partition(".")[0]
 _LINE = re.compile(r'^@register\("(\w+)"\)$', re.MULTILINE)
+#: "fastvid@0.25", "dycoke(k=0.3)": a word of ``registry.settings``
+_WITH_PARAMETERS = re.compile(r"(\w+)(?:@(\S+)|\((.*)\))")
 _registered: dict[str, type[Method]] = {}
 
 
@@ -59,7 +61,12 @@ def available() -> list[str]:
 
 
 def method_class(name: str) -> type[Method]:
-    """The class behind a name; :class:`UnknownNameError` with the nearest match otherwise."""
+    """The class behind a name.
+
+    Raises:
+        UnknownNameError: there is none, with the nearest match.
+        MethodError: a name with parameters, as comparisons write it.
+    """
     if name in _registered:
         return _registered[name]
     if name in built_in():
@@ -71,6 +78,13 @@ def method_class(name: str) -> type[Method]:
     for entry in plugins.offered():
         if entry.name == name:
             return _loaded(entry)
+    with_parameters = _WITH_PARAMETERS.fullmatch(name)
+    if with_parameters and with_parameters[1] in available():
+        given = f"retention_ratio={with_parameters[2]}" if with_parameters[2] else with_parameters[3]
+        raise MethodError(
+            f"{name!r} is how comparisons and benches write a method with its parameters; here the method is called "
+            f"{with_parameters[1]!r}, and parameters are given beside it ({given})."
+        )
     raise UnknownNameError("method", name, available())
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate_methods.registry.configs import ConfigModel, config_model, written_config
-from accelerate_methods.registry.names import available, get, method_class
+from accelerate_methods.registry.names import get, method_class
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
 from accelerate_methods.stages.method import STAGES, Method
 from accelerate_methods.stages.sample import outside_of_models
@@ -260,13 +260,11 @@ def _expand(spec: Any, models: list[ConfigModel]) -> list[Method | dict[str, Any
             return []
         if spec.endswith((".yaml", ".yml")) or "/" in spec:
             return _expand_mapping(written_config(spec), spec, models)
-        known = set(available())
         parts = [part.strip() for part in spec.split("+")]
         for part in parts:
-            if part not in known:
-                raise UnknownNameError("method", part, known)
+            method_class(part)
         return [{"method": part} for part in parts]
-    if isinstance(spec, Sequence):
+    if isinstance(spec, Sequence) and not isinstance(spec, bytes):
         return [entry for part in spec for entry in _expand(part, models)]
     raise MethodError(
         f"cannot make a method out of {type(spec).__name__}; give a name, a YAML file of configs/, a mapping with a "
@@ -280,6 +278,11 @@ def _expand_mapping(content: Mapping[str, Any], where: str, models: list[ConfigM
         extra = [key for key in ("method", "params", "levels") if content.get(key) is not None]
         if extra:
             raise MethodError(f"{where}: {extra[0]!r} beside 'methods' means nothing; it belongs into their entries.")
+        unknown = sorted(str(key) for key in content if key not in _CONFIG_KEYS | {"methods"})
+        if unknown:
+            raise UnknownNameError(f"key of {where}:", unknown[0], {"methods", "model", "description"})
+        if isinstance(content["methods"], str | bytes) or not isinstance(content["methods"], Sequence):
+            raise MethodError(f"{where}: 'methods' must be a list of methods, got {content['methods']!r}.")
         entries = [entry for part in content["methods"] for entry in _expand(part, models)]
     elif "method" in content:
         entries = _expand_single(content, where)
@@ -303,7 +306,9 @@ def _expand_single(content: Mapping[str, Any], where: str) -> list[Method | dict
     if not isinstance(params, Mapping):
         raise MethodError(f"{where}: 'params' must be a mapping, got {params!r}.")
     method = content["method"]
-    if method is None or str(method).lower() in {"none", "dense"}:
+    if method is not None and not isinstance(method, str):
+        raise MethodError(f"{where}: 'method' must be a name, got {method!r}; several stand in a list 'methods'.")
+    if method is None or method.lower() in {"none", "dense"}:
         if params:
             raise MethodError(f"{where}: parameters {', '.join(sorted(params))} given, but no method to apply them to.")
         return []

@@ -3,6 +3,7 @@
 import re
 import threading
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,6 +120,7 @@ def test_composition_errors():
         ("fastvid+random_prefill", {"fastvd.c": 2}, "Did you mean 'fastvid.c'"),
         ({"method": "fastvid", "parms": {"c": 2}}, {}, "Did you mean 'p'|unknown"),
         ({"method": "fastvid", "params": {}, "extra": 1}, {}, "extra"),
+        ({"methods": ["fastvid"], "extra": 1}, {}, "'extra'. Allowed: description, methods, model"),
     ],
 )
 def test_unknown_names(spec, params, hint):
@@ -137,7 +139,14 @@ def test_unknown_names(spec, params, hint):
         ("fastvid+random_prefill", {"retention_ratio": 0.5}, "ambiguous"),
         (None, {"retention_ratio": 0.5}, "no method to apply"),
         (42, {}, "cannot make a method out of int"),
+        (b"fastvid", {}, "cannot make a method out of bytes"),
         ({"params": {}}, {}, "no 'method'"),
+        ({"methods": "fastvid"}, {}, "'methods' must be a list of methods, got 'fastvid'"),
+        ({"methods": 3}, {}, "'methods' must be a list of methods, got 3"),
+        ({"method": ["fastvid"]}, {}, "'method' must be a name, got .* in a list 'methods'"),
+        ("fastvid@0.25", {}, r"called 'fastvid', and parameters are given beside it \(retention_ratio=0.25\)"),
+        ({"method": "fastvid(c=2)"}, {}, r"beside it \(c=2\)"),
+        (Path("/nowhere/mine.yaml"), {}, "config /nowhere/mine.yaml: no such file"),
     ],
 )
 def test_wrong_values(spec, params, message):
