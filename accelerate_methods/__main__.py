@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from accelerate_methods.registry.architectures import Architecture, Argument
     from accelerate_methods.registry.families import ModelFamily
+    from accelerate_methods.registry.pipeline import Pipeline
     from accelerate_methods.stages.fields import Parameter
     from accelerate_methods.stages.method import Method
 
@@ -155,18 +156,34 @@ def _show_method(name: str) -> int:
     return 0
 
 
+def _alone(spec: str) -> Pipeline:
+    """One method or config. Whether it runs does not hang on its budget: a method that has no default one gets one."""
+    from accelerate_methods.registry.names import available
+    from accelerate_methods.registry.pipeline import resolve
+    from accelerate_methods.registry.settings import has_budget
+    from accelerate_methods.stages.errors import MethodError, UnknownNameError
+
+    try:
+        return resolve(spec)
+    except UnknownNameError:
+        raise
+    except MethodError:
+        if spec.strip() not in available() or not has_budget(spec.strip()):
+            raise
+        return resolve(spec, retention_ratio=0.5)
+
+
 def _check(spec: str, model: str) -> int:
     from accelerate_methods.registry.compatibility import adaptation, why_not
     from accelerate_methods.registry.models import families_of
     from accelerate_methods.registry.pipeline import resolve
-    from accelerate_methods.stages.errors import MethodError, UnknownNameError
+    from accelerate_methods.stages.errors import MethodError
 
     candidates = families_of(model)
+    parts = [_alone(part) for part in ([spec] if "/" in spec or spec.endswith((".yaml", ".yml")) else spec.split("+"))]
     try:
-        pipeline = resolve(spec)
+        pipeline = resolve(parts)
         methods = [type(method) for method in pipeline.methods]
-    except UnknownNameError:
-        raise
     except MethodError as error:  # methods that cannot be combined
         print(f"{spec} cannot run on {model}: {error}")
         return 1

@@ -119,6 +119,10 @@ def test_show_has_everything_of_an_architecture(entry, capsys):
         ("prunevid", "embedded", 0, "prunevid runs on embedded"),
         ("fastervlm", "llava_video", 0, "(adaptation: received_attention in place of cls_attention)"),
         ("visionzip+fastv", "llava_next", 0, "visionzip+fastv runs on llava_next"),
+        ("random", "llava_1_5", 0, "random runs on llava_1_5"),  # without a budget
+        ("tome+fastv", "llava_next", 0, "tome+fastv runs on llava_next"),
+        ("fewer_frames", "llava_1_5", 1, "it acts on video only"),
+        ("uniform+pool", "embedded", 1, "both act at the compress stage"),
         ("fastv", "mqt_llava", 0, "fastv runs on mqt_llava"),
         ("fastv", "MQT-LLaVA", 0, "fastv runs on MQT-LLaVA"),
         ("evit", "mqt_llava", 1, "acts at the encode stage, which this architecture does not offer"),
@@ -141,6 +145,8 @@ def test_check(method, model, code, says, capsys):
         (["check", "fastvd", "llava_1_5"], "Did you mean 'fastvid'"),
         (["check", "fastvid", "llava_onevison"], "unknown model 'llava_onevison'. Did you mean 'llava_onevision'"),
         (["check", "fastvid", "LLaVA-1.6"], "Did you mean 'LLaVA-1.5'"),
+        (["check", "random@0.2", "llava_1_5"], "'random', and parameters are given beside it"),
+        (["check", "/nowhere.yaml", "llava_1_5"], "config /nowhere.yaml: no such file"),
     ],
 )
 def test_unknown_names_end_with_2_and_the_nearest(argv, says, capsys):
