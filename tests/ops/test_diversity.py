@@ -24,8 +24,9 @@ def by_hand(features, count):
 def way(request, monkeypatch):
     """Both ways to find the same picks."""
     if request.param == "some":
-        monkeypatch.setattr(diversity, "FEW_TOKENS", 0)
-        monkeypatch.setattr(diversity, "POOL", 8)  # several rounds on few tokens
+        monkeypatch.setattr(diversity, "_few_rows_do", lambda total, count: True)
+        for name in ("AHEAD", "POOL", "AT_LEAST"):  # several rounds on few tokens
+            monkeypatch.setattr(diversity, name, {"POOL": 8}.get(name, 3))
     return request.param
 
 
