@@ -6,7 +6,7 @@ import gc
 import os
 
 from tests.support.paths import GOLDEN
-from tests.support.shares import left_out, pytest_addoption  # noqa: F401 (pytest finds it here)
+from tests.support.shares import left_out, pytest_addoption, pytest_configure  # noqa: F401 (pytest finds them here)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")

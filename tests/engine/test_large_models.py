@@ -85,7 +85,7 @@ def pair():
     return get
 
 
-@pytest.mark.share(2, each=("method",))
+@pytest.mark.share(4, each=("method",))
 @pytest.mark.parametrize(("method", "name"), [*((None, name) for name in FAMILY), *PAIRS])
 def test_model_over_several_devices(method, name, pair, monkeypatch):
     monkeypatch.setattr(RequestRecord, "span", lambda *_: contextlib.nullcontext())  # there are no CUDA events here

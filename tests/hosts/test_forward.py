@@ -17,7 +17,7 @@ from accelerate_methods.registry import method_class
 from tests.hosts.native import test_internvl as internvl_side
 from tests.hosts.native.test_llava import PAIRS
 from tests.methods import test_every_method as tree_side
-from tests.methods.test_every_method import IMAGE, OV, TEXT, TILE, V15, V16, Item, Question, video
+from tests.methods.test_every_method import IMAGE, OV, PLAIN, TEXT, TILE, V15, V16, Item, Question, video
 from tests.support import native_questions as asking
 from tests.support import qwen_inputs as qwen_side
 from tests.support.configured import configured
@@ -31,10 +31,9 @@ FULL = [(m, n) for m, n in PAIRS if m is not None and "retention_ratio" in metho
 FEW = [("fastv", V15), ("visionzip", V15), ("fastv", V16), ("fastvid", OV), ("dycoke", OV), ("prunevid", OV)]
 
 #: samples of unequal length, one of them without anything visual
-SQUARE = Question((6, 7, IMAGE, 5), (Item(size=(390, 400), seed=2),))
 BATCH = {
     V15: [Question((IMAGE, 9), (Item(seed=1),)), TEXT, asking.IMAGES["two images"]],
-    V16: [SQUARE, TEXT],
+    V16: [Question((6, 7, IMAGE, 5), (PLAIN,)), TEXT],
     OV: [Question((IMAGE, 9), (video(2, 5),)), TEXT, Question((5, 6, IMAGE, 7, 8, 9), (TILE,))],
 }
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 import accelerate_methods
@@ -13,6 +12,7 @@ from accelerate_methods.stages.frames import FrameMap
 from accelerate_methods.stages.signals import SIGNALS, Signal
 from accelerate_methods.stages.views import Views
 from tests.support.configured import variants
+from tests.support.shares import examples_of
 
 WIDTH = 16
 LAYOUTS = ("one_token", "grid", "frame", "no_token", "flat video", "flat", "anyres")
@@ -91,7 +91,7 @@ items = st.builds(
     seed=st.integers(0, 5),
 )
 ratios = st.sampled_from([1e-6, 0.01, 0.1, 0.25, 0.37, 0.5, 0.9, 0.99])
-examples = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+examples = examples_of(60)
 
 
 ANYRES = type("Config", (), {"mm_patch_merge_type": "spatial_unpad", "image_aspect_ratio": "anyres"})

@@ -15,6 +15,8 @@ from tests.methods.test_every_method import (
     IMAGES,
     ONE,
     OV,
+    PLAIN,
+    TALL,
     TEXT,
     TILE,
     TWO,
@@ -37,7 +39,7 @@ QUESTIONS = {
     V16: ANYRES,
     OV: {
         "wide image": ANYRES["wide image"],
-        "two anyres images": Question(TWO, (TILE, Item(size=(300, 700), seed=1))),
+        "two anyres images": Question(TWO, (TILE, TALL)),
         "two images": IMAGES["two images"],
         "video of 1": Question(ONE, (video(1),)),
         "video of 5": Question(ONE, (video(5),)),
@@ -48,7 +50,7 @@ QUESTIONS = {
 MAIN = {V15: "two images", V16: "wide image", OV: "image and video"}
 BATCH = {
     V15: [TEXT, IMAGES["image"], IMAGES["two images"], Question((IMAGE, 9), (Item(seed=1),))],
-    V16: [ANYRES["tall image"], TEXT, Question((IMAGE, 9), (Item(size=(390, 400), seed=2),))],
+    V16: [ANYRES["tall image"], TEXT, Question((IMAGE, 9), (PLAIN,))],
     OV: [
         Question((IMAGE, 9), (video(3, 5),)),
         QUESTIONS[OV]["image and video"],

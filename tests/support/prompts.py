@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import torch
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
@@ -15,6 +14,7 @@ from accelerate_methods.registry.pipeline import Pipeline
 from accelerate_methods.stages.prefill import VisualSpan
 from tests.support.configured import configured
 from tests.support.items import features_of
+from tests.support.shares import examples_of
 
 LAYERS = 4
 
@@ -103,7 +103,7 @@ prompts = st.builds(
     kind=st.sampled_from(["random", "ties"]),
     seed=st.integers(0, 5),
 )
-some = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+some = examples_of(50)
 
 
 def in_llm(name, ratio, params, stage):

@@ -121,7 +121,7 @@ def asked_with(where):
 # -- the answer --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.share(3, each=("names",))
+@pytest.mark.share(5, each=("names",))
 @pytest.mark.parametrize(("where", "names"), list(cases()))
 def test_assisted_is_greedy(where, names):
     model, asked, prompt = asked_with(where)

@@ -112,7 +112,7 @@ def test_same_as_the_tree(method, name, question, models):
     compare(models, built(method), name, QUESTIONS[name][question])
 
 
-@pytest.mark.share(2, each=("method", "params"))
+@pytest.mark.share(3, each=("method", "params"))
 @pytest.mark.parametrize(
     ("method", "params", "name"),
     [(m, p, n) for m, p in variants() for n in NAMES if p and (m, n) in PAIRS],
@@ -194,6 +194,7 @@ def test_an_image_of_any_size_is_laid_out_as_transformers_does(name):
 # -- several prompts ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.share(2, each=("method",))
 @each_pair
 def test_a_batch_is_each_prompt_alone(method, name, models):
     """Left padding in generate, right padding in a forward."""
