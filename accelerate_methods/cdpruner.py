@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from accelerate_methods.ops.dpp import greedy_map
+from accelerate_methods.ops.dpp import greedy_map_of
 from accelerate_methods.ops.select import row_numbers
 from accelerate_methods.registry import register
 from accelerate_methods.stages.budget import nearest_share
 from accelerate_methods.stages.compress import Compressed, ViewCompressMethod, VisualItem, everything, selection
 from accelerate_methods.stages.fields import choice, integer, share, text
+from accelerate_methods.stages.shapes import ItemShape
 from accelerate_methods.stages.views import CompressedViews, Views, view_selection
 
 _FLOOR = 1e-6  # of a relevance, before it is scaled
@@ -63,6 +64,9 @@ class CDPruner(ViewCompressMethod):
         if self.visual_token_num is not None:
             return min(self.visual_token_num, per_view)
         return nearest_share(per_view, self.retention_ratio)
+
+    def count(self, shape: ItemShape) -> int:
+        return shape.of_each(self.view_budget(shape.tokens_per_frame))
 
     def compress_views(self, views: Views) -> CompressedViews | None:
         count = self.view_budget(views.tokens_per_view)
@@ -110,8 +114,6 @@ def diverse_tokens(tokens: Tensor, relevance: Tensor | None, count: int) -> Tens
     The kernel is diag(r) S diag(r), S the cosines of the tokens; tokens without a direction are like no other.
     """
     tokens = tokens.float()
-    kernel = tokens @ tokens.transpose(1, 2)
-    norm = kernel.diagonal(dim1=1, dim2=2).sqrt()
-    weight = torch.where(norm > 0, (1.0 if relevance is None else relevance) / norm, 0.0)
-    kernel = kernel.mul_(weight[:, :, None]).mul_(weight[:, None, :])
-    return greedy_map(kernel.nan_to_num_(posinf=0, neginf=0), count).sort(1).values
+    norm = torch.linalg.vector_norm(tokens, dim=2)
+    weight = torch.where((norm > 0) & torch.isfinite(norm), (1.0 if relevance is None else relevance) / norm, 0.0)
+    return greedy_map_of(tokens, weight, count).sort(1).values

@@ -75,6 +75,7 @@ class FlashVID(CompressMethod, PrefillMethod):
     signals: ClassVar[frozenset[str]] = frozenset({"received_attention"})
     modalities: ClassVar[frozenset[str]] = frozenset({"video"})
     positions: ClassVar[str] = "compact"
+    frame_marks: ClassVar[bool] = False
 
     retention_ratio: float | None = share(0.25, budget=True)
     tokens_per_frame: int | None = integer(None, low=1, budget=True)
@@ -177,7 +178,7 @@ class FlashVID(CompressMethod, PrefillMethod):
 def _closed(compressed: Compressed, item: VisualItem) -> Compressed:
     """What is said of newlines and marks: every frame keeps its newline, none the marks around it."""
     compressed.newlines = "all" if item.layout == "frame" else "closing"
-    compressed.frame_marks = False
+    compressed.frame_marks = FlashVID.frame_marks
     return compressed
 
 

@@ -19,6 +19,7 @@ from accelerate_methods.stages.signals import OF_QUESTION
 
 if TYPE_CHECKING:
     from accelerate_methods.hosts.text_tower import TextTower
+    from accelerate_methods.stages.views import Views
 
 #: what the official evaluation puts behind questions, and says nothing about the image
 POST_PROMPTS = (
@@ -84,9 +85,9 @@ class PromptText:
     question: str | None
     signals: dict[str, Tensor]
 
-    def tell(self, item: VisualItem) -> None:
-        """Give it to an image or video of the prompt."""
-        for part in (item, item.views):
+    def tell(self, item: VisualItem | Views) -> None:
+        """Give it to an image or video of the prompt, or to the views of an image."""
+        for part in (item, getattr(item, "views", None)):
             if part is not None:
                 own = moved(self.signals, part.features.device)
                 part.question, part.signals = self.question, {**part.signals, **own}

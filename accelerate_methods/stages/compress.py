@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -221,6 +221,8 @@ class CompressMethod(Method):
     """
 
     stage = "compress"
+    #: whether ``Compressed.frame_marks`` of what it shortens: serving engines have to know beforehand
+    frame_marks: ClassVar[bool] = True
 
     def compress(self, item: VisualItem) -> Compressed:
         raise NotImplementedError

@@ -119,7 +119,7 @@ class Reference:
 
         inputs = self.inputs(prompt)
         method = method_of(merged([prompt.get("mm_processor_kwargs", {}).get("visual_compression")]))
-        with accelerate(self.model, method) as attached:
+        with accelerate(self.model, method, tokenizer=self.processor.tokenizer) as attached:
             output = self.model.generate(
                 **inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, output_logits=True,
                 return_dict_in_generate=True, pad_token_id=0, eos_token_id=None,

@@ -13,6 +13,8 @@ PARAMETERS: dict[str, dict[str, object]] = {
     "visionzip": {"retention_ratio": 0.5},
     "vispruner": {"retention_ratio": 0.4},
     "divprune": {"retention_ratio": 0.3},
+    "cdpruner": {"retention_ratio": 0.3},
+    "mmtok": {"retention_ratio": 0.3},
     "hiprune": {"retention_ratio": 0.5},
     "scope": {"retention_ratio": 0.25},
     "prumerge": {"retention_ratio": 0.25},

@@ -204,10 +204,11 @@ def qwen3_vl(folder: Path) -> Path:
     """Qwen3-VL, features of a second vision block for the first decoder layer."""
     vision = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "depth": 3, "num_heads": 2}
     vision |= {"deepstack_visual_indexes": [1], "num_position_embeddings": 64, **_QWEN_PATCHES}
-    text = {**_TEXT, "head_dim": 32, **_mrope([4, 6, 6])}
+    # transformers mixes the axes of this model's ids whatever its config says, vLLM only where the config says so
+    text = {**_TEXT, "head_dim": 32, **_mrope([6, 5, 5], mrope_interleaved=True)}
     model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(vision_config=vision, text_config=text, **_QWEN_IDS))
     processor = Qwen3VLProcessor(
-        Qwen2VLImageProcessor(**_QWEN_SIZES, **_QWEN_LIMITS),
+        Qwen2VLImageProcessor(**_QWEN_SIZES, **_QWEN_LIMITS, image_mean=[0.5] * 3, image_std=[0.5] * 3),
         byte_tokenizer(VOCABULARY, _QWEN_WORDS),
         Qwen3VLVideoProcessor(**_QWEN_SIZES, **_QWEN_LIMITS),
         chat_template=QWEN_TEMPLATE.replace("VIDEO", "<|video_pad|>"),
@@ -222,8 +223,8 @@ _QWEN_SIZES = {"patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2}
 _QWEN_LIMITS = {"size": {"shortest_edge": 64, "longest_edge": 4096}}
 
 
-def _mrope(section: list[int]) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section}}
+def _mrope(section: list[int], **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section, **more}}
 
 
 def _qwen_processor(processor: Any) -> Any:

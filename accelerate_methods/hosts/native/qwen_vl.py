@@ -264,10 +264,7 @@ class QwenVL(Family):
         self, out: list[dict[str, Tensor]], states: Tensor, shapes: list[tuple[int, int, int]]
     ) -> None:
         """Signal "encoder_tokens" of what the merger got, [S, C] of all patches."""
-        tokens = states.view(-1, self.unit, states.shape[-1]).float().mean(1)
-        parts = tokens.split([frames * rows * columns for frames, rows, columns in shapes])
-        for found, part, (frames, rows, columns) in zip(out, parts, shapes, strict=True):
-            own = part.unflatten(0, (frames, -1))
+        for found, own, (_, rows, columns) in zip(out, merged_patches(states, self.unit, shapes), shapes, strict=True):
             if self.windowed:
                 own = own[:, torch.argsort(self._window_order(rows, columns)).to(own.device)]
             found["encoder_tokens"] = own
@@ -307,6 +304,17 @@ def frame_windows(config: Any, rows: int, columns: int) -> Tensor:
     size = config.window_size // config.spatial_merge_size // config.patch_size
     windows = (torch.arange(rows)[:, None] // size) * (columns // size + 1) + torch.arange(columns) // size
     return windows.flatten()
+
+
+def merged_patches(states: Tensor, unit: int, shapes: list[tuple[int, int, int]]) -> list[Tensor]:
+    """Signal "encoder_tokens" of each item, [T, N, C] in the order in which the merger has them.
+
+    Args:
+        states: [S, C] what the merger gets of all patches; unit: patches per token; shapes: as (T, h, w) of tokens.
+    """
+    tokens = states.view(-1, unit, states.shape[-1]).float().mean(1)
+    parts = tokens.split([frames * rows * columns for frames, rows, columns in shapes])
+    return [part.unflatten(0, (shape[0], -1)) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def block_signals(

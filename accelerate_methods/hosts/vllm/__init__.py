@@ -5,12 +5,14 @@ models that it registers are vLLM's classes under vLLM's names, so checkpoints a
 method is asked for, nothing is different (docs/serving.md). Importing this package does not import vLLM.
 
 ``spec`` says what is asked for, ``served`` makes the number of tokens exact, ``layouts`` and ``grids`` know it from
-sizes, ``processing`` tells vLLM's front end, ``tower``, ``llava`` ... act in the workers.
+sizes, ``processing`` tells vLLM's front end, ``encoder_budget`` its scheduler; ``tower``, ``llava`` ... act in the
+workers.
 """
 
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 from accelerate_methods.stages.errors import MethodError
 
@@ -25,7 +27,7 @@ MODELS = {
     "InternVLForConditionalGeneration": f"{_HERE}.internvl:CompressedInternVL",
     "Qwen2VLForConditionalGeneration": f"{_HERE}.qwen_vl:CompressedQwen2VL",
     "Qwen2_5_VLForConditionalGeneration": f"{_HERE}.qwen_vl:CompressedQwen25VL",
-    "Qwen3VLForConditionalGeneration": f"{_HERE}.qwen3_vl:DenseQwen3VL",
+    "Qwen3VLForConditionalGeneration": f"{_HERE}.qwen3_vl:CompressedQwen3VL",
 }
 
 
@@ -41,9 +43,37 @@ def check_release(version: str) -> None:
         )
 
 
+class ConfigHook:
+    """Entry of vLLM's table of what is done with an architecture's config, in front of the one that was there.
+
+    vLLM asks it once, while it starts, of whatever model: the only place to learn of one that no method acts on.
+    """
+
+    def __init__(self, architecture: str, before: Any = None):
+        self.architecture, self._before = architecture, before
+
+    def verify_and_update_model_config(self, model_config: Any) -> None:
+        if self._before is not None:
+            self._before.verify_and_update_model_config(model_config)
+
+    def verify_and_update_config(self, vllm_config: Any) -> None:
+        if self._before is not None:
+            self._before.verify_and_update_config(vllm_config)
+        importlib.import_module(f"{_HERE}.configuring").configure(vllm_config, self.architecture)
+
+
 def register() -> None:
-    """Put the models of :data:`MODELS` into vLLM's registry; calling it again changes nothing."""
+    """Put the models of :data:`MODELS` into vLLM's registry; calling it again changes nothing.
+
+    Raises:
+        MethodError: see :func:`check_release`. vLLM does not start then.
+    """
     check_release(importlib.import_module("vllm").__version__)
     registry = importlib.import_module("vllm.model_executor.models.registry").ModelRegistry
     for architecture, where in MODELS.items():
         registry.register_model(architecture, where)
+    hooks = importlib.import_module("vllm.model_executor.models.config").MODELS_CONFIG_MAP
+    for architecture in registry.get_supported_archs():
+        before = hooks.get(architecture)
+        if not isinstance(before, ConfigHook):
+            hooks[architecture] = ConfigHook(architecture, before)

@@ -13,7 +13,7 @@ from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import QKVParallelLinear
 
 from accelerate_methods.engine.encoder_attention import asked_layers
-from accelerate_methods.hosts.native.qwen_vl import block_signals, frame_windows
+from accelerate_methods.hosts.native.qwen_vl import block_signals, frame_windows, merged_patches
 
 
 @dataclasses.dataclass
@@ -34,6 +34,8 @@ class ServedBlocks:
 
     def __init__(self, visual: nn.Module, config: Any):
         self._attentions = [block.attn for block in visual.blocks]
+        # what the merger gets goes into its norm; vLLM calls the merger itself past hooks
+        self._merging = visual.merger.ln_q if hasattr(visual.merger, "ln_q") else visual.merger.norm
         self._config, self._whole = config, getattr(config, "fullatt_block_indexes", None)
         self._unit = config.spatial_merge_size**2
 
@@ -49,10 +51,15 @@ class ServedBlocks:
 
             return hook
 
+        def merging(module: nn.Module, args: tuple) -> None:
+            kept[len(self._attentions)] = args[0]
+
         handles = [
             self._attentions[index].register_forward_pre_hook(keeping(index), with_kwargs=True)
             for index in set(asked_blocks(names, len(self._attentions), self._whole).values())
         ]
+        if "encoder_tokens" in names:
+            handles.append(self._merging.register_forward_pre_hook(merging))
         try:
             yield kept
         finally:
@@ -73,6 +80,11 @@ class ServedBlocks:
             found = block_signals(projected, lengths, [shape[0] for shape in shapes], self._unit, own)
             for item, signals, shape in zip(out, found, shapes, strict=True):
                 item |= self._by_raster(signals, shape)
+        if "encoder_tokens" in names:
+            states = kept[len(self._attentions)]
+            found = merged_patches(states.reshape(-1, states.shape[-1]), self._unit, shapes)
+            for item, own, shape in zip(out, found, shapes, strict=True):
+                item |= self._by_raster({"encoder_tokens": own}, shape)
         return out
 
     def _by_raster(self, signals: dict[str, Tensor], shape: tuple[int, int, int]) -> dict[str, Tensor]:

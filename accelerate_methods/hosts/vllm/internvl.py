@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.models import interns1
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.parse import VideoProcessorItems
 
 from accelerate_methods.engine.encoder_attention import ENCODER_SIGNALS, asked_layers, signals_of_layers
 from accelerate_methods.engine.sequences import compressed_sequence
 from accelerate_methods.hosts.native.internvl import as_clip, block_means
 from accelerate_methods.hosts.vllm.layouts import Layout
-from accelerate_methods.hosts.vllm.llava import given_signals, groups, most_views
-from accelerate_methods.hosts.vllm.processing import FIELD, CompressedInfo, CompressedProcessor, with_runs
+from accelerate_methods.hosts.vllm.processing import CompressedInfo, CompressedProcessor, with_runs
 from accelerate_methods.hosts.vllm.served import Served
-from accelerate_methods.hosts.vllm.spec import read
+from accelerate_methods.hosts.vllm.workers import MethodWorker, groups, most_views
 from accelerate_methods.registry import families
 from accelerate_methods.registry.pipeline import ModelFacts
 from accelerate_methods.stages.compress import VisualItem
@@ -45,7 +45,7 @@ def tiles_item(features: Tensor) -> VisualItem:
 class CompressedInternVLInfo(CompressedInfo, interns1.InternS1ProcessingInfo):
     about = families.INTERNVL
 
-    def facts(self) -> ModelFacts:
+    def facts(self, method: Served) -> ModelFacts:
         config = self.get_hf_config()
         return ModelFacts(
             name=self.about.name,
@@ -55,6 +55,19 @@ class CompressedInternVLInfo(CompressedInfo, interns1.InternS1ProcessingInfo):
             layers=config.text_config.num_hidden_layers,
             limits=self.about.limits,
         )
+
+    def media_ids(self) -> set[int]:
+        processor, tokenizer = self.get_hf_processor(), self.get_tokenizer()
+        return super().media_ids() | {tokenizer.convert_tokens_to_ids(processor.video_token)}
+
+    def words_around(self, items: Any) -> list[int]:
+        processor, counts = self.get_hf_processor(), items.get_all_counts()
+        marks = processor.start_image_token + processor.end_image_token
+        words = [marks] * counts.get("image", 0)
+        if counts.get("video", 0) and isinstance(items["video"], VideoProcessorItems):
+            frames = [len(video) for video in items["video"].get_all() if video is not None]
+            words += ["\n".join(f"Frame{number + 1}: {marks}" for number in range(count)) for count in frames]
+        return [number for text in words for number in self.get_tokenizer().encode(text, add_special_tokens=False)]
 
     def check(self, method: Served) -> None:
         config = self.get_hf_config()
@@ -73,6 +86,10 @@ class CompressedInternVLInfo(CompressedInfo, interns1.InternS1ProcessingInfo):
         side = int(tokens**0.5)
         return Layout(tiles_item(torch.zeros(tiles, tokens, 1)), tiles, (side, side))
 
+    def dense_rows(self, modality: str, items: Any, index: int, processed: Any) -> int:
+        frames = 1 if modality == "image" else int(processed["video_num_patches"].data)
+        return frames * super().dense_rows(modality, items, index, processed)
+
 
 class CompressedInternVLProcessor(CompressedProcessor, interns1.InternS1MultiModalProcessor):
     def _replaced(self, full: Any, rows: int, layout: Layout, method: Served) -> Any:
@@ -82,19 +99,20 @@ class CompressedInternVLProcessor(CompressedProcessor, interns1.InternS1MultiMod
 @MULTIMODAL_REGISTRY.register_processor(
     CompressedInternVLProcessor, info=CompressedInternVLInfo, dummy_inputs=interns1.InternS1DummyInputsBuilder
 )
-class CompressedInternVL(interns1.InternS1ForConditionalGeneration):
+class CompressedInternVL(MethodWorker, interns1.InternS1ForConditionalGeneration):
+    def _available(self, method: Served) -> frozenset[str]:
+        return ENCODER_SIGNALS
+
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        methods = {m: taken for m in ("image", "video") if (taken := kwargs.pop(FIELD + m, None)) is not None}
-        if not methods:
+        modality, served = self._taken(kwargs)
+        if served is None:
             return super().embed_multimodal(**kwargs)
-        ((modality, texts),) = methods.items()  # vLLM gives one kind at a time
         pixels = kwargs["pixel_values" if modality == "image" else "pixel_values_videos"]
         counts = kwargs[f"{modality}_num_patches"].flatten().tolist()
-        served = [read(text.numpy().tobytes()) for text in texts]
         out: list[Tensor] = []
         for part in groups(counts, most_views()):
             first, last = sum(counts[: part[0]]), sum(counts[: part[-1] + 1])
-            wanted = frozenset().union(*(given_signals(served[i], ENCODER_SIGNALS) for i in part))
+            wanted = self._wanted([served[i] for i in part])
             tokens, signals = self._tokens(pixels[first:last], wanted)
             start = 0
             for i in part:

@@ -23,7 +23,7 @@ from accelerate_methods.hosts.vllm.served import Served, ServedViews
 from accelerate_methods.stages.compress import VisualItem
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.shapes import ItemShape
-from accelerate_methods.stages.signals import LAYER_SIGNALS, Signal
+from accelerate_methods.stages.signals import LAYER_SIGNALS, OF_QUESTION, Signal
 from accelerate_methods.stages.views import Views
 
 _WIDTH = 8  # of made-up features
@@ -129,10 +129,11 @@ def made_up(method: Served, layout: Layout) -> VisualItem:
     on_views = layout.before_projector(method)
     frames, tokens = (layout.views, patches) if on_views else item.features.shape[:2]
     signals: dict[str, Tensor] = {}
+    wide = {"frame_features": (frames,), "prompt_mean": (), **dict.fromkeys(OF_QUESTION | {"prompt_rows"}, (2,))}
+    wide |= dict.fromkeys(("key_states", "image_embeds", "encoder_tokens"), (frames, tokens))
     for name in method.signals | frozenset(method.substitutes.values()):
         kind = Signal(name).name
-        of_frames = made(frames, _WIDTH) if kind == "frame_features" else made(frames, tokens)
-        signals[name] = made(frames, tokens, _WIDTH) if kind in ("key_states", "image_embeds") else of_frames
+        signals[name] = made(*wide[kind], _WIDTH) if kind in wide else made(frames, tokens)
     newlines = None if item.newlines is None else item.newlines.new_zeros(item.newlines.shape[0], _WIDTH)
     dense = dataclasses.replace(item, features=made(*item.features.shape[:2], _WIDTH), newlines=newlines)
     if not on_views:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,24 +19,32 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from accelerate_methods.engine.encoder_attention import ENCODER_SIGNALS, Encoded, asked_layers
 from accelerate_methods.engine.sequences import compressed_sequence
+from accelerate_methods.hosts.text_tower import TextTower, text_tower_name, text_tower_of
 from accelerate_methods.hosts.vllm.layouts import Layout, LlavaLayouts, LlavaNextLayouts
-from accelerate_methods.hosts.vllm.processing import FIELD, CompressedInfo, CompressedProcessor
-from accelerate_methods.hosts.vllm.served import Served
-from accelerate_methods.hosts.vllm.spec import read
+from accelerate_methods.hosts.vllm.processing import CompressedInfo, CompressedProcessor
+from accelerate_methods.hosts.vllm.served import Served, given_signals
 from accelerate_methods.hosts.vllm.tower import ServedTower, in_parts
+from accelerate_methods.hosts.vllm.workers import MethodWorker, groups, most_views
 from accelerate_methods.registry import families
 from accelerate_methods.registry.pipeline import ModelFacts
 from accelerate_methods.stages.compress import VisualItem
-from accelerate_methods.stages.errors import MethodError
+from accelerate_methods.stages.signals import IMAGE_TEXT
 from accelerate_methods.stages.views import Views
 
-#: environment variable: views (crops of images, frames of videos) that a vision tower is given at a time
-VIEWS_VARIABLE = "ACCELERATE_METHODS_VLLM_VIEWS"
-_VIEWS = 64
+
+def text_tower_of_model(config: Any, checkpoint: str, method: Served) -> str | None:
+    """Where the text half of the model's CLIP tower is to be had, None where that is not known."""
+    if config.vision_config.model_type != "clip_vision_model" or not isinstance(config.vision_feature_layer, int):
+        return None
+    return method.text_tower or text_tower_name(None, checkpoint, config.vision_config)
 
 
-def most_views() -> int:
-    return max(1, int(os.environ.get(VIEWS_VARIABLE, _VIEWS)))
+def tower_signals(config: Any, checkpoint: str, method: Served) -> frozenset[str]:
+    """What a method can have of a CLIP or SigLIP tower."""
+    if config.vision_config.model_type != "clip_vision_model":
+        return ENCODER_SIGNALS - {"cls_attention"}
+    looks = method.signals & IMAGE_TEXT and text_tower_of_model(config, checkpoint, method) is not None
+    return ENCODER_SIGNALS | IMAGE_TEXT if looks else ENCODER_SIGNALS
 
 
 class LlavaInfo(CompressedInfo):
@@ -50,28 +57,32 @@ class LlavaInfo(CompressedInfo):
         self.layouts = self.layouts_class(ctx.get_hf_config())
         super().__init__(ctx)
 
-    def facts(self) -> ModelFacts:
+    def facts(self, method: Served) -> ModelFacts:
         config = self.get_hf_config()
         joined = not isinstance(config.vision_feature_layer, int)
         return ModelFacts(
             name=self.about.name,
             stages=frozenset({"compress"}),
-            signals=frozenset() if joined else self.signals(config),
+            signals=frozenset() if joined else self.signals(method),
             modalities=self.about.modalities,
             layers=config.text_config.num_hidden_layers,
             limits=self.about.limits,
             signal_limits="Its features are not those of one encoder layer." if joined else "",
         )
 
-    def signals(self, config: Any) -> frozenset[str]:
-        clip = config.vision_config.model_type == "clip_vision_model"
-        return ENCODER_SIGNALS if clip else ENCODER_SIGNALS - {"cls_attention"}
+    def signals(self, method: Served) -> frozenset[str]:
+        return tower_signals(self.get_hf_config(), self.model_id, method)
 
     def check(self, method: Served) -> None:
-        depth = self.get_hf_config().vision_config.num_hidden_layers
-        number = self.get_hf_config().vision_feature_layer
-        if isinstance(number, int):
-            asked_layers(method.signals, depth, number - 1 if number > 0 else depth + number)
+        config = self.get_hf_config()
+        depth, number = config.vision_config.num_hidden_layers, config.vision_feature_layer
+        if not isinstance(number, int):
+            return
+        asked_layers(method.signals, depth, number - 1 if number > 0 else depth + number)
+        if IMAGE_TEXT & given_signals(method, self.signals(method)):
+            # read once here, where an error is the request's own
+            name = text_tower_of_model(config, self.model_id, method)
+            text_tower_of(self, name, config.vision_config.hidden_size, method.name)
 
     def layout(self, modality: str, items: Any, index: int, processed: Any) -> Layout:
         size = items.get_image_size(index)
@@ -98,14 +109,14 @@ def _processor(info: Any, dummy_inputs: Any) -> Any:
     return stock._build_llava_or_pixtral_hf_processor(info, dummy_inputs)
 
 
-class LlavaEncoding:
+class LlavaEncoding(MethodWorker):
     """Mixin in front of a LLaVA model of vLLM: encodes images under the method that came with each."""
 
     layouts_class: type = LlavaLayouts
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        config = self.config
+        config, self._checkpoint = self.config, vllm_config.model_config.model
         self._served_tower: ServedTower | None = None
         if config.vision_config.model_type in ("clip_vision_model", "siglip_vision_model"):
             self._served_tower = ServedTower(self.vision_tower, config.vision_config)
@@ -116,12 +127,8 @@ class LlavaEncoding:
         return super().load_weights(weights if self._served_tower is None else self._served_tower.renamed(weights))
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        methods = {m: taken for m in ("image", "video") if (taken := kwargs.pop(FIELD + m, None)) is not None}
-        if not methods:
-            return super().embed_multimodal(**kwargs)
-        ((modality, texts),) = methods.items()  # vLLM gives one kind at a time
-        served = [read(text.numpy().tobytes()) for text in texts]
-        return tuple(self._embedded(modality, served, kwargs))
+        modality, served = self._taken(kwargs)
+        return super().embed_multimodal(**kwargs) if served is None else tuple(self._embedded(modality, served, kwargs))
 
     def _embedded(self, modality: str, served: list[Served], kwargs: dict[str, Any]) -> list[Tensor]:
         return self._images(served, kwargs)
@@ -141,7 +148,7 @@ class LlavaEncoding:
         pixels = [views[: layout.views] for views, layout in zip(pixels, layouts, strict=True)]
         out: list[Tensor] = []
         for part in groups([layout.views for layout in layouts], self._most_views):
-            wanted = frozenset().union(*(self._signals_of(served[i]) for i in part))
+            wanted = self._wanted([served[i] for i in part])
             encoded, signals = self._encode(torch.cat([pixels[i] for i in part]), wanted)
             first = 0
             for i in part:
@@ -151,11 +158,15 @@ class LlavaEncoding:
                 out.append(self._image(served[i], layouts[i], sizes[i], encoded[here], own))
         return out
 
-    def _signals_of(self, method: Served) -> frozenset[str]:
-        return given_signals(method, self._available())
+    def _available(self, method: Served) -> frozenset[str]:
+        return tower_signals(self.config, self._checkpoint, method)
 
-    def _available(self) -> frozenset[str]:
-        return ENCODER_SIGNALS if self._served_tower.special else ENCODER_SIGNALS - {"cls_attention"}
+    def _text_tower(self, method: Served) -> TextTower | None:
+        if not IMAGE_TEXT & self._wanted([method]):
+            return None
+        name, like = text_tower_of_model(self.config, self._checkpoint, method), next(self.vision_tower.parameters())
+        tower = text_tower_of(self, name, self.config.vision_config.hidden_size, method.name)
+        return tower.on_device(like.device, like.dtype)
 
     def _encode(self, pixels: Tensor, wanted: frozenset[str]) -> tuple[Encoded, dict[str, Tensor]]:
         """Patches of all views, and signals over them; the tower gets so many views at a time."""
@@ -170,7 +181,9 @@ class LlavaEncoding:
     def _image(
         self, method: Served, layout: Layout, size: tuple[int, int], encoded: Encoded, signals: dict[str, Tensor]
     ) -> Tensor:
-        newline = getattr(self, "image_newline", None)
+        newline, text = getattr(self, "image_newline", None), self._text_tower(method)
+        if text is not None:
+            signals = signals | {"image_embeds": text.embed_patches(encoded.patches, self._served_tower.post_norm)}
 
         def whole() -> VisualItem:
             return self._layouts.image_item(self.multi_modal_projector(encoded.patches), newline, size)
@@ -190,29 +203,6 @@ class LlavaEncoding:
             item = whole()
             item.signals = {name: value.flatten(0, 1)[item.source][None] for name, value in signals.items()}
         return compressed_sequence(item, method, self.multi_modal_projector).tokens
-
-
-def given_signals(method: Served, available: frozenset[str]) -> frozenset[str]:
-    """What ``method`` gets for what it asks."""
-    from accelerate_methods.stages.signals import resolve_signal
-
-    found = {resolve_signal(method, name, available) for name in method.signals}
-    if None in found:
-        raise MethodError(f"{method.name}: a signal is missing that the front end took for granted.")
-    return frozenset(found)
-
-
-def groups(views: Sequence[int], most: int) -> list[list[int]]:
-    """Neighbouring items that are encoded together: at most ``most`` views, or one item with more."""
-    out: list[list[int]] = []
-    total = 0
-    for index, count in enumerate(views):
-        if not out or total + count > most:
-            out.append([])
-            total = 0
-        out[-1].append(index)
-        total += count
-    return out
 
 
 def moved_layout(item: VisualItem, device: torch.device, newline: Tensor | None) -> VisualItem:

@@ -54,13 +54,17 @@ def pooling_head(checkpoint: str, width: int) -> SiglipPoolingHead:
     return head
 
 
+def with_head(signals: frozenset[str]) -> frozenset[str]:
+    """With those of the attention-pooling head that SigLIP towers have."""
+    return signals if "cls_attention" in signals else signals | _HEAD_SIGNALS
+
+
 class CompressedLlavaOnevisionInfo(LlavaInfo, LlavaOnevisionProcessingInfo):
     about = families.LLAVA_ONEVISION_HF
     layouts_class = LlavaOnevisionLayouts
 
-    def signals(self, config: Any) -> frozenset[str]:
-        found = super().signals(config)
-        return found if "cls_attention" in found else found | _HEAD_SIGNALS
+    def signals(self, method: Served) -> frozenset[str]:
+        return with_head(super().signals(method))
 
     def check(self, method: Served) -> None:
         super().check(method)
@@ -85,17 +89,12 @@ class CompressedLlavaOnevisionProcessor(CompressedProcessor, LlavaOnevisionMulti
 class CompressedLlavaOnevision(LlavaEncoding, LlavaOnevisionForConditionalGeneration):
     layouts_class = LlavaOnevisionLayouts
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self._checkpoint = vllm_config.model_config.model
-
     def embed_multimodal(self, **kwargs: Any) -> Any:
         # vLLM gives videos of different lengths a batch dimension too many
         return tuple(part[0] if part.ndim == 3 else part for part in super().embed_multimodal(**kwargs))
 
-    def _available(self) -> frozenset[str]:
-        found = super()._available()
-        return found if "cls_attention" in found else found | _HEAD_SIGNALS
+    def _available(self, method: Served) -> frozenset[str]:
+        return with_head(super()._available(method))
 
     def _image_views(self, kwargs: dict[str, Any]) -> tuple[list[Tensor], list[tuple[int, int]]]:
         return list(kwargs["pixel_values"]), [(width, height) for height, width in kwargs["image_sizes"].tolist()]
@@ -106,7 +105,7 @@ class CompressedLlavaOnevision(LlavaEncoding, LlavaOnevisionForConditionalGenera
         return [self._video(*pair) for pair in zip(served, kwargs["pixel_values_videos"], strict=True)]
 
     def _video(self, method: Served, pixels: Tensor) -> Tensor:
-        wanted = self._signals_of(method)
+        wanted = self._wanted([method])
         encoded, signals = self._encode(pixels, wanted)
         found = {name: self._layouts.pooled(value) for name, value in signals.items()}
         if wanted & _HEAD_SIGNALS:

@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL in vLLM: tokens on a grid, three position ids each.
+"""Qwen2-VL and Qwen2.5-VL in vLLM, and what Qwen3-VL shares: tokens on a grid, three position ids each.
 
 Where tokens are missing, the ids of those that are left are known only when they are encoded. vLLM's runners have a
 way for that (``recompute_mrope_positions``, made for its own video pruning), which is opened here for every method, and
@@ -22,10 +22,10 @@ from accelerate_methods.engine.sequences import compressed_sequence
 from accelerate_methods.hosts.vllm import grids
 from accelerate_methods.hosts.vllm.blocks import ServedBlocks, asked_blocks
 from accelerate_methods.hosts.vllm.layouts import Layout
-from accelerate_methods.hosts.vllm.llava import given_signals, groups, most_views
-from accelerate_methods.hosts.vllm.processing import FIELD, CompressedInfo, CompressedProcessor, configured
+from accelerate_methods.hosts.vllm.processing import CompressedInfo, CompressedProcessor, configured
 from accelerate_methods.hosts.vllm.served import Served
-from accelerate_methods.hosts.vllm.spec import KEY, read
+from accelerate_methods.hosts.vllm.spec import KEY
+from accelerate_methods.hosts.vllm.workers import MethodWorker, groups, most_views
 from accelerate_methods.registry import families
 from accelerate_methods.registry.pipeline import ModelFacts
 from accelerate_methods.stages.compress import VisualItem
@@ -71,7 +71,7 @@ class QwenInfo(CompressedInfo):
                 "ours, too)."
             )
 
-    def facts(self) -> ModelFacts:
+    def facts(self, method: Served) -> ModelFacts:
         config = self.get_hf_config()
         return ModelFacts(
             name=self.about.name,
@@ -108,39 +108,40 @@ class QwenInfo(CompressedInfo):
         return Layout(grid_item(torch.zeros(tokens, 1), modality, shape), shape[0], shape[1:])
 
 
-class QwenEncoding:
+class QwenEncoding(MethodWorker):
     """Mixin in front of a Qwen-VL model of vLLM: encodes under methods, and says where tokens stand."""
 
     supports_multimodal_pruning: ClassVar[bool] = True
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
         model_config = vllm_config.model_config
-        #: whether embeddings carry the columns of their positions
-        self._carries = any(source is not None for source in configured(model_config))
-        self._served_blocks = ServedBlocks(self.visual, self.config.vision_config)
-        if self._carries:
+        carries = any(source is not None for source in configured(model_config))
+        if carries:
             if getattr(vllm_config.compilation_config, "compile_mm_encoder", False):
                 raise MethodError(f"{KEY} reads the vision encoder while it runs; leave compile_mm_encoder off.")
-            self.is_multimodal_pruning_enabled = True
-            # what vLLM's runners ask; its own video pruning stays off
+            # what vLLM's runners ask, and decoder layers that have to hold ids beyond the prompt's length; its own
+            # video pruning stays off
             model_config.multimodal_config.__dict__["is_multimodal_pruning_enabled"] = _always
             tell_the_cpu_runner()
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        #: whether embeddings carry the columns of their positions
+        self._carries = carries
+        self._served_blocks = ServedBlocks(self.visual, self.config.vision_config)
+        if carries:
+            self.is_multimodal_pruning_enabled = True
 
     # -- encoding ----------------------------------------------------------------------------------------------------
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         if not self._carries:
             return super().embed_multimodal(**kwargs)
-        out: list[Tensor] = []
-        for modality in ("image", "video"):
-            grid = kwargs.get(f"{modality}_grid_thw")
-            if grid is None:
-                continue
-            texts = kwargs.pop(FIELD + modality, None)
-            methods = [None] * len(grid) if texts is None else [read(text.numpy().tobytes()) for text in texts]
-            out += self._encoded(modality, methods, grid, kwargs)
-        return tuple(out)
+        _, served = self._taken(kwargs)
+        modality = "image" if kwargs.get("image_grid_thw") is not None else "video"
+        grid = kwargs[f"{modality}_grid_thw"]
+        return tuple(self._encoded(modality, [None] * len(grid) if served is None else served, grid, kwargs))
+
+    def _available(self, method: Served) -> frozenset[str]:
+        return vision_signals(self.config.vision_config)
 
     def _encoded(
         self, modality: str, methods: list[Served | None], grid: Tensor, kwargs: dict[str, Any]
@@ -149,16 +150,14 @@ class QwenEncoding:
         patches = grid.prod(-1).tolist()
         side = self.config.vision_config.spatial_merge_size
         shapes = [(frames, rows // side, columns // side) for frames, rows, columns in grid.tolist()]
-        seconds = kwargs.get("second_per_grid_ts")
-        per_frame = [self._per_frame(modality, None if seconds is None else seconds[i]) for i in range(len(shapes))]
+        places = [self._place(modality, shape, kwargs, i) for i, shape in enumerate(shapes)]
         out: list[Tensor] = []
         for part in groups(patches, most_views() * _PATCHES):
             first, last = sum(patches[: part[0]]), sum(patches[: part[-1] + 1])
             own = {**kwargs, f"{modality}_grid_thw": grid[part[0] : part[-1] + 1]}
             if kwargs.get(pixels) is not None:
                 own[pixels] = kwargs[pixels][first:last]
-            available = vision_signals(self.config.vision_config)
-            wanted = frozenset().union(*(given_signals(methods[i], available) for i in part if methods[i] is not None))
+            wanted = self._wanted([methods[i] for i in part])
             with self._served_blocks.watch(wanted) as kept:
                 embeds = self._embeds(modality, own)
             signals = self._served_blocks.signals(kept, wanted, [shapes[i] for i in part])
@@ -166,7 +165,7 @@ class QwenEncoding:
                 if "frame_features" in wanted:
                     main = rows[:, : self._width(rows)]
                     found["frame_features"] = main.unflatten(0, (shapes[i][0], -1)).mean(1)
-                out.append(self._item(modality, methods[i], rows, shapes[i], found, per_frame[i]))
+                out.append(self._item(modality, methods[i], rows, shapes[i], found, places[i]))
         return out
 
     def _embeds(self, modality: str, kwargs: dict[str, Any]) -> Sequence[Tensor]:
@@ -174,12 +173,13 @@ class QwenEncoding:
         parsed = getattr(self, f"_parse_and_validate_{modality}_input")(**kwargs)
         return getattr(self, f"_process_{modality}_input")(parsed)
 
-    def _per_frame(self, modality: str, seconds: Tensor | None) -> float:
-        """Position ids that a frame is long."""
+    def _place(self, modality: str, shape: tuple[int, int, int], kwargs: dict[str, Any], index: int) -> Any:
+        """What :meth:`_item` has to know of where an item's tokens stand: their coordinates [3, T*h*w]."""
+        seconds = kwargs.get("second_per_grid_ts")
         if modality == "image":
-            return 1.0
-        each = 1.0 if seconds is None else float(seconds)
-        return each * getattr(self.config.vision_config, "tokens_per_second", 1.0)
+            return grids.coordinates(*shape)
+        each = 1.0 if seconds is None else float(seconds[index])
+        return grids.coordinates(*shape, each * getattr(self.config.vision_config, "tokens_per_second", 1.0))
 
     def _width(self, rows: Tensor) -> int:
         """How many numbers of a row are what the language model gets at its first layer."""
@@ -192,9 +192,10 @@ class QwenEncoding:
         rows: Tensor,
         shape: tuple[int, int, int],
         signals: dict[str, Tensor],
-        per_frame: float,
+        place: Any,
     ) -> Tensor:
-        where = grids.coordinates(*shape, per_frame).to(rows.device)
+        """[K, D + ...] what the prompt's rows of an item hold, with their columns."""
+        where = place.to(rows.device)
         if method is None:
             return torch.cat([rows, grids.packed(where, rows)], dim=1)
         width = self._width(rows)
@@ -214,13 +215,16 @@ class QwenEncoding:
         if not self._carries:
             return super().get_mrope_input_positions(input_tokens, mm_features)
         features = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
-        items = [
+        return grids.prompt_positions(len(input_tokens), self._standing(features))
+
+    def _standing(self, features: Sequence[Any]) -> list[tuple[int, int, Tensor]]:
+        """For ``grids.prompt_positions``, of the images and videos of a prompt in their order."""
+        return [
             (offset, feature.mm_position.length, grids.coordinates(frames, rows, columns, per_frame))
             for feature, (offset, frames, rows, columns, per_frame) in zip(
                 features, self.iter_mm_grid_thw(features), strict=True
             )
         ]
-        return grids.prompt_positions(len(input_tokens), items)
 
     def recompute_mrope_positions(
         self, input_ids: Any, multimodal_embeddings: Any, mrope_positions: Tensor, num_computed_tokens: int

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accelerate_methods.hosts.questions import PromptText
 from accelerate_methods.stages.budget import floor_share
 from accelerate_methods.stages.compress import Compressed, CompressMethod, ViewCompressMethod, VisualItem
 from accelerate_methods.stages.errors import MethodError
 from accelerate_methods.stages.method import Method
 from accelerate_methods.stages.shapes import ItemShape
-from accelerate_methods.stages.signals import OF_PROMPT, OF_QUESTION
+from accelerate_methods.stages.signals import resolve_signal
 from accelerate_methods.stages.views import CompressedViews, Views
 
 _ELSEWHERE = {
@@ -28,7 +29,10 @@ _ELSEWHERE = {
     "decode": "chooses among the KV cache's entries in every step, which vLLM's attention does not offer",
 }
 #: what the wrapper takes over from the method inside
-_SAME = ("name", "title", "signals", "substitutes", "modalities", "needs_grid")
+_SAME = (
+    *("name", "title", "signals", "substitutes", "modalities", "needs_grid", "frame_marks", "needs_question"),
+    "text_tower",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,11 +48,13 @@ class Served(CompressMethod):
         cap: share of the tokens of an item that a method whose count is not known beforehand is held to; None: its
             ``retention_ratio``.
         specification: what was asked for, in JSON's types.
+        prompt: what the prompt says, for a method that looks at it; in workers.
     """
 
     inner: CompressMethod
     cap: float | None = None
     specification: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+    prompt: PromptText | None = dataclasses.field(default=None, compare=False, repr=False)
 
     positions = "compact"
 
@@ -59,17 +65,31 @@ class Served(CompressMethod):
     def to_dict(self) -> dict[str, Any]:
         return {**self.inner.to_dict(), **({} if self.cap is None else {"cap": self.cap})}
 
+    def words(self, question: str) -> list[str]:
+        return self.inner.words(question)
+
     def count(self, shape: ItemShape) -> int | None:
         counted = self.inner.count(shape)
         return self._capped(shape) if counted is None else counted
 
     def compress(self, item: VisualItem) -> Compressed:
+        if self.prompt is not None:
+            self.prompt.tell(item)
         compressed = self.inner.compress(item)
         if self.inner.count(item.shape) is None:
             compressed = exactly(compressed, item, self._needed(item.shape))
         if compressed.newlines == "closing":
             compressed.newlines = "all"
+        compressed.frame_marks = self.marks_stay(item.shape)
         return compressed
+
+    def told(self, prompt: PromptText) -> Served:
+        """The same for images and videos of a prompt."""
+        return dataclasses.replace(self, prompt=prompt)
+
+    def marks_stay(self, shape: ItemShape) -> bool:
+        """Whether the tokens that some models put around each frame of a video stay, known from its form."""
+        return self.frame_marks or self.inner.count(shape) == shape.num_tokens
 
     def _capped(self, shape: ItemShape) -> int | None:
         share = getattr(self.inner, "retention_ratio", None) if self.cap is None else self.cap
@@ -103,6 +123,8 @@ class ServedViews(Served, ViewCompressMethod):
     def compress_views(self, views: Views) -> CompressedViews | None:
         if self.inner.count(views.shape) is None:
             raise MethodError(self.why_unknown(views.shape))
+        if self.prompt is not None:
+            self.prompt.tell(views)
         return self.inner.compress_views(views)
 
 
@@ -110,7 +132,7 @@ def served(method: Method, cap: float | None = None, specification: dict[str, An
     """``method`` as vLLM can run it.
 
     Raises:
-        MethodError: it acts at other stages than compress, looks at the question, or ``cap`` is no share.
+        MethodError: it acts at other stages than compress, or ``cap`` is no share.
     """
     for stage in method.stages:
         if stage != "compress":
@@ -118,16 +140,19 @@ def served(method: Method, cap: float | None = None, specification: dict[str, An
             raise MethodError(f"{method.name} cannot be served: it {_ELSEWHERE[stage]}.{also}")
     if not isinstance(method, CompressMethod):
         raise MethodError(f"{method.name} cannot be served: it does not act between vision side and language model.")
-    if method.needs_question or method.signals & (OF_PROMPT | OF_QUESTION):
-        raise MethodError(
-            f"{method.name} cannot be served: it looks at the question, and vLLM encodes images without their prompt "
-            "and keeps them for other prompts."
-        )
     if cap is not None and not (isinstance(cap, int | float) and not isinstance(cap, bool) and 0 < cap <= 1):
         raise MethodError(f"cap={cap!r}: a share of the tokens in (0, 1].")
     wrapper = ServedViews if isinstance(method, ViewCompressMethod) else Served
     asked = specification if specification is not None else method.to_dict()
     return wrapper(inner=method, cap=cap, specification=asked)
+
+
+def given_signals(method: Served, available: frozenset[str]) -> frozenset[str]:
+    """What ``method`` gets for what it asks."""
+    found = {resolve_signal(method, name, available) for name in method.signals}
+    if None in found:
+        raise MethodError(f"{method.name}: a signal is missing that the front end took for granted.")
+    return frozenset(found)
 
 
 def exactly(compressed: Compressed, item: VisualItem, total: int) -> Compressed:

@@ -21,6 +21,8 @@ from accelerate_methods.stages.errors import MethodError
 
 KEY = "visual_compression"
 VARIABLE = "ACCELERATE_METHODS_VLLM"
+#: bytes of a number of rows
+_ROWS = 4
 _NOTHING = ("", "none", "dense")
 _EXAMPLE = '{"method": "uniform", "retention_ratio": 0.25}'
 
@@ -93,12 +95,26 @@ def method_of(specification: Mapping[str, Any] | None) -> Served | None:
 
 
 def written(method: Served) -> bytes:
-    """A method as bytes, for a worker to read with :func:`read`."""
+    """A method as bytes: equal for equal specifications."""
     return json.dumps(method.specification, sort_keys=True).encode()
 
 
+def sent(method: Served, dense: int) -> bytes:
+    """What travels with an image or video: its rows without any method, and the method.
+
+    The worker asks :func:`read` for the method, the scheduler :func:`dense_rows` for the work of encoding it.
+    """
+    return dense.to_bytes(_ROWS, "little") + written(method)
+
+
 def read(text: bytes) -> Served:
-    return _built(text.decode())
+    """The method of :func:`sent`."""
+    return _built(text[_ROWS:].decode())
+
+
+def dense_rows(text: bytes) -> int:
+    """The rows of :func:`sent`."""
+    return int.from_bytes(text[:_ROWS], "little")
 
 
 @functools.lru_cache(maxsize=256)

@@ -21,6 +21,7 @@ from accelerate_methods.engine.encoder_attention import Encoded, asked_layers, s
 from accelerate_methods.stages.errors import MethodError
 
 _PREFIX = re.compile(r"^(model\.)?vision_tower\.(?!vision_model\.)")
+_POST_NORM = re.compile(r"vision_tower\.vision_model\.post_layernorm\.(\w+)$")
 _LAYER = re.compile(r"vision_tower\.vision_model\.encoder\.layers\.(\d+)\.(layer_norm1|self_attn\.[qk]_proj)\.(\w+)$")
 
 
@@ -36,6 +37,7 @@ class ServedTower:
         self._layers = tower.vision_model.encoder.layers
         self.feature, self.depth = len(self._layers) - 1, config.num_hidden_layers
         self._next: dict[str, Tensor] = {}
+        self._post_norm: dict[str, Tensor] = {}
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
@@ -51,7 +53,16 @@ class ServedTower:
             if found and int(found[1]) == self.feature + 1:
                 like = next(self._layers[0].parameters())
                 self._next[f"{found[2]}.{found[3]}"] = value.to(device=like.device, dtype=like.dtype, copy=True)
+            found = _POST_NORM.search(name)
+            if found:
+                like = next(self._layers[0].parameters())
+                self._post_norm[found[1]] = value.to(device=like.device, dtype=like.dtype, copy=True)
             yield name, value
+
+    def post_norm(self, states: Tensor) -> Tensor:
+        """The norm behind the encoder, which vLLM leaves out: patches go through it on their way to CLIP's space."""
+        weights, width = self._post_norm, (self.config.hidden_size,)
+        return nn.functional.layer_norm(states, width, weights["weight"], weights["bias"], self.config.layer_norm_eps)
 
     def _layer(self, index: int) -> SimpleNamespace:
         """The parts of a layer that signals are computed with, under the names of transformers."""

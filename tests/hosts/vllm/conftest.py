@@ -15,22 +15,20 @@ MARKS = {
     "llava_1_5": _LLAVA,
     "llava_next": _LLAVA,
     "llava_onevision": {"image": "<image>", "video": "<video>"},
-    "internvl": {"image": "<IMG_CONTEXT>"},
+    "internvl": {"image": "<IMG_CONTEXT>", "video": "<video>"},
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
-    "qwen3_vl": {"image": _QWEN["image"]},
+    "qwen3_vl": _QWEN,
 }
-#: families on which every method is refused
-DENSE = {"qwen3_vl"}
-#: families whose engines start with ``--thorough`` only: their code is that of another family, or refuses methods
-ON_DEMAND = {"llava_next", "qwen2_vl", "qwen3_vl"}
+#: families whose engines start with ``--thorough`` only: their code is that of another family
+ON_DEMAND = {"llava_next", "qwen2_vl"}
 #: families that want to know the frame rate of a video
-DESCRIBED = {"qwen2_5_vl"}
+DESCRIBED = {"qwen2_5_vl", "qwen3_vl"}
 #: more than one run of the tower, and of the language model, for every prompt
 SMALL_STEPS = {"max_num_batched_tokens": 96}
 FEW_VIEWS = "3"
 #: families whose engines have to be told that methods may come
-ASKED = {"qwen2_vl", "qwen2_5_vl"}
+ASKED = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
 
 
 def pytest_collection_modifyitems(config, items):

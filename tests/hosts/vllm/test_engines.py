@@ -2,12 +2,13 @@
 
 import pytest
 
-from tests.hosts.vllm.conftest import DENSE, MARKS
+from tests.hosts.vllm.conftest import MARKS
+from tests.support.clip_checkpoints import clip_folder
 from tests.support.served_engines import picture
 from tests.support.served_methods import PARAMETERS, specification
 
 pytestmark = pytest.mark.engine
-every_model = pytest.mark.parametrize("checkpoint", sorted(set(MARKS) - DENSE), indirect=True)
+every_model = pytest.mark.parametrize("checkpoint", sorted(MARKS), indirect=True)
 UNIFORM = {"method": "uniform", "retention_ratio": 0.25}
 #: why a method does not act on a family's images or videos
 REFUSED = ("cannot act on", "needs")
@@ -54,6 +55,27 @@ def test_several_media_per_prompt(served, reference, media):
 
 
 @every_model
+def test_the_same_image_under_another_question_is_another_one(served, reference):
+    for method in ("mmtok", "cdpruner"):
+        for text in ("What colour is the square?", "Blue?"):
+            prompt = served.prompt([picture(seed=3)], text, specification(method))
+            assert served.ask(prompt)[0].near(reference.answer(prompt), 1e-3), text
+    with pytest.raises(ValueError, match="this prompt says nothing"):
+        served.ask({**served.prompt([picture()], method={"method": "mmtok"}), "prompt": served.marks["image"]})
+
+
+@pytest.mark.parametrize("checkpoint", ["llava_1_5"], indirect=True)
+def test_a_question_is_compared_in_clips_own_space(served, reference):
+    method = {**specification("cdpruner"), "text_tower": str(clip_folder("tiny-llava-1.5"))}
+    prompt = served.prompt([picture(seed=3)], method=method)
+    answer, expected = served.ask(prompt)[0], reference.answer(prompt)
+    assert answer.near(expected, 1e-3)
+    assert not answer.near(served.one(picture(seed=3), method=specification("cdpruner")), 1e-3)
+    with pytest.raises(ValueError, match="text tower"):
+        served.one(picture(), method={**method, "text_tower": "/nowhere"})
+
+
+@every_model
 def test_videos_of_different_lengths_in_one_step(served, media):
     if "video" not in media:
         pytest.skip("no videos")
@@ -83,7 +105,6 @@ def test_retentions_share_no_cache_entry(served):
         ({"method": "uniform", "ratio": 0.5}, "unknown parameter"),
         ({"method": "uniform", "retention_ratio": 2}, "retention_ratio"),
         ({"method": "fastv"}, "between decoder layers"),
-        ({"method": "cdpruner"}, "looks at the question"),
         ({"retention_ratio": 0.5}, "names no method"),
         (7, "must be a method's name or a mapping"),
     ],
@@ -92,10 +113,3 @@ def test_a_bad_request_is_refused_and_the_engine_goes_on(served, asked, said):
     with pytest.raises(ValueError, match=said):
         served.one(picture(), method=asked)
     assert served.one(picture(), method=UNIFORM).ids
-
-
-@pytest.mark.parametrize("checkpoint", sorted(DENSE), indirect=True)
-def test_a_model_without_methods_refuses_them_and_runs_dense(served):
-    with pytest.raises(ValueError, match="cannot be served on Qwen3-VL yet"):
-        served.one(picture(), method=UNIFORM)
-    assert served.one(picture(), method={"method": "none"}) == served.one(picture())

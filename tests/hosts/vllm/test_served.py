@@ -16,11 +16,13 @@ from accelerate_methods.hosts.vllm.layouts import (
     made_up,
     rows_of,
 )
+from accelerate_methods.hosts.vllm.prompts import PromptWords
 from accelerate_methods.hosts.vllm.served import exactly
 from accelerate_methods.hosts.vllm.spec import method_of
 from accelerate_methods.stages.compress import Compressed, VisualItem, selection
 from accelerate_methods.stages.contract import check_compressed
 from accelerate_methods.stages.errors import MethodError
+from tests.support.native_processors import byte_tokenizer
 from tests.support.served_methods import PARAMETERS, specification
 
 CONFIG = SimpleNamespace(
@@ -113,3 +115,21 @@ def test_a_specification_is_json():
     method = method_of({"method": "vidcom2", "retention_ratio": 0.1})
     assert json.loads(json.dumps(method.specification)) == method.specification
     assert method.count(item_of(10, 10).shape) == 10
+
+
+def test_what_a_prompt_says_travels_as_bytes():
+    tokenizer = byte_tokenizer(320, {300: "<image>"})
+    method = method_of(specification("mmtok"))
+    ids = tokenizer("user: <image>What colour is it?<|endoftext|>assistant:").input_ids
+    words = PromptWords.of(method, frozenset({"question_rows"}), ids, {300}, [7, 7], tokenizer)
+    assert words.question == "What colour is it?"
+    assert tokenizer.decode(words.words) == "colour"
+    assert words.text == (*(number for number in ids if number != 300), 7, 7)
+    assert PromptWords.read(words.written().encode()) == words
+    table = torch.nn.Embedding(320, 4)
+    told = words.told(frozenset({"question_rows", "prompt_mean"}), table, None)
+    assert torch.equal(told.signals["question_rows"], table(torch.tensor(words.words)))
+    torch.testing.assert_close(told.signals["prompt_mean"], table(torch.tensor(words.text)).mean(0))
+    nothing = PromptWords.of(method, frozenset({"question_rows"}), [300], {300}, [], tokenizer)
+    with pytest.raises(MethodError, match="says nothing"):
+        nothing.check(method, frozenset({"question_rows"}))

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from accelerate_methods.hosts import vllm
-from accelerate_methods.hosts.vllm.spec import VARIABLE, from_environment, merged, method_of, read, written
+from accelerate_methods.hosts.vllm.spec import VARIABLE, dense_rows, from_environment, merged, method_of, read, sent
 from accelerate_methods.stages.errors import MethodError
 from tests.support.served_methods import PARAMETERS, not_served, specification
 
@@ -71,7 +71,9 @@ def test_the_environment_holds_json_or_a_name(monkeypatch):
 @pytest.mark.parametrize("name", sorted(PARAMETERS))
 def test_a_worker_reads_the_same_method(name):
     method = method_of(specification(name))
-    assert read(written(method)) == method
+    text = sent(method, 100_000)
+    assert read(text) == method
+    assert dense_rows(text) == 100_000
     assert method.name == name
 
 
@@ -101,7 +103,7 @@ def test_other_releases_are_named(version):
 def test_the_package_does_not_import_vllm():
     code = (
         "import sys, importlib; sys.modules['vllm'] = None\n"
-        "for name in ('', '.spec', '.served', '.layouts', '.grids'):\n"
+        "for name in ('', '.spec', '.served', '.layouts', '.grids', '.prompts'):\n"
         "    importlib.import_module('accelerate_methods.hosts.vllm' + name)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
