@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from accelerate_methods.ops.dpp import greedy_map_of
+from accelerate_methods.ops.dpp import greedy_map
 from accelerate_methods.ops.select import row_numbers
 from accelerate_methods.registry import register
 from accelerate_methods.stages.budget import nearest_share
@@ -114,6 +114,8 @@ def diverse_tokens(tokens: Tensor, relevance: Tensor | None, count: int) -> Tens
     The kernel is diag(r) S diag(r), S the cosines of the tokens; tokens without a direction are like no other.
     """
     tokens = tokens.float()
-    norm = torch.linalg.vector_norm(tokens, dim=2)
-    weight = torch.where((norm > 0) & torch.isfinite(norm), (1.0 if relevance is None else relevance) / norm, 0.0)
-    return greedy_map_of(tokens, weight, count).sort(1).values
+    kernel = tokens @ tokens.transpose(1, 2)
+    norm = kernel.diagonal(dim1=1, dim2=2).sqrt()
+    weight = torch.where(norm > 0, (1.0 if relevance is None else relevance) / norm, 0.0)
+    kernel = kernel.mul_(weight[:, :, None]).mul_(weight[:, None, :])
+    return greedy_map(kernel.nan_to_num_(posinf=0, neginf=0), count).sort(1).values
