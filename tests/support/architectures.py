@@ -9,10 +9,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from llava.model.checkpoint import load_config
 from llava.tokenization import load_tokenizer
 from tests.support.paths import CHECKPOINTS, GOLDEN
 from tests.support.texts import tiny_text_tokenizer
@@ -89,6 +91,28 @@ def tiny_checkpoint(file: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     TINY[file](folder)
     return folder
+
+
+def from_checkpoint(
+    model_class: Any, folder: Path, dtype: torch.dtype = torch.float32, how: dict[str, Any] | None = None, **keys: Any
+) -> Any:
+    """The model in ``folder`` with other config keys, and its tower loaded; ``how``: arguments of from_pretrained."""
+    config = load_config(model_class.config_class, folder)
+    for key, value in keys.items():
+        setattr(config, key, value)
+    model = model_class.from_pretrained(folder, config=config, dtype=dtype, **(how or {})).eval()
+    model.get_vision_tower().load_model()
+    return model
+
+
+def changed(folder: Path, target: Path, weights: dict[str, torch.Tensor] | None = None, **keys: Any) -> Path:
+    """A copy of the checkpoint in ``target`` with other weights and config keys."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text("utf-8")) | keys
+    (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    if weights is not None:
+        save_file(weights, target / "model.safetensors", {"format": "pt"})
+    return target
 
 
 def _with_llavas_tokenizer_and_tower(source: Path, folder: Path) -> None:

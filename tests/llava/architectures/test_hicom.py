@@ -1,7 +1,6 @@
 """HICom: its grammar, blocks and positions, the instruction, images of any resolution, checkpoints, methods on it."""
 
 import copy
-import json
 import shutil
 
 import numpy as np
@@ -22,6 +21,7 @@ from llava.model.architectures.hicom.grammar import Global, Local, branches, wit
 from llava.model.architectures.hicom.instruction import instruction_in
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import CheckpointError, load_config
+from tests.support.architectures import changed
 from tests.support.paths import GOLDEN
 from tests.support.several_devices import SeveralDevices
 from tests.support.texts import tiny_text_tokenizer
@@ -54,15 +54,6 @@ def config_of(folder, **keys):
     for key, value in keys.items():
         setattr(config, key, value)
     return config
-
-
-def changed(folder, target, weights, **keys):
-    """A copy of the checkpoint in ``target`` with other weights and config keys."""
-    shutil.copytree(folder, target)
-    config = json.loads((target / "config.json").read_text()) | keys
-    (target / "config.json").write_text(json.dumps(config))
-    save_file(weights, target / "model.safetensors", {"format": "pt"})
-    return target
 
 
 @pytest.fixture(scope="module")

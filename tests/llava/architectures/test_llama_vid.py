@@ -19,7 +19,8 @@ from llava.model.architectures.llama_vid.eva import resized_positions
 from llava.model.architectures.llama_vid.tokens import content_cells, pooled
 from llava.model.architectures.qformer import QFormer
 from llava.model.builder import load_pretrained_model
-from llava.model.checkpoint import CheckpointError, load_config
+from llava.model.checkpoint import CheckpointError
+from tests.support.architectures import from_checkpoint
 from tests.support.configured import configured
 from tests.support.paths import CHECKPOINTS
 
@@ -29,14 +30,9 @@ ASKED = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_tok
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
-def load(folder=FOLDER, device_map=None, offload_folder=None, **config_keys):
-    config = load_config(LlamaVidForCausalLM.config_class, folder)
-    for key, value in {"eva_heads": 4, **config_keys}.items():
-        setattr(config, key, value)
+def load(folder=FOLDER, device_map=None, offload_folder=None, **keys):
     where = {} if device_map is None else {"device_map": device_map, "offload_folder": offload_folder}
-    model = LlamaVidForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, **where).eval()
-    model.get_vision_tower().load_model()
-    return model
+    return from_checkpoint(LlamaVidForCausalLM, folder, how=where, **{"eva_heads": 4, **keys})
 
 
 @pytest.fixture(scope="module")

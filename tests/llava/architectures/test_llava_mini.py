@@ -21,9 +21,9 @@ from llava.model.architectures import architecture_of
 from llava.model.architectures.llava_mini import LlavaMiniForCausalLM, prefusion
 from llava.model.architectures.llava_mini.compressor import QueryCompressor, position_table, stitched
 from llava.model.architectures.llava_mini.media import sample_frames
-from llava.model.checkpoint import CheckpointError, load_config
+from llava.model.checkpoint import CheckpointError
 from llava.model.splice import Prompts
-from tests.support.architectures import tiny_checkpoint
+from tests.support.architectures import from_checkpoint, tiny_checkpoint
 from tests.support.configured import configured
 from tests.support.paths import GOLDEN
 from tests.support.several_devices import SeveralDevices
@@ -36,11 +36,7 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def load(folder=CHECKPOINTS / "tiny-llava-mini", dtype=torch.float32, **how):
-    config = load_config(LlavaMiniForCausalLM.config_class, folder)
-    config.mm_vision_tower = str(TOWER)
-    model = LlavaMiniForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **how).eval()
-    model.get_vision_tower().load_model()
-    return model
+    return from_checkpoint(LlavaMiniForCausalLM, folder, dtype, how, mm_vision_tower=str(TOWER))
 
 
 @pytest.fixture(scope="module")

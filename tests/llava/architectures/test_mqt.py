@@ -8,7 +8,8 @@ import torch
 from accelerate_methods import MethodError, accelerate, record
 from llava.model.architectures import architecture_of
 from llava.model.architectures.mqt import MqtLlavaForCausalLM
-from llava.model.checkpoint import CheckpointError, load_config
+from llava.model.checkpoint import CheckpointError
+from tests.support.architectures import from_checkpoint
 from tests.support.paths import GOLDEN
 
 FOLDER, TOWER = GOLDEN / "checkpoints/tiny-mqt-llava", GOLDEN / "checkpoints/tiny-llava-1.5/vision_tower"
@@ -16,13 +17,8 @@ IMAGE = -200
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
-def load(folder=FOLDER, **config_keys):
-    config = load_config(MqtLlavaForCausalLM.config_class, folder)
-    for key, value in {"mm_vision_tower": str(TOWER), **config_keys}.items():
-        setattr(config, key, value)
-    model = MqtLlavaForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
-    model.get_vision_tower().load_model()
-    return model
+def load(folder=FOLDER, **keys):
+    return from_checkpoint(MqtLlavaForCausalLM, folder, **{"mm_vision_tower": str(TOWER), **keys})
 
 
 @pytest.fixture(scope="module")

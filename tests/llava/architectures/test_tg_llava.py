@@ -21,6 +21,7 @@ from llava.model.architectures.tg_llava import (
 from llava.model.architectures.tg_llava.details import PatchEncoder, quadrants
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import CheckpointError
+from tests.support.architectures import changed
 from tests.support.paths import GOLDEN
 from tests.support.several_devices import SeveralDevices
 from tests.support.texts import tiny_text_tokenizer
@@ -44,16 +45,6 @@ def folder(tmp_path_factory):
 def load(folder, dtype=torch.float32, **how):
     model_class = architecture_of(json.loads((folder / "config.json").read_text()))
     return model_class.from_pretrained(folder, dtype=dtype, **how).eval()
-
-
-def changed(folder, target, weights=None, **keys):
-    """A copy of the checkpoint in ``target`` with other weights and config keys."""
-    shutil.copytree(folder, target)
-    config = json.loads((target / "config.json").read_text()) | keys
-    (target / "config.json").write_text(json.dumps(config))
-    if weights is not None:
-        save_file(weights, target / "model.safetensors", {"format": "pt"})
-    return target
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ from llava.model.architectures.voco_llama.cache import VocoCache
 from llava.model.architectures.voco_llama.division import visible
 from llava.model.architectures.voco_llama.model import voco_prompt
 from llava.model.builder import load_pretrained_model
-from llava.model.checkpoint import CheckpointError, load_config, read_config
-from tests.support.architectures import tiny_checkpoint
+from llava.model.checkpoint import CheckpointError, read_config
+from tests.support.architectures import from_checkpoint, tiny_checkpoint
 from tests.support.configured import configured
 from tests.support.paths import GOLDEN
 from tests.support.several_devices import SeveralDevices
@@ -36,11 +36,7 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def load(folder=FOLDER, dtype=torch.float32, **how):
-    config = load_config(VocoLlamaForCausalLM.config_class, folder)
-    config.mm_vision_tower = str(TOWER)
-    model = VocoLlamaForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **how).eval()
-    model.get_vision_tower().load_model()
-    return model
+    return from_checkpoint(VocoLlamaForCausalLM, folder, dtype, how, mm_vision_tower=str(TOWER))
 
 
 @pytest.fixture(scope="module")
