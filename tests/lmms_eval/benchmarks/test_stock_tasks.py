@@ -28,7 +28,7 @@ HUB = [b for b in BENCHMARKS.values() if not b.embedded]
 WITHOUT_JUDGE = [b for b in HUB if not b.needs_judge]
 JUDGED = [b for b in HUB if b.needs_judge]
 VERDICT = 4
-FRAMES = 8
+FRAMES = 4
 
 
 def command(*arguments: object, data: Path, cache: Path, **more: str) -> subprocess.CompletedProcess:
