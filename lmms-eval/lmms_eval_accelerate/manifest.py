@@ -1,4 +1,4 @@
-"""What lmms-eval reads at start-up: one model id per family and method, and one per trained architecture.
+"""What lmms-eval reads at start-up: one model id per family and method, one per trained architecture, and ``served``.
 
 Nothing heavy may be imported here.
 
@@ -25,6 +25,8 @@ CHAT = frozenset(key for key, declared in keys().items() if declared[0].chat)
 
 #: keys of trained architectures, which are model ids themselves (with ``method=`` or ``config=``, or none)
 TRAINED = frozenset(entry.key for entry in ARCHITECTURES)
+#: model id of what a server answers (``models/served.py``)
+SERVED = "served"
 #: suffix of the model id that takes any method (``method=`` or ``config=``), or none
 ANY_METHOD = "accelerated"
 
@@ -53,6 +55,7 @@ def manifests() -> list[ModelManifest]:
     for name, (family, _) in model_ids().items():
         kind = "chat_class_path" if family in CHAT else "simple_class_path"
         made.append(ModelManifest(model_id=name, **{kind: f"{__package__}.models.{name}"}))
+    made.append(ModelManifest(model_id=SERVED, chat_class_path=f"{__package__}.models.served.Served"))
     _list(made)
     return made
 

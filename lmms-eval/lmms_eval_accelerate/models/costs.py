@@ -19,7 +19,7 @@ from accelerate_methods.engine.recording import RequestRecord
 
 STAGES = ("vision", "compress", "prefill", "decode")
 
-#: keys that are averaged over samples
+#: keys that are averaged over samples, as far as a model knows them
 MEANS = (
     "visual_tokens_before",
     "visual_tokens_after",
@@ -27,6 +27,7 @@ MEANS = (
     "prompt_tokens_dense",
     "prompt_tokens",
     *(f"{stage}_ms" for stage in STAGES),
+    "first_token_ms",
     "generate_ms",
     "llm_tflops_dense",
     "llm_tflops",
@@ -126,7 +127,7 @@ def summarise(costs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         **_realised(answered),
     }
     for key in MEANS:
-        if measured:
+        if measured and all(key in c for c in measured):
             summary[key] = sum(c[key] for c in measured) / len(measured)
     own = [c.get(ARCHITECTURE_WORK) for c in measured]
     if own and None not in own:

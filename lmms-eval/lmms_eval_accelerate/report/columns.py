@@ -79,6 +79,12 @@ def accuracy_columns(table: TaskTable) -> list[Column]:
             lambda e: _with_share(e.costs.get("visual_tokens_per_layer"), e.kept, ".0f"),
         ),
         Column(
+            "prompt tokens",
+            "of a served model, which does not say how many of them are visual",
+            lambda e: _of_server(e, "prompt_tokens"),
+            lambda e: _number(_of_server(e, "prompt_tokens"), ".0f"),
+        ),
+        Column(
             "kept per sample",
             "least and most of the visual tokens that a document kept, mean over the LLM's layers",
             lambda e: e.costs.get("kept_least"),
@@ -110,6 +116,12 @@ def accuracy_columns(table: TaskTable) -> list[Column]:
             "(compress + prefill) of dense / that of this setting",
             lambda e: e.speedup,
             _times(lambda e: e.speedup),
+        ),
+        Column(
+            "first token ms",
+            "of a served model, from the request to the first token, mean per sample",
+            lambda e: _of_server(e, "first_token_ms"),
+            lambda e: _number(_of_server(e, "first_token_ms"), ".1f"),
         ),
         Column(
             "decode ms/token",
@@ -222,6 +234,10 @@ def _range_kept(entry: Entry) -> str | None:
 
 def _over(a: float | None, b: float | None) -> float | None:
     return a / b if a is not None and b else None
+
+
+def _of_server(entry: Entry, key: str) -> float | None:
+    return entry.costs.get(key) if "first_token_ms" in entry.costs else None
 
 
 def _cost(header: str, help_: str, key: str) -> Column:

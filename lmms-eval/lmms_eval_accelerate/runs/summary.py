@@ -37,6 +37,7 @@ _ROWS = {
     "compress_ms": "compress ms",
     "prefill_ms": "prefill ms",
     "decode_ms": "decode ms",
+    "first_token_ms": "first token ms",
     "llm_tflops_dense": "LLM TFLOPs dense",
     "llm_tflops": "LLM TFLOPs",
     "architecture_tflops": "TFLOPs of the architecture's modules",
