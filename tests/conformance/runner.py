@@ -66,6 +66,36 @@ class Result:
     name: str
     status: str  # passed | failed | skipped
     detail: str = ""
+    unread: tuple[str, ...] = ()  # parameters of the case that no adapter looked at
+
+
+class Watched(dict):
+    """Parameters that remember which of them were looked at; what is made of them by ``|`` remembers for them."""
+
+    def __init__(self, values: dict[str, Any], read: set[str] | None = None):
+        super().__init__(values)
+        self.read = set() if read is None else read
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self.read.add(str(key))
+        return super().__contains__(key)
+
+    def __iter__(self) -> Iterator[str]:  # said here, so that ``**`` looks at every value by the methods above
+        return super().__iter__()
+
+    def __or__(self, other: dict[str, Any]) -> Watched:
+        return Watched({**dict(self.items()), **other}, self.read)
+
+    def unread(self) -> tuple[str, ...]:
+        return tuple(f"{key}={value!r}" for key, value in self.items() if key not in self.read)
 
 
 def load_case(path: Path) -> Case | None:
@@ -97,18 +127,21 @@ def difference(name: str, got: Any, expected: torch.Tensor, atol: float, rtol: f
     got = torch.as_tensor(got)
     if tuple(got.shape) != tuple(expected.shape):
         return f"{name}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
-    if not expected.is_floating_point():
-        wrong = (got.long() != expected.long()).sum().item()
-        if wrong:
-            first = (got.long() != expected.long()).flatten().nonzero()[0].item()
+    exact, got, expected = not expected.is_floating_point(), got.double(), expected.double()
+    if exact:
+        wrong = (got != expected).flatten()
+        if wrong.any():
+            first = wrong.nonzero()[0].item()
             return (
-                f"{name}: {wrong} of {expected.numel()} differ, first at flat index {first}: "
-                f"got {got.flatten()[first].item()}, expected {expected.flatten()[first].item()}"
+                f"{name}: {wrong.sum().item()} of {expected.numel()} differ, first at flat index {first}: "
+                f"got {got.flatten()[first].item():.17g}, expected {expected.flatten()[first].item():.17g}"
             )
         return None
-    got, expected = got.double(), expected.double()
-    if not torch.isfinite(got).all() and torch.isfinite(expected).all():
-        return f"{name}: {(~torch.isfinite(got)).sum().item()} non-finite values"
+    finite = got.isfinite() & expected.isfinite()
+    odd = ~finite & (got != expected) & ~(got.isnan() & expected.isnan())
+    if odd.any():
+        return f"{name}: {odd.sum().item()} non-finite values where others are expected, or the other way round"
+    got, expected = got[finite], expected[finite]
     error = (got - expected).abs()
     excess = error - (atol + rtol * expected.abs())
     if (excess > 0).any():
@@ -127,8 +160,9 @@ def run_case(case: Case, root: Path) -> Result:
     if adapter is None:
         return Result(case.name, "skipped", f"no adapter for {case.method}.{case.stage}")
     shapes = {name: tuple(value.shape) for name, value in case.outputs.items()}
+    params = Watched(case.params)
     try:
-        outputs = adapter(case.inputs, case.params, Context(root, case.method, case.stage, shapes))
+        outputs = adapter(case.inputs, params, Context(root, case.method, case.stage, shapes))
     except NotImplementedError as reason:
         return Result(case.name, "skipped", str(reason))
     except Exception:
@@ -139,7 +173,7 @@ def run_case(case: Case, root: Path) -> Result:
             problems.append(f"{key}: the adapter gives no such output")
         elif (problem := difference(key, outputs[key], expected, case.atol, case.rtol)) is not None:
             problems.append(problem)
-    return Result(case.name, "failed" if problems else "passed", "; ".join(problems))
+    return Result(case.name, "failed" if problems else "passed", "; ".join(problems), params.unread())
 
 
 def run_text(path: Path, checks: dict, root: Path) -> Iterator[Result]:
@@ -185,6 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("directory", type=Path, help="folder with <method>/*.safetensors")
     parser.add_argument("--method", help="only this method's folder")
     parser.add_argument("--stage", help='only this stage ("text" for text.json)')
+    parser.add_argument("--unread", action="store_true", help="list the parameters of each case that no adapter reads")
     parser.add_argument("-v", "--verbose", action="store_true", help="a line per case, not only per failure")
     args = parser.parse_args(argv)
     counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
@@ -197,6 +232,8 @@ def main(argv: list[str] | None = None) -> int:
             if result.status == "failed" or args.verbose:
                 detail = f": {result.detail}" if result.detail else ""
                 print(f"{result.status.upper():8}{result.name}{detail}", flush=True)
+            if args.unread and result.unread:
+                print(f"UNREAD  {result.name}: {', '.join(result.unread)}", flush=True)
     for reason, count in sorted(skipped.items()):
         print(f"SKIPPED {count}: {reason}")
     if not sum(counts.values()):

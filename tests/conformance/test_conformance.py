@@ -87,6 +87,33 @@ def test_wrong_floats_name_the_largest_error(tmp_path, capsys):
     assert code == 1 and "largest error 0.125" in out.out and "1 passed, 1 failed, 0 skipped" in out.out
 
 
+def test_what_no_adapter_reads_is_listed(tmp_path, capsys):
+    params = {"c": 2, "tau": 0.9, "official": True, "seed": 3}
+    write(tmp_path / "fastvid/a.safetensors", params=params)
+    code, out = main(capsys, tmp_path, "--unread")
+    assert code == 0 and "UNREAD  fastvid/a: official=True, seed=3\n" in out.out
+    given = runner.Watched(params)
+    made = given | {"c": 3}
+    assert (made["c"], made.get("seed")) == (3, 3) and given.unread() == ("tau=0.9", "official=True")
+    assert dict(**given) == params and given.unread() == ()
+
+
+@pytest.mark.parametrize(
+    ("got", "expected", "wrong"),
+    [
+        ([1.5, 2.0], [1, 2], "1 of 2 differ"),
+        ([float("nan"), 1.0], [float("-inf"), 1.0], "1 non-finite"),
+        ([0.0, 1.0], [float("-inf"), 1.0], "1 non-finite"),
+        ([float("-inf"), 1.5], [float("-inf"), 1.0], "largest error 0.5"),
+        ([float("-inf"), 1.0], [float("-inf"), 1.0], None),
+        ([True, False], [1, 0], None),
+    ],
+)
+def test_no_difference_is_overlooked(got, expected, wrong):
+    found = runner.difference("out", torch.tensor(got), torch.tensor(expected), 1e-5, 0.0)
+    assert found is None if wrong is None else wrong in found
+
+
 def test_unknown_stage_is_skipped_and_listed(tmp_path, capsys):
     write(tmp_path / "fastvid/a.safetensors", stage="nonsense")
     write(tmp_path / "newmethod/a.safetensors", method="newmethod")

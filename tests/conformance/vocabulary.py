@@ -69,11 +69,11 @@ def renamed(method: str) -> dict[str, str]:
 def parameters_of(method: str, params: dict[str, Any]) -> dict[str, Any]:
     """A case's hyper-parameters under the names of the method's fields; everything else in ``params`` is left out."""
     known, own, found = method_class(method).parameters(), renamed(method), {}
-    for name, value in params.items():
+    for name in params:
         names = (own[name],) if name in own else (name, *FIELDS.get(name, ()))
         ours = next((n for n in names if n in known), None)
-        if ours is not None and value is not None:
-            found[ours] = value
+        if ours is not None and params[name] is not None:
+            found[ours] = params[name]
     return found
 
 

@@ -28,11 +28,15 @@ def text_parts(path: Path = TEXT_WEIGHTS) -> tuple[dict[str, object], dict[str, 
 
 
 @functools.cache
-def clip_folder(checkpoint: str) -> Path:
-    """A folder with the vision tower of a tiny LLaVA checkpoint, the tiny text tower and a tokenizer, as on the hub."""
+def clip_folder(checkpoint: str | Path, text_weights: Path = TEXT_WEIGHTS) -> Path:
+    """A folder with the vision tower of a tiny LLaVA checkpoint, the tiny text tower and a tokenizer, as on the hub.
+
+    Args:
+        checkpoint: name of one of the tests' own, or the folder of another.
+    """
     folder = Path(tempfile.mkdtemp(prefix="tiny_clip_"))
     tower = CHECKPOINTS / checkpoint / "vision_tower"
-    text, weights = text_parts()
+    text, weights = text_parts(text_weights)
     config = json.loads((tower / "config.json").read_text(encoding="utf-8"))
     config |= {"model_type": "clip", "text_config": text, "projection_dim": text["projection_dim"]}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 import accelerate_methods
@@ -34,11 +36,12 @@ def e2e(inputs, params, context):
     model = whole_models.load_tiny(params, context)
     if params["crops"] > 1:  # the release takes this one resolution, whatever the checkpoint says
         model.config.image_grid_pinpoints = [[672, 672]]
-    folder = str(clip_folder(params["checkpoint"]))
+    text_weights = context.checkpoint(Path(params["text_weights"]).name)
+    folder = str(clip_folder(context.checkpoint(params["checkpoint"]), text_weights))
     method = accelerate_methods.get("cdpruner", visual_token_num=params["num_tokens"], text_tower=folder)
     question = whole_models.ask(inputs, params, context, model=model, method=method)
     question.media["questions"] = ["as recorded"]
-    config, weights = text_parts()
+    config, weights = text_parts(text_weights)
     tower = TextTower.built("clip", config, weights, lambda text: inputs["text_ids"][0].tolist())
     recorded = tower.on_device(torch.device("cpu"), torch.float32)
     with accelerate_methods.accelerate(model, method):

@@ -20,15 +20,19 @@ _VARIANTS = ("llava", "qwen2_5_vl", "llava_next")
 _TAIL = 40
 
 
-def _method(variant: str, value: float, images: int, texts: int, **more: Any) -> DART:
-    budget = {"reduction_ratio": value} if variant == "qwen2_5_vl" else {"max_num": int(value)}
-    return accelerate_methods.get("dart", pivot_image_token=images, pivot_text_token=texts, **budget, **more)
+def _method(variant: str, value: float, total: int, images: int, texts: int) -> DART:
+    """The method with the budget of a variant: ``value`` for ``total`` visual tokens."""
+    if variant == "qwen2_5_vl":
+        budget: dict[str, Any] = {"reduction_ratio": value}
+    else:  # a budget of all tokens is divided all the same in the release for LLaVA-NeXT; ours then drops nothing
+        budget = {"max_num": int(min(value, total - images) if variant == "llava_next" else value)}
+    return accelerate_methods.get("dart", pivot_image_token=images, pivot_text_token=texts, **budget)
 
 
 def keep_count(inputs, params, context):
     names = ("image_len", "variant", "value", "pivot_image", "pivot_text")
     plans = [
-        _method(_VARIANTS[variant], value, images, texts).plan(length, 1, _TAIL)
+        _method(_VARIANTS[variant], value, length, images, texts).plan(length, 1, _TAIL)
         for length, variant, value, images, texts in zip(*(inputs[name].tolist() for name in names), strict=True)
     ]
     return {
@@ -64,7 +68,8 @@ def _pivots(step: Any, method: DART) -> dict[str, Tensor]:
 
 def select(inputs, params, context):
     value = next(params[name] for name in ("max_num", "retain_next", "reduction_ratio") if name in params)
-    method = _method(params["variant"], value, params["pivot_image_token"], params["pivot_text_token"])
+    pivots = params["pivot_image_token"], params["pivot_text_token"]
+    method = _method(params["variant"], value, params["image_len"], *pivots)
     step = _Recorded(inputs, params)
     kept = vocabulary.rows_that_go_on(step, method.prefill(step))
     return {"index": kept[step.visual[0, kept]], **_pivots(step, method)}

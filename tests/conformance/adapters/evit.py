@@ -89,15 +89,16 @@ def block(inputs, params, context):
 
 def vit(inputs, params, context):
     model = TinyViT(weights_of(inputs, params, context), params["heads"], params["norm_eps"])
-    given, lengths = params["runtime_keep_rate"], []
-    rates = [given if given is not None and rate < 1 else rate for rate in params["keep_rate"]]
-    method = method_of(params, [(rate, None) for rate in rates])
+    runtime, lengths = params["runtime_keep_rate"], []
+    rates = [runtime if runtime is not None and rate < 1 else rate for rate in params["keep_rate"]]
+    tokens = params["tokens"] if isinstance(params["tokens"], list) else [params["tokens"]] * len(rates)
+    method = method_of(params, list(zip(rates, tokens, strict=True)))
     run = BlockRun(model.blocks, method, depth=len(model.blocks), special=1)
     out = run(model.embed(enlarged(inputs["pixel_small"], params["input_size"])))
     count = (params["input_size"] // params["patch"]) ** 2
     kept = {f"idx{number}": index for number, index in enumerate(method.kept)}
-    for rate in rates:
-        left = left_of(count, rate)
+    for rate, given in zip(rates, tokens, strict=True):
+        left = given or left_of(count, rate)
         count = left + params["fuse_token"] if left < count else count
         lengths.append(count)
     return kept | {

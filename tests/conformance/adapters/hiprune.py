@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 import accelerate_methods
@@ -68,8 +69,6 @@ def assemble(inputs, params, context):
 
 def e2e(inputs, params, context):
     model = whole_models.load_tiny(params, context)
-    if params["crops"] > 1:
-        model.config.image_grid_pinpoints = [params["image_size_wh"]]
     question = whole_models.ask(inputs, params, context, model=model)
     method = question.method
     with accelerate_methods.accelerate(model, method):
@@ -84,9 +83,21 @@ def e2e(inputs, params, context):
     }
 
 
+def qwen_received(inputs: dict[str, Tensor], unit: int) -> Tensor:
+    """[P / unit] mean of a merge unit's rows over heads, summed over the queries of the rows' segment, in block order.
+
+    The layer's softmax runs inside each of the recorded ``segments``.
+    """
+    rows = inputs["segments"].diff().tolist()
+    parts = (inputs[name].float().transpose(0, 1).split(rows) for name in ("query", "key"))  # [P, H, d]
+    return torch.cat([
+        qwen_vl.received_attention(query[None], key[None], unit)[0] * len(query)
+        for query, key in zip(*parts, strict=True)
+    ])  # fmt: skip
+
+
 def qwen_scores(inputs, params, context):
-    query, key = (inputs[name].transpose(0, 1)[None] for name in ("query", "key"))  # [1, P, H, d]
-    received = qwen_vl.received_attention(query, key, params["merge"] ** 2)[0] * query.shape[1]
+    received = qwen_received(inputs, params["merge"] ** 2)
     return {"score": torch.empty_like(received).scatter_(0, inputs["window_index"], received)}
 
 

@@ -72,8 +72,9 @@ def select(inputs, params, context):
     if "exclude" in inputs:
         last[:, inputs["exclude"]] = True
     order, gains = greedy_coverage(benefit, count, last=last)
-    assert torch.equal(order, compressed.info["order"])
-    return {"index": compressed.patch.view(len(tokens), -1), "order": order, "coverage": gains.sum(1)}
+    if "exclude" not in inputs or "image_size_wh" in params:  # else the method cannot know what is padding
+        assert torch.equal(order, compressed.info["order"])
+    return {"index": order.sort(1).values, "order": order, "coverage": gains.sum(1)}
 
 
 def assemble(inputs, params, context):
@@ -97,8 +98,6 @@ def recorded_words(ids):
 def e2e(inputs, params, context):
     model = whole_models.load_tiny(params, context)
     size = params["image_size_wh"]
-    if params["crops"] > 1:
-        model.config.image_grid_pinpoints = [size]
     method = vocabulary.method_of(context, params)
     question = whole_models.ask(inputs, params, context, model=model, method=method)
     question.media |= {"image_sizes": [tuple(size)], "questions": ["as recorded"]}

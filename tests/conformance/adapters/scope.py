@@ -9,11 +9,11 @@ import torch
 import accelerate_methods
 from accelerate_methods.engine.encoder_attention import cls_attention
 from accelerate_methods.engine.sequences import assemble_views
-from accelerate_methods.hosts.native import qwen_vl
 from accelerate_methods.scope import salient_coverage
 from accelerate_methods.stages.views import Views, view_selection
 from tests.conformance import vocabulary
 from tests.conformance.adapters import whole_models
+from tests.conformance.adapters.hiprune import qwen_received
 from tests.conformance.adapters.visionzip import encoder_layer
 
 
@@ -41,6 +41,7 @@ def budget(inputs, params, context):
     pairs = zip(inputs["num_tokens"].tolist(), inputs["crops"].tolist(), strict=True)
     methods = [(accelerate_methods.get("scope", tokens_per_image=total), crops) for total, crops in pairs]
     each = torch.tensor([method.view_budget(576, crops) for method, crops in methods])
+    each[inputs["num_tokens"] < inputs["crops"]] = 0
     return {"per_crop": each, "total": each * inputs["crops"]}
 
 
@@ -57,19 +58,13 @@ def anyres(inputs, params, context):
 
 def qwen_saliency(inputs, params, context):
     """Each image by itself: the release's sums are our means times what they are means of."""
-    unit, scores = params["merge"] ** 2, []
-    rows = inputs["segments"].diff().tolist()
-    parts = (inputs[name].float().transpose(0, 1).split(rows) for name in ("query", "key"))  # [P, H, d]
-    for query, key in zip(*parts, strict=True):
-        scores.append(qwen_vl.received_attention(query[None], key[None], unit)[0] * len(query) * unit)
-    received = torch.cat(scores)
+    unit = params["merge"] ** 2
+    received = qwen_received(inputs, unit) * unit
     return {"saliency": torch.empty_like(received).scatter_(0, inputs["window_index"], received)}
 
 
 def e2e(inputs, params, context):
     model = whole_models.load_tiny(params, context)
-    if params["crops"] > 1:
-        model.config.image_grid_pinpoints = [params["image_size_wh"]]
     heads = model.get_vision_tower().config.num_attention_heads
     method = vocabulary.method_of(context, params, heads=heads)
     question = whole_models.ask(inputs, params, context, model=model, method=method)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,12 +103,15 @@ def score_and_keep(inputs, params, context):
 
 def rank_adaptive_keep(inputs, params, context):
     method = {"version": "1.0", "scale": params["scale"], "bias": params["bias"], "tokens_per_image": None}
-    out = _stepped(inputs, params, **method)
-    step = _Recorded(inputs, params, layer=2)
-    SparseVLM(pruning_layers=(1,), **method)._paid(step, step.memory["prompt"])
+    step, count = _Recorded(inputs, params, layer=2), inputs["attn_text_visual"].shape[-1]
+    paid = SparseVLM(pruning_layers=(1,), **method)._paid(step, step.memory["prompt"])
     (rank,) = step.memory["prompt"].ranks(step)
-    merged = torch.tensor(int(rank < inputs["attn_text_visual"].shape[-1]))
-    return {"score": out["score"], "keep_mask": out["keep_mask"], "rank": torch.tensor(rank), "merge": merged}
+    if rank < count:
+        out = _stepped(inputs, params, **method)
+    else:  # nothing goes
+        out = {"score": paid.mean(1)[0, step.visual[0]], "keep_mask": torch.ones(count, dtype=torch.uint8)}
+    found = {"rank": torch.tensor(rank), "merge": torch.tensor(int(rank < count))}
+    return {"score": out["score"], "keep_mask": out["keep_mask"], **found}
 
 
 def merge(inputs, params, context):
@@ -143,11 +147,11 @@ def e2e(inputs, params, context):
         tokens_per_image=None,
     )  # fmt: skip
     object.__setattr__(method, "seen", [])
-    if params["version"] == "1.5":
+    if "inputs_embeds" not in inputs:
         question = whole_models.ask(inputs, params, context, method=method)
         own, model, embeds = whole_models.answered(question), question.model, question.splice().inputs_embeds
     else:
-        own, model, embeds = {}, _text_model(context), inputs["inputs_embeds"].float()
+        own, model, embeds = {}, _text_model(params, context), inputs["inputs_embeds"].float()
     object.__setattr__(method, "seen", [])
     request = RequestRecord()
     out = _run(model, method, embeds, params, request)
@@ -158,8 +162,8 @@ def e2e(inputs, params, context):
     return {**out, "n_visual_per_layer": visual, **{k: v for stage in method.seen for k, v in stage.items()}}
 
 
-def _text_model(context: Any) -> Any:
-    path = context.checkpoint("ckpt_llama16h.safetensors")
+def _text_model(params: dict[str, Any], context: Any) -> Any:
+    path = context.checkpoint(Path(params["checkpoint"]).name)
     with safe_open(path, framework="pt") as source:
         config = LlamaConfig(**json.loads(source.metadata()["config"]))
         weights = {name: source.get_tensor(name).float() for name in source.keys()}

@@ -25,7 +25,12 @@ from tests.support.tiny_vit import TimmBlock, TinyViT
 def method_of(params: dict[str, Any]) -> Any:
     """``r`` of a case is a number, (r, inflect), or a list."""
     given, more = params["r"], {}
-    if isinstance(given, list) and len(given) == 2 and isinstance(given[1], float):
+    pair = (
+        params["r_form"].startswith("tuple")
+        if "r_form" in params
+        else isinstance(given, list) and (len(given) == 2 and isinstance(given[1], float))
+    )
+    if pair:
         more = {"r": given[0], "inflect": given[1]}
     else:
         more = {"r_per_block": given} if isinstance(given, list) else {"r": given}
@@ -61,7 +66,6 @@ def sizes_of(encoded: EncodedTokens) -> Tensor:
     return torch.ones(*encoded.hidden.shape[:2], 1) if sizes is None else sizes[..., None]
 
 
-
 def schedule(inputs, params, context):
     def padded(rows: list[tuple[int, ...]]) -> Tensor:
         width = max(context.expected["r_per_layer"][1], context.expected["r_from_list"][1])
@@ -84,6 +88,9 @@ def merge(inputs, params, context):
         return {"x": x, "size": torch.ones(*x.shape[:2], 1), "group": every, "unmerged": x}
     sizes = _sizes(inputs) if params["mode"] == "wavg" else None  # a mean without weights counts tokens
     out, after = merge_mean(x, found, sizes)
+    if params["mode"] == "amax":  # a way of merging that the official functions know and no model of theirs uses
+        owner = found.owner[..., None].expand_as(x)
+        out = torch.full_like(out, -torch.inf).scatter_reduce(1, owner, x, "amax")
     even = found.source % 2 == 0
     return {
         "x": out,
