@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from accelerate_methods.engine.devices import computes_on, is_offloaded
+from accelerate_methods.engine.devices import computes_on, is_offloaded, named_device
 from accelerate_methods.engine.long_prompts import trained_positions
 from accelerate_methods.hosts.checkpoint_files import check_files, reading
 from accelerate_methods.stages.errors import MethodError, UnknownNameError
@@ -25,6 +25,7 @@ from llava.model.decoders import check_model_name, checkpoint_decoder, decoder_o
 from llava.tokenization import load_tokenizer
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that are no device
 
 
 def load_pretrained_model(
@@ -71,13 +72,16 @@ def load_pretrained_model(
     Raises:
         CheckpointError: not a LLaVA checkpoint, contradicting ``model_name``, files that cannot be reached or read,
             weights that are missing or that the model has no place for.
-        MethodError: ``method_params`` without ``method``; ``tp_plan`` or ``tp_size`` (tensor parallelism is not
-            offered), or "auto" finds too little memory and no ``offload_folder`` says that running from disk is meant.
+        MethodError: a device that this machine does not have; ``method_params`` without ``method``; ``tp_plan`` or
+            ``tp_size`` (tensor parallelism is not offered), or "auto" finds too little memory and no ``offload_folder``
+            says that running from disk is meant.
     """
     kwargs.pop("multimodal", None)
     _check_placement(kwargs)
     if device is not None and str(device) != "cuda":
         device_map = str(device)
+    if isinstance(device_map, str) and device_map not in _SPREADS:
+        named_device(device_map)
     if use_flash_attn is not None:
         attn_implementation = "flash_attention_2" if use_flash_attn else None
     if method is None and method_params:

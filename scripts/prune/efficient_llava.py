@@ -45,14 +45,17 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    from accelerate_methods.stages.errors import MethodError
+    from accelerate_methods.stages.errors import MethodError, one_line
     from llava.model.pruning.command import prune_checkpoint
 
     try:
         print(prune_checkpoint(args))
-    except MethodError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (MethodError, OSError, ImportError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -94,6 +94,14 @@ def test_auto_device_and_default_arguments():
     assert model.dtype == torch.bfloat16 and model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize(
+    ("given", "says"), [({"device": "gpu"}, "unknown device 'gpu'"), ({"device_map": "cuda:99"}, "CUDA devices")]
+)
+def test_a_device_that_is_not_there(given, says):
+    with pytest.raises(MethodError, match=says):
+        load_pretrained_model("/nowhere", None, "llava_qwen", **given)
+
+
 @pytest.mark.parametrize("form", ["safetensors", "bin", "bin single"])
 @pytest.mark.parametrize("name", [V15, OV])
 def test_other_weight_files(name, form, tmp_path, loaded):

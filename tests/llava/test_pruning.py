@@ -237,10 +237,24 @@ def test_the_script(tmp_path, capsys):
     model = load(tmp_path / "two")[1]
     for name, share in zeros_of(model).items():
         assert share == pytest.approx(said["ratios"][name], abs=1e-3)
-    assert _script().main([*common, "--output", str(tmp_path / "one")]) == 1
-    assert "is there already" in capsys.readouterr().err
-    assert _script().main([*common, "--output", str(tmp_path / "three"), "--mask", "best"]) == 1
-    assert "pruning method 'best'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--output", str(ROOT / "docs"), "is there already"),
+        ("--output", str(ROOT / "README.md"), "README.md is no folder"),
+        ("--output", str(ROOT / "README.md" / "pruned"), "README.md is no folder"),
+        ("--mask", "best", "pruning method 'best'"),
+        ("--samples", "nowhere.json", "samples 'nowhere.json' cannot be read"),
+        ("--num-samples", "0", "0 samples are too few"),
+    ],
+)
+def test_the_script_refuses_before_it_loads_a_model(option, value, says, tmp_path, capsys):
+    given = {"--model-path": "/nowhere", "--output": str(tmp_path), "--samples": "nowhere.json", option: value}
+    assert _script().main([word for pair in given.items() for word in pair]) == 2
+    said = capsys.readouterr().err
+    assert says in said and said.startswith("error: ") and said.count("\n") == 1
 
 
 def test_samples_that_cannot_be_read(tmp_path):

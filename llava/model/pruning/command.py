@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate_methods.hosts.checkpoint_files import CheckpointError
-from accelerate_methods.stages.errors import UnknownNameError
+from accelerate_methods.stages.errors import UnknownNameError, check_writable
 from llava.eval.asking import Assistant
 from llava.model.pruning.masks import METHODS, check_pattern
 from llava.model.pruning.policy import Policy, sizes_of, zeros_of
@@ -34,6 +34,7 @@ def prune_checkpoint(args: Any) -> str:
     if args.mask not in METHODS:
         raise UnknownNameError("pruning method", args.mask, METHODS)
     check_pattern(args.pattern, args.share if args.policy is None else 0)
+    check_writable(Path(args.output), f"--output {args.output}")
     if Path(args.output).exists() and any(Path(args.output).iterdir()):
         raise CheckpointError(f"{args.output!r} is there already; give a folder that is new or empty.")
     entries = read_entries(args.samples, args.num_samples)

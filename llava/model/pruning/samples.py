@@ -41,8 +41,10 @@ def read_entries(path: str | Path, count: int | None = None) -> list[dict[str, A
     question), or ``question`` and ``answer``; and ``image``, a path, if it is about one.
 
     Raises:
-        MethodError: no such file, or an entry without a question and an answer.
+        MethodError: no such file, an entry without a question and an answer, or a ``count`` of none.
     """
+    if count is not None and count < 1:
+        raise MethodError(f"{count} samples are too few to judge by; give at least 1.")
     try:
         text = Path(path).read_text(encoding="utf-8")
         entries = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x]
