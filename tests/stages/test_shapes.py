@@ -23,8 +23,9 @@ shares = st.one_of(ratios, st.just(1.0))
 def test_count_of_items(name, params, item, ratio):
     method = configured(name, ratio, **params)
     if "compress" in method.stages and acts_on(method, item):
-        said = method.count(item.shape)
-        assert said is None or said == len(method.compress(item).tokens)
+        said, compressed = method.count(item.shape), method.compress(item)
+        assert said is None or said == len(compressed.tokens)
+        assert compressed.frame_marks == (method.frame_marks or said == item.num_tokens)
 
 
 @each_variant(ViewCompressMethod)

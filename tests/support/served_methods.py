@@ -27,6 +27,8 @@ PARAMETERS: dict[str, dict[str, object]] = {
     "vidcom2": {"retention_ratio": 0.25},
     "evs": {"pruning_rate": 0.6},
 }
+#: method -> seed of a picture of which rounding decides nothing (others: 0)
+PICTURES: dict[str, int] = {"mmtok": 3}
 
 
 def specification(name: str) -> dict[str, object]:

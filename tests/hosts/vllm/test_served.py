@@ -120,7 +120,7 @@ def test_a_specification_is_json():
 def test_what_a_prompt_says_travels_as_bytes():
     tokenizer = byte_tokenizer(320, {300: "<image>"})
     method = method_of(specification("mmtok"))
-    ids = tokenizer("user: <image>What colour is it?<|endoftext|>assistant:").input_ids
+    ids = tokenizer("user: <image>What colour is it?").input_ids
     words = PromptWords.of(method, frozenset({"question_rows"}), ids, {300}, [7, 7], tokenizer)
     assert words.question == "What colour is it?"
     assert tokenizer.decode(words.words) == "colour"
