@@ -204,6 +204,37 @@ def test_whole_model_needs_no_adapter_of_the_method(tmp_path, capsys):
     assert (code, out.out.strip().splitlines()[-1]) == (0, "1 passed, 0 failed, 0 skipped")
 
 
+def test_variants_of_contracts_that_no_recorded_case_holds(tmp_path, capsys):
+    """Each with numbers that follow from the contract by hand."""
+    full = {"attn_text_visual": torch.eye(3)[None], "rater_index": torch.arange(3)}  # of rank 3: all 3 tokens stay
+    kept = {"keep_mask": torch.ones(3, dtype=torch.uint8), "score": torch.full((3,), 1 / 3)}
+    kept |= {"rank": torch.tensor(3), "merge": torch.tensor(0)}
+    write(
+        tmp_path / "sparsevlm/full_rank.safetensors", "rank_adaptive_keep", "sparsevlm",
+        {"scale": 1, "bias": 0, "n_visual": 3}, full, kept, atol=1e-6,
+    )  # fmt: skip
+    metric = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.9, 0.1], [1.0, 0.0]]])  # the first token goes into the last
+    x = torch.tensor([[[5.0, -1.0], [2.0, 2.0], [3.0, 3.0], [4.0, 4.0]]])
+    write(
+        tmp_path / "tome/amax.safetensors", "merge", "tome",
+        {"r": 1, "mode": "amax", "class_token": False, "distill_token": False}, {"metric": metric, "x": x},
+        {"x": torch.tensor([[[3.0, 3.0], [2.0, 2.0], [5.0, 4.0]]])},
+    )  # fmt: skip
+    query, key = torch.ones(1, 12, 2), torch.zeros(1, 12, 2)
+    key[:, 4:] = 10  # all rows would look at the second segment, and pay the same to all of their own
+    write(
+        tmp_path / "hiprune/segments.safetensors", "qwen_scores", "hiprune", {"merge": 2},
+        {"query": query, "key": key, "window_index": torch.arange(3), "segments": torch.tensor([0, 4, 12])},
+        {"score": torch.ones(3)}, atol=1e-6,
+    )  # fmt: skip
+    retain = {"image_len": torch.tensor([103]), "pivot_image": torch.tensor([4]), "pivot_text": torch.tensor([4])}
+    retain |= {"variant": torch.tensor([2]), "value": torch.tensor([640.0])}
+    counted = {"tokens_per_pivot": torch.tensor([12]), "kept": torch.tensor([100])}  # 8 pivots share 99
+    write(tmp_path / "dart/all.safetensors", "keep_count", "dart", {"variants": []}, retain, counted)
+    code, out = main(capsys, tmp_path)
+    assert (code, out.out.strip().splitlines()[-1]) == (0, "4 passed, 0 failed, 0 skipped"), out.out
+
+
 def test_case_that_no_shared_adapter_understands_is_skipped_with_the_reason(tmp_path, capsys):
     write(tmp_path / "uniform/a.safetensors", "compress", "uniform", {"keep": 1}, {"clouds": torch.zeros(1)}, {})
     code, out = main(capsys, tmp_path)
