@@ -98,7 +98,7 @@ def labels_of(asked):
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.share(3, each=("method",))
+@pytest.mark.share(4, each=("method",))
 @pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 @each_host

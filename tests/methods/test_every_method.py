@@ -63,7 +63,7 @@ SINGLE, OTHER = Item(), Item(seed=1)
 WIDE, TALL, SQUARE = Item(size=(640, 90)), Item(size=(120, 600), seed=1), Item(size=(390, 400), seed=2)
 PLAIN = Item(size=(150, 140), seed=2)  # two tiles beside the whole image
 
-TILE = Item(size=(384, 300), seed=4)  # one tile beside the whole image
+TILE = Item(size=(384, 100), seed=4)  # one tile beside the whole image
 
 
 def video(frames, seed=3):
