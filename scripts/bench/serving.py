@@ -3,9 +3,10 @@
     bash scripts/serve/load.sh                       # starts a server on the embedded model and runs this
     python scripts/bench/serving.py URL --in-flight 1 8 32 --methods dense uniform:retention_ratio=0.25
 
-Every request shows another clip, so that no cache answers for the encoder. Dense and methods take turns at each number
-of requests in flight, so that a machine that changes its pace changes it for all. The server has to run with
---trust-request-mm-kwargs. Addresses of other machines are refused.
+Every request shows another clip, so that no cache answers for the encoder. At each number of requests in flight dense
+and methods take turns, several rounds of them, so that a machine that changes its pace changes it for all; requests/s
+is the median over rounds, times are those of all requests. The server has to run with --trust-request-mm-kwargs.
+Addresses of other machines are refused.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import dataclasses
 import io
 import json
 import statistics
@@ -72,10 +74,18 @@ async def request(client: openai.AsyncOpenAI, model: str, url: str, method: Any,
     return {"first": arrived[0] - begun, "further": further, "prompt": prompt}
 
 
-async def level(
+@dataclasses.dataclass
+class Turn:
+    """What one method did in one round."""
+
+    seconds: float
+    requests: list[dict[str, float]]
+
+
+async def turn(
     client: openai.AsyncOpenAI, model: str, method: Any, in_flight: int, options: argparse.Namespace, seed: int
-) -> dict[str, float]:
-    """One row: ``in_flight`` requests at a time until all are done."""
+) -> Turn:
+    """``in_flight`` requests at a time until all are done."""
     urls = [frames_url(seed + i, options.frames, options.side) for i in range(max(options.requests, in_flight))]
     free = asyncio.Semaphore(in_flight)
 
@@ -85,11 +95,16 @@ async def level(
 
     begun = time.perf_counter()
     done = await asyncio.gather(*(taking_turns(url) for url in urls))
-    seconds = time.perf_counter() - begun
+    return Turn(time.perf_counter() - begun, done)
+
+
+def row_of(turns: list[Turn]) -> dict[str, float]:
+    """The numbers of a row."""
+    done = [one for turn in turns for one in turn.requests]
     first, further = ([one[key] * 1000 for one in done] for key in ("first", "further"))
     return {
         "prompt": done[0]["prompt"],
-        "requests_per_s": len(urls) / seconds,
+        "requests_per_s": statistics.median(len(turn.requests) / turn.seconds for turn in turns),
         "ttft_p50_ms": statistics.median(first),
         "ttft_p99_ms": float(np.percentile(first, 99)),
         "tpot_p50_ms": statistics.median(further),
@@ -104,11 +119,16 @@ async def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     print("| in flight | method | prompt | requests/s | TTFT p50 / p99 ms | TPOT p50 / p99 ms |")
     print("|---|---|---|---|---|---|")
     for text in options.methods:  # the first requests of a process pay for what is made once
-        await level(client, model, method_of(text), 1, argparse.Namespace(**{**vars(options), "requests": 2}), 10**9)
+        await turn(client, model, method_of(text), 1, argparse.Namespace(**{**vars(options), "requests": 2}), 10**9)
     for in_flight in options.in_flight:
-        for text in options.methods:
-            seed += 10_000
-            row = await level(client, model, method_of(text), in_flight, options, seed)
+        turns: dict[str, list[Turn]] = {text: [] for text in options.methods}
+        for number in range(options.rounds):
+            # the other way round every second time: what comes first may find a quieter machine
+            for text in options.methods if number % 2 == 0 else options.methods[::-1]:
+                seed += 10_000
+                turns[text].append(await turn(client, model, method_of(text), in_flight, options, seed))
+        for text, own in turns.items():
+            row = row_of(own)
             rows.append({"in_flight": in_flight, "method": text, **row})
             print(
                 f"| {in_flight} | {text} | {row['prompt']} | {row['requests_per_s']:.2f} "
@@ -124,7 +144,8 @@ def main() -> None:
     parser.add_argument("url", help="of the server, on this machine, with /v1")
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 4, 16, 32])
     parser.add_argument("--methods", nargs="+", default=["dense", "uniform:retention_ratio=0.25"])
-    parser.add_argument("--requests", type=int, default=32, help="per row (at least as many as are in flight)")
+    parser.add_argument("--requests", type=int, default=16, help="per turn (at least as many as are in flight)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each method")
     parser.add_argument("--tokens", type=int, default=8, help="of each answer")
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--side", type=int, default=182, help="pixels")
@@ -132,8 +153,8 @@ def main() -> None:
     options = parser.parse_args()
     if urlparse(options.url).hostname not in HERE:
         parser.error(f"{options.url}: only servers on this machine are loaded")
-    if not 1 <= options.requests <= 10_000 or not all(1 <= n <= 256 for n in options.in_flight):
-        parser.error("between 1 and 10000 requests, 1 to 256 in flight")
+    if not 1 <= options.requests <= 10_000 or options.rounds < 1 or not all(1 <= n <= 256 for n in options.in_flight):
+        parser.error("between 1 and 10000 requests, 1 to 256 in flight, at least one round")
     rows = asyncio.run(run(options))
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
