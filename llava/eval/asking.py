@@ -300,6 +300,8 @@ def shown(items: Sequence[T], what: str = "questions") -> Iterator[T]:
 
 def run(eval_model: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
     """A script's work, with what a user can mend told in one line instead of a traceback."""
+    from accelerate_methods.stages.errors import one_line
+
     try:
         eval_model(args)
     except KeyboardInterrupt:
@@ -307,4 +309,4 @@ def run(eval_model: Callable[[argparse.Namespace], object], args: argparse.Names
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and type(error).__name__ not in ("CheckpointError", "TowerError"):
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {one_line(error)}")

@@ -113,13 +113,22 @@ def test_run_llava_from_the_command_line(pictures):
     [(("--image-file", "green.png"), "cannot read image green.png: No such file"),
      (("--image-file", CLIP), "cannot read image"),
      (("--image-file", "assets/quickstart/kept_tokens.png", "--method", "fasvt"), "Did you mean 'fastv'"),
-     (("--image-file", "assets/quickstart/kept_tokens.png", "--model-path", "nothing/here/either"), "cannot reach")],
+     (("--image-file", "assets/quickstart/kept_tokens.png", "--model-path", "nothing/here/either"), "cannot reach"),
+     (("--image-file", "assets/quickstart/kept_tokens.png", "--model-path", "nothing", "--device", "gpu"), "'gpu'")],
 )  # fmt: skip
 def test_an_error_is_one_line(words, said, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as end:
         run(run_llava.eval_model, options(run_llava, "--query", QUESTION, *words))
     assert str(end.value).startswith("error: ") and said in str(end.value) and "\n" not in str(end.value)
+
+
+def test_an_error_of_several_lines_is_told_in_one():
+    def fails(_):
+        raise ValueError("first\n  second")
+
+    with pytest.raises(SystemExit, match=r"^error: first second$"):
+        run(fails, None)
 
 
 def test_eval_model_as_in_the_readme_of_llava(pictures, capsys):
