@@ -26,6 +26,8 @@ ON_DEMAND = {"llava_next", "qwen2_vl"}
 DESCRIBED = {"qwen2_5_vl", "qwen3_vl"}
 #: more than one run of the tower, and of the language model, for every prompt
 SMALL_STEPS = {"max_num_batched_tokens": 96}
+#: few blocks for keys and values, so that requests put each other off; what happened is counted
+FEW_BLOCKS = {"max_model_len": 640, "num_gpu_blocks_override": 21, "disable_log_stats": False}
 FEW_VIEWS = "3"
 #: families whose engines have to be told that methods may come
 ASKED = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
@@ -61,7 +63,7 @@ def served(checkpoint):
         for name, value in {**settings, "ACCELERATE_METHODS_VLLM_VIEWS": FEW_VIEWS}.items():
             patch.setenv(name, value)
         more = {"hf_overrides": {"visual_compression": "none"}} if checkpoint.name in ASKED else {}
-        yield from engine(checkpoint, MARKS[checkpoint.name], **SMALL_STEPS, **more)
+        yield from engine(checkpoint, MARKS[checkpoint.name], **SMALL_STEPS, **FEW_BLOCKS, **more)
 
 
 @pytest.fixture(scope="module")

@@ -93,6 +93,30 @@ def test_a_repeated_prompt_hits_the_prefix_cache_and_answers_alike(served):
     assert served.ask(prompt) == served.ask(prompt)
 
 
+@pytest.mark.parametrize("checkpoint", ["llava_1_5", "qwen2_5_vl"], indirect=True)
+def test_requests_that_are_put_off_go_on_where_they_were(served):
+    """Four answers that do not fit into the cache together; one after the other they do."""
+    prompts = [served.prompt([picture(seed=20 + seed)], method=UNIFORM) for seed in range(4)]
+    scheduler = served.llm.llm_engine.engine_core.engine_core.scheduler
+    look_up, resumed = scheduler.kv_cache_manager.get_computed_blocks, []
+
+    def watched(request):
+        found = look_up(request)
+        if request.num_preemptions:
+            resumed.append(found[1])
+        return found
+
+    put_off = served.counted("vllm:num_preemptions")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler.kv_cache_manager, "get_computed_blocks", watched)
+        together = served.ask(*prompts, tokens=140)
+    assert served.counted("vllm:num_preemptions") > put_off
+    assert max(resumed) > 0, "no request found its first blocks in the prefix cache again"
+    put_off = served.counted("vllm:num_preemptions")
+    assert together == [served.ask(prompt, tokens=140)[0] for prompt in prompts]
+    assert served.counted("vllm:num_preemptions") == put_off
+
+
 @every_model
 def test_retentions_share_no_cache_entry(served):
     lengths = [served.one(picture(seed=6), method={**UNIFORM, "retention_ratio": r}).prompt for r in (0.25, 0.5, 1.0)]
