@@ -74,10 +74,10 @@ class Served:
         found = {"prompt": f"<user>{marks}{text}\n<assistant>", "multi_modal_data": data}
         return found if method is None else {**found, "mm_processor_kwargs": {"visual_compression": method}}
 
-    def ask(self, *prompts: dict[str, Any]) -> list[Answer]:
+    def ask(self, *prompts: dict[str, Any], tokens: int = TOKENS) -> list[Answer]:
         from vllm import SamplingParams
 
-        parameters = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=1, ignore_eos=True)
+        parameters = SamplingParams(temperature=0, max_tokens=tokens, logprobs=1, ignore_eos=True)
         outputs = self.llm.generate(list(prompts), parameters, use_tqdm=False)
         return [
             Answer(
@@ -93,6 +93,10 @@ class Served:
 
     def one(self, *media: Any, **rest: Any) -> Answer:
         return self.ask(self.prompt(media, **rest))[0]
+
+    def counted(self, metric: str) -> float:
+        """What vLLM has counted since the process began."""
+        return sum(found.value for found in self.llm.get_metrics() if found.name == metric)
 
     def close(self) -> None:
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
