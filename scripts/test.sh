@@ -6,12 +6,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/vllm.sh"
 ensure_env
 cd "$ROOT"
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-# Images for containers like to forbid bytecode: each of the many processes that the tests start would compile torch and
-# all it loads anew (30 s of CPU for one start of the harness), so that it goes into a folder of its own there.
-if [[ -n "${PYTHONDONTWRITEBYTECODE:-}" ]]; then
-    unset PYTHONDONTWRITEBYTECODE
-    export PYTHONPYCACHEPREFIX="${PYTHONPYCACHEPREFIX:-$ROOT/.cache/bytecode}"
-fi
 workers=()
 if "$PY" -c 'import xdist' 2>/dev/null; then  # an interpreter of your own (PYTHON=) may lack it
     # a file stays in one process, which shares its fixtures; the order is that of tests/conftest.py
