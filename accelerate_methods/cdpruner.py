@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from accelerate_methods.ops.dpp import greedy_map
+from accelerate_methods.ops.dpp import greedy_map_of
 from accelerate_methods.ops.select import row_numbers
 from accelerate_methods.registry import register
 from accelerate_methods.stages.budget import nearest_share
@@ -29,6 +29,7 @@ from accelerate_methods.stages.shapes import ItemShape
 from accelerate_methods.stages.views import CompressedViews, Views, view_selection
 
 _FLOOR = 1e-6  # of a relevance, before it is scaled
+_TINY = 1e-12  # length by which a vector without one is divided
 
 
 @register("cdpruner")
@@ -97,7 +98,8 @@ def similarity(images: Tensor, texts: Tensor) -> Tensor:
     this, in CLIP's space alone.
     """
     texts = functional.normalize(texts.float(), dim=-1).mean(0)
-    return functional.normalize(images.float(), dim=-1) @ texts
+    images = images.float()
+    return (images @ texts).div_(torch.linalg.vector_norm(images, dim=-1).clamp(min=_TINY))
 
 
 def scaled(relevance: Tensor) -> Tensor:
@@ -113,9 +115,4 @@ def diverse_tokens(tokens: Tensor, relevance: Tensor | None, count: int) -> Tens
 
     The kernel is diag(r) S diag(r), S the cosines of the tokens; tokens without a direction are like no other.
     """
-    tokens = tokens.float()
-    kernel = tokens @ tokens.transpose(1, 2)
-    norm = kernel.diagonal(dim1=1, dim2=2).sqrt()
-    weight = torch.where(norm > 0, (1.0 if relevance is None else relevance) / norm, 0.0)
-    kernel = kernel.mul_(weight[:, :, None]).mul_(weight[:, None, :])
-    return greedy_map(kernel.nan_to_num_(posinf=0, neginf=0), count).sort(1).values
+    return greedy_map_of(tokens.float(), relevance, count).sort(1).values

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from accelerate_methods.ops.dpp import greedy_map
+from accelerate_methods.ops import dpp
+from accelerate_methods.ops.dpp import greedy_map, greedy_map_of
 
 
 def kernels(batch, size, rank, seed=0):
@@ -57,3 +58,23 @@ def test_the_kernel_is_left_alone():
     before = kernel.clone()
     greedy_map(kernel, 4)
     assert torch.equal(kernel, before)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("width", [6, 40])
+def test_rows_that_are_foreseen_are_those_of_the_kernel(monkeypatch, width, weighted):
+    """Several rounds, choices that nobody foresaw, and more of them than the rank of six directions."""
+    monkeypatch.setattr(dpp, "AHEAD", 5)
+    monkeypatch.setattr(dpp, "OTHERS", 3)
+    draw = torch.Generator().manual_seed(width)
+    states = torch.randn(2, 120, width, generator=draw)
+    states[:, 7] = float("nan")
+    weights = torch.rand(2, 120, generator=draw) if weighted else torch.ones(2, 120)
+    unit = torch.nn.functional.normalize(states.double(), dim=2).nan_to_num(0.0)
+    kernel = (unit @ unit.mT) * weights[:, :, None] * weights[:, None]
+    kernel.diagonal(dim1=1, dim2=2)[:, torch.arange(120) != 7] = weights[:, torch.arange(120) != 7].double().square()
+    found = greedy_map_of(states, weights if weighted else None, 20)
+    whole = greedy_map_of(states, weights if weighted else None, 40)
+    assert torch.equal(whole[:, : min(width, 20)], found[:, :width]), "from the whole kernel"
+    assert torch.equal(found[:, :width], greedy_map(kernel, 20)[:, :width])
+    assert all(len(set(row)) == 20 and 7 not in row for row in found.tolist())
