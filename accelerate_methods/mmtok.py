@@ -21,6 +21,7 @@ from torch import Tensor
 
 from accelerate_methods.ops.coverage import greedy_coverage
 from accelerate_methods.ops.diversity import directions, finite_rows
+from accelerate_methods.ops.gram import gram
 from accelerate_methods.ops.select import on_device, row_numbers
 from accelerate_methods.registry import register
 from accelerate_methods.stages.compress import Compressed, ViewCompressMethod, VisualItem, everything, selection
@@ -144,7 +145,7 @@ def coverage_of(
     asked = (tokens @ words.mT).mul_(_inverse_length(tokens)[..., None] / tau_text)
     torch.div(asked.softmax(1), real.sum().clamp(min=1), out=benefit[..., : len(words)])
     inverse, among = _inverse_length(inner), benefit[..., len(words) :]
-    torch.mul(inner @ inner.mT, inverse[..., None], out=among).mul_(inverse[:, None] / tau_vision)
+    torch.mul(gram(inner), inverse[..., None], out=among).mul_(inverse[:, None] / tau_vision)
     # no token resembles one more than itself
     among.sub_(among.diagonal(dim1=1, dim2=2)[:, None].clone()).exp_()
     among.mul_(alpha / size / among.sum(1, keepdim=True))
