@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--output", type=path, required=True)
     options = parser.parse_args()
     shared = {"base_url": options.url, "frames": options.frames, "concurrent": options.concurrent}
-    console, output = Console(), options.output.expanduser().resolve()
+    console, output = Console(markup=False, emoji=False), options.output.expanduser().resolve()
     try:
         runs = []
         for setting in settings_of(options.methods, 0.25, {}, "hf"):

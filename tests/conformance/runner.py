@@ -57,7 +57,7 @@ class Context:
         tried = [base / part / name for base in (self.root, OWN_GOLDEN) for part in ("checkpoints", self.method)]
         for path in tried:
             if path.exists():
-                return path
+                return path.resolve()  # a relative one could be taken for one of the tests' own
         raise FileNotFoundError(f"checkpoint {name!r} is in none of {', '.join(map(str, tried))}")
 
 

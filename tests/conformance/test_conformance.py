@@ -152,12 +152,14 @@ def test_nothing_found_is_an_error(tmp_path, capsys):
     assert code == 1 and "no case found" in out.err
 
 
-def test_checkpoints_are_found_beside_the_method(tmp_path):
+def test_checkpoints_are_found_beside_the_method(tmp_path, monkeypatch):
     for folder in ("checkpoints/one", "fastvid/two", "fastvid/one"):
         (tmp_path / folder).mkdir(parents=True)
     context = runner.Context(tmp_path, "fastvid")
     assert context.checkpoint("one") == tmp_path / "checkpoints/one"
     assert context.checkpoint("two") == tmp_path / "fastvid/two"
+    monkeypatch.chdir(tmp_path)
+    assert runner.Context(Path("../") / tmp_path.name, "fastvid").checkpoint("one") == tmp_path / "checkpoints/one"
     assert context.checkpoint("tiny-llava-1.5") == GOLDEN / "checkpoints/tiny-llava-1.5"
     with pytest.raises(FileNotFoundError, match="three"):
         context.checkpoint("three")
