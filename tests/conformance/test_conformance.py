@@ -1,6 +1,7 @@
 """All golden vectors, and the runner that runs them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
