@@ -705,11 +705,11 @@ def answers(output: Path) -> dict[str, list[str]]:
 
 @pytest.mark.slow
 def test_a_killed_command_goes_on_where_it_stopped(checkout, tmp_path):
-    few = ("embedded", "--rows", "fastvid@0.1", "fastv@0.1", "--columns", "shapes_video", "--limit", "12")
+    few = ("embedded", "--rows", "fastvid@0.1", "fastv@0.1", "--columns", "shapes_video", "--limit", "32")
     whole = reproduce(checkout, tmp_path / "whole", *few)
     text, _ = whole.communicate(timeout=600)
     assert whole.returncode == 0, text
-    assert "First 12 documents of every task: not the paper's numbers." in text and "fastvid@0.1" in text
+    assert "First 32 documents of every task: not the paper's numbers." in text and "fastvid@0.1" in text
 
     killed = reproduce(checkout, tmp_path / "killed", *few, start_new_session=True)
     try:
@@ -728,7 +728,7 @@ def test_a_killed_command_goes_on_where_it_stopped(checkout, tmp_path):
     journals = answers(tmp_path / "killed")
     assert 1 <= len(finished) < 3 and not (tmp_path / "killed" / "outcome.json").exists()
     ((interrupted, kept),) = journals.items()
-    assert 2 <= len(kept) < 12, "killed too late"
+    assert 2 <= len(kept) < 32, "killed too late"
 
     again = reproduce(checkout, tmp_path / "killed", *few)
     text, _ = again.communicate(timeout=600)
@@ -737,7 +737,7 @@ def test_a_killed_command_goes_on_where_it_stopped(checkout, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in finished} == finished  # not run again
     log = (tmp_path / "killed" / "launch" / "log.txt").read_text()
     whole_lines = sum(line.startswith("{") and line.endswith("}") for line in kept)
-    assert f"{whole_lines} of 12 answers were given before" in log  # so only the others were generated
+    assert f"{whole_lines} of 32 answers were given before" in log  # so only the others were generated
     assert interrupted in {p.parent.name for p in (tmp_path / "killed").rglob("summary.json")}
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
 
