@@ -99,9 +99,9 @@ vllm_environment() {
     export VLLM_CACHE_ROOT="${VLLM_CACHE_ROOT:-$VLLM_VENV/vllm-cache}"
 }
 
-# embedded_checkpoint FOLDER: the embedded LLaVA-OneVision in transformers' format, which vLLM reads
+# embedded_checkpoint FOLDER [--decoder SIZE]: the embedded LLaVA-OneVision in transformers' format, which vLLM reads
 embedded_checkpoint() {
-    "$VLLM_PY" "$ROOT/scripts/serve/embedded_checkpoint.py" "$1" >/dev/null 2>&1 ||
+    "$VLLM_PY" "$ROOT/scripts/serve/embedded_checkpoint.py" "$@" >/dev/null 2>&1 ||
         die "the embedded checkpoint could not be written; run scripts/serve/embedded_checkpoint.py to see why"
 }
 

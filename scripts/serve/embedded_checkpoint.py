@@ -1,6 +1,7 @@
 """Write the embedded LLaVA-OneVision (assets/) as a transformers checkpoint, which is what vLLM serves.
 
     python scripts/serve/embedded_checkpoint.py FOLDER
+    python scripts/serve/embedded_checkpoint.py FOLDER --decoder 640x12    # behind the tower a random one of this size
 
 Two rows are added to the vocabulary for the placeholders of images and videos. Pictures are laid out as transformers
 does it, the whole image and one tile with newlines; the model was trained on the whole image alone.
@@ -59,8 +60,19 @@ def widened(weight: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat([weight, weight[-3:-2].expand(rows, -1)])
 
 
-def write(folder: Path) -> None:
-    own = json.loads((EMBEDDED / "config.json").read_text())
+def decoder(text: str) -> dict[str, int]:
+    """Sizes of a decoder: "WIDTHxLAYERS", heads of 64."""
+    width, _, layers = text.partition("x")
+    if not (width.isdecimal() and layers.isdecimal() and int(layers) and int(width) and int(width) % 64 == 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a width that 64 divides and a number of layers, as 640x12")
+    heads = int(width) // 64
+    sizes = {"hidden_size": int(width), "intermediate_size": 3 * int(width), "num_hidden_layers": int(layers)}
+    return {**sizes, "num_attention_heads": heads, "num_key_value_heads": heads}
+
+
+def write(folder: Path, sizes: dict[str, int] | None = None) -> None:
+    """Write the checkpoint; with ``sizes`` of a decoder, which and the projector then have random weights."""
+    own = {**json.loads((EMBEDDED / "config.json").read_text()), **(sizes or {})}
     words = own["vocab_size"]
     image, video = words, words + 1
     tower = json.loads((EMBEDDED / "vision_tower" / "config.json").read_text())["vision_config"]
@@ -81,12 +93,16 @@ def write(folder: Path) -> None:
         image_grid_pinpoints=[[side, side]],
         vision_aspect_ratio="anyres_max_9",
     )
+    torch.manual_seed(0)
     model = LlavaOnevisionForConditionalGeneration(config)
     weights = {renamed(name): value.float() for name, value in load_file(EMBEDDED / "model.safetensors").items()}
     for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
         weights[name] = widened(weights[name], 2)
+    if sizes:
+        weights = {name: value for name, value in weights.items() if ".vision_tower." in name}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     left = [name for name in missing if "post_layernorm" not in name and ".head." not in name]
+    left = [name for name in left if not sizes or ".vision_tower." in name]
     if left or unexpected:
         raise SystemExit(f"error: the embedded checkpoint does not fit: missing {left}, unexpected {unexpected}")
     model.save_pretrained(folder)
@@ -111,4 +127,6 @@ def write(folder: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    write(parser.parse_args().folder)
+    parser.add_argument("--decoder", type=decoder, metavar="WIDTHxLAYERS", help="a random one instead, to measure with")
+    options = parser.parse_args()
+    write(options.folder, options.decoder)

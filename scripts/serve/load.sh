@@ -5,6 +5,7 @@
 #   METHODS="dense ..."     what is compared, as scripts/bench/serving.py names it
 #   REQUESTS=16 ROUNDS=3    per method and turn; turns of each method
 #   SERVER_ARGS="..."       further arguments of the server
+#   DECODER=640x12          put a random decoder of this width and depth behind the embedded tower
 #   CHECKPOINT=/path        serve another checkpoint in transformers' format instead; PORT as in demo.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/vllm.sh"
 help_of "${BASH_SOURCE[0]}" "$@"
@@ -13,7 +14,7 @@ vllm_environment
 work="$(mktemp -d)"
 if [[ -z "${CHECKPOINT:-}" ]]; then
     CHECKPOINT="$work/embedded"
-    embedded_checkpoint "$CHECKPOINT"
+    embedded_checkpoint "$CHECKPOINT" ${DECODER:+--decoder "$DECODER"}
 fi
 read -ra more <<<"${SERVER_ARGS:-}"
 MAX_SEQS=32 start_server "$CHECKPOINT" --trust-request-mm-kwargs --limit-mm-per-prompt '{"image": 1, "video": 1}' \
