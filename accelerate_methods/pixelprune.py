@@ -11,7 +11,7 @@ All rules, and the faults of the official code: docs/methods/pixelprune.md.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -23,7 +23,10 @@ from accelerate_methods.stages.fields import choice, flag, integer, real
 from accelerate_methods.stages.pixels import PixelCells, PixelMethod
 
 _TOGETHER = 1 << 18  # values that are compared at a time, so that differences stay in the cache
-_RUN = 16  # tokens that are compared with the beginning of their run at a time, at most
+_GLANCE = 16  # pixels of each patch that are compared first, in one channel: those of one line of the cache
+_SPARSE = 3  # a third of a row's tokens is as quickly compared as all of them
+_FEW = 4  # pairs up to which looking at these first does not pay
+_AHEAD, _FARTHEST = 4, 64  # tokens that are compared with the last one that stays at a time: at first, and at most
 
 
 @register("pixelprune")
@@ -69,15 +72,12 @@ class PixelPrune(PixelMethod):
             cells = PixelCells(cells.values.cpu().float(), cells.scale)
         alike = Alike(cells, "exact" if exact else self.metric, self.threshold)
         if self.scan == "pred_2d":
-            left, above = alike.left(), alike.above()
-            if exact or not self.anchored:
-                return predicted(left, above)
-            return predicted_anchored(alike, left, above)
+            return predicted(alike.left(), alike.above()) if exact or not self.anchored else predicted_anchored(alike)
         order = torch.arange(rows * columns, device=cells.values.device).view(rows, columns)
         if self.scan == "serpentine":
             order[1::2] = order[1::2].flip(1)
         order = order.flatten()
-        changes = differs_from_before(alike, order)
+        changes = differs_from_before(alike, order, quickly=not exact)
         # exactly like the last one that stays is exactly like the one before
         stays = changes if exact else in_runs(alike, order, changes)
         return torch.empty_like(stays).index_copy_(0, order, stays).view(rows, columns)
@@ -93,48 +93,70 @@ class Alike:
     def __init__(self, cells: PixelCells, metric: str, threshold: float):
         metric, self._threshold = ("max", 0.0) if metric == "exact" else (metric, threshold)
         self._cells, self.grid = cells, cells.grid
-        #: the host looks at one patch's first channel before it fetches the others
-        self._peeks = metric == "max" and cells.values.device.type == "cpu"
         self._values = cells.values.flatten(0, 1)
         self._scale = torch.tensor(cells.scale, device=cells.values.device)
         self._test: Callable[[Tensor, Tensor], Tensor] = getattr(self, f"_{metric}")
+        self._step = max(1, _TOGETHER // (self._values[0].numel() or 1))  # tokens that are compared at a time
+        #: the host looks at a few pixels first and fetches the others only where these are alike
+        self.glances = metric == "max" and cells.values.device.type == "cpu"
+        middle = cells.values.shape[-1] // 2
+        self._glance = self._values[:, :, 1, middle : middle + _GLANCE].flatten(1).unflatten(0, self.grid)
 
     def __call__(self, first: Tensor, second: Tensor) -> Tensor:
         """[K] bool of tokens by their raster numbers [K]."""
-        if not self._peeks or len(first) < 2:
-            return self._test(self._values[first], self._values[second])
-        corner = self._values[:, 0, 0]
-        found = (corner[first] - corner[second]).abs_().amax(-1) * self._scale[0] <= self._threshold
+        if not self.glances or len(first) <= _FEW:
+            return self._whole(first, second)
+        glance = self._glance.flatten(0, 1)
+        found = self._at_a_glance(glance.index_select(0, first), glance.index_select(0, second))
         near = found.nonzero().squeeze(1)
-        found[near] = self._test(self._values[first[near]], self._values[second[near]])
+        found[near] = self._whole(first[near], second[near])
         return found
 
-    def left(self) -> Tensor:
-        """[R, C] whether each token is like the one to the left; False where there is none."""
-        values, found = self._cells.values, self._nowhere()
-        for rows in self._together():
-            found[rows, 1:] = self._test(values[rows, 1:], values[rows, :-1])
+    def left(self, quickly: bool = False) -> Tensor:
+        """[R, C] whether each token is like the one to the left; False where there is none.
+
+        Args:
+            quickly: True also where a glance leaves it open (:attr:`glances`).
+        """
+        return self._like_the_one_before(1, quickly)
+
+    def above(self, quickly: bool = False) -> Tensor:
+        """[R, C] whether each token is like the one above; False where there is none. As :meth:`left`."""
+        return self._like_the_one_before(0, quickly)
+
+    def _like_the_one_before(self, dim: int, quickly: bool) -> Tensor:
+        def pairs(table: Tensor) -> tuple[Tensor, Tensor]:
+            return table.narrow(dim, 1, self.grid[dim] - 1), table.narrow(dim, 0, self.grid[dim] - 1)
+
+        found = torch.zeros(self.grid, dtype=torch.bool, device=self._values.device)
+        here, _ = pairs(found)
+        if self.glances:
+            here.copy_(self._at_a_glance(*pairs(self._glance)))
+            if quickly:
+                return found
+        rows = max(1, self._step // self.grid[1])
+        for part, one, other in zip(*(table.split(rows) for table in (here, *pairs(self._cells.values))), strict=True):
+            near = part.nonzero(as_tuple=True) if self.glances else None
+            if near is None or _SPARSE * len(near[0]) > part.numel():  # as quick without picking them out
+                part.copy_(self._test(one, other))
+            elif len(near[0]):
+                part[near] = self._test(one[near], other[near])
         return found
 
-    def above(self) -> Tensor:
-        """[R, C] whether each token is like the one above; False where there is none."""
-        values, found = self._cells.values, self._nowhere()
-        for rows in self._together():
-            rows = slice(max(rows.start, 1), rows.stop)
-            found[rows] = self._test(values[rows], values[rows.start - 1 : rows.stop - 1])
-        return found
+    def to_one(self, start: int, stop: int, one: int) -> Tensor:
+        """[stop - start] bool whether each token from ``start`` on is like the token ``one``."""
+        return self._test(self._values[start:stop], self._values[one])
 
-    def _nowhere(self) -> Tensor:
-        return torch.zeros(self.grid, dtype=torch.bool, device=self._values.device)
+    def _whole(self, first: Tensor, second: Tensor) -> Tensor:
+        pairs, values = zip(first.split(self._step), second.split(self._step), strict=True), self._values
+        return torch.cat([self._test(values.index_select(0, one), values.index_select(0, two)) for one, two in pairs])
 
-    def _together(self) -> Iterator[slice]:
-        """A few rows at a time."""
-        step = max(1, _TOGETHER // (self._cells.values[0].numel() or 1))
-        for row in range(0, self.grid[0], step):
-            yield slice(row, min(row + step, self.grid[0]))
+    def _at_a_glance(self, one: Tensor, other: Tensor) -> Tensor:
+        """False where a few pixels show already that tokens differ."""
+        return (one - other).abs_().amax(-1) * self._scale[1] <= self._threshold
 
     def _max(self, one: Tensor, other: Tensor) -> Tensor:
-        return ((one - other).abs_().amax((-1, -3)) * self._scale).amax(-1) <= self._threshold
+        return ((one - other).abs_().amax(-1) * self._scale).amax((-1, -2)) <= self._threshold
 
     def _mae(self, one: Tensor, other: Tensor) -> Tensor:
         return ((one - other).abs_().mean((-1, -3)) * self._scale).mean(-1) <= self._threshold
@@ -157,51 +179,89 @@ def predicted(left: Tensor, above: Tensor) -> Tensor:
     return kept
 
 
-def predicted_anchored(alike: Alike, left: Tensor, above: Tensor) -> Tensor:
+def predicted_anchored(alike: Alike) -> Tensor:
     """The same with neighbours as they would be rebuilt: a token that goes has the pixels of its prediction.
 
-    The tokens of a diagonal depend on those of the two before only. A rebuilt token has the pixels of one that stays,
-    its *anchor*; only pairs of anchors that are no neighbours have to be compared anew.
-
-    Args:
-        left, above: as in :func:`predicted`, on the host.
+    A rebuilt token has the pixels of one that stays, its *anchor*, so that anchors are compared. The tokens of a
+    diagonal depend on those of the two before only: what they ask for is compared at once. On the host.
     """
     rows, columns = alike.grid
-    left, above = left.flatten(), above.flatten()
-    anchor = torch.arange(rows * columns)
+    known, total = _Known(alike), rows * columns
+    anchor = list(range(total))
     for number in range(1, rows + columns - 1):
-        row = torch.arange(max(0, number - columns + 1), min(rows, number + 1))
-        cell = row * columns + number - row
-        inner = (row > 0) & (row < number)
-        a, b, c = (cell - back for back in (1, columns, columns + 1))
-        a, b, c = (torch.where(inner, at, cell) for at in (a, b, c))  # at the edges whatever is there
-        a_is_c = _rebuilt(alike, anchor[a], anchor[c], (anchor[a] == a) & (anchor[c] == c), above[a], inner)
-        b_is_c = _rebuilt(alike, anchor[b], anchor[c], (anchor[b] == b) & (anchor[c] == c), left[b], inner)
-        from_above = torch.where(inner, a_is_c & ~b_is_c, row == number)
-        source = torch.where(from_above, cell - columns, cell - 1)
-        known = torch.where(from_above, above[cell], left[cell])
-        goes = _rebuilt(alike, cell, anchor[source], anchor[source] == source, known, torch.ones_like(inner))
-        anchor[cell] = torch.where(goes, anchor[source], cell)
-    return (anchor == torch.arange(rows * columns)).view(rows, columns)
+        row, last = max(0, number - columns + 1), min(rows - 1, number)
+        waiting = [at * columns + number - at for at in range(row, last + 1)]
+        while waiting:
+            for cell in waiting:
+                b = anchor[cell - columns] if cell >= columns else anchor[cell - 1]
+                a = anchor[cell - 1] if cell % columns else b
+                c = anchor[cell - columns - 1] if a != b else a
+                anchor[cell] = _rebuilt_from(known, cell, a, b, c)
+            waiting = [cell for cell in waiting if anchor[cell] < 0] if known.missed else []
+            known.look_up()
+    return (torch.tensor(anchor) == torch.arange(total)).view(rows, columns)
 
 
-def _rebuilt(alike: Alike, one: Tensor, other: Tensor, own: Tensor, known: Tensor, asked: Tensor) -> Tensor:
-    """[K] bool whether anchors are alike: ``known`` where both are ``own``; False where nobody ``asked``."""
-    found = torch.where(own, known, one == other) & asked
-    open_pairs = (asked & ~own & (one != other)).nonzero().squeeze(1)
-    found[open_pairs] = alike(one[open_pairs], other[open_pairs])
-    return found
+class _Known(dict[int, bool]):
+    """Whether two tokens are alike, by ``later * total + earlier``. Of those not known it says None, and notes them.
+
+    Attributes:
+        missed: pairs that were asked for in vain since the last :meth:`look_up`.
+    """
+
+    def __init__(self, alike: Alike):
+        super().__init__()
+        rows, columns = alike.grid
+        self.total = rows * columns
+        cells = torch.arange(self.total).view(rows, columns)
+        left, above = alike.left(quickly=True)[:, 1:], alike.above(quickly=True)[1:]
+        for found, later, back in ((left, cells[:, 1:], 1), (above, cells[1:], columns)):
+            sure = ~found | (not alike.glances)
+            pairs = later[sure] * self.total + later[sure] - back
+            self.update(zip(pairs.tolist(), found[sure].tolist(), strict=True))
+        self._alike, self.missed = alike, []
+
+    def __missing__(self, pair: int) -> None:
+        self.missed.append(pair)
+
+    def of(self, one: int, other: int) -> bool | None:
+        """Of two tokens in any order."""
+        return self[one * self.total + other if one > other else other * self.total + one]
+
+    def look_up(self) -> None:
+        """Learn what was missed."""
+        if self.missed:
+            pairs = torch.tensor(self.missed)
+            alike = self._alike(pairs // self.total, pairs % self.total)
+            self.update(zip(self.missed, alike.tolist(), strict=True))
+            self.missed = []
 
 
-def differs_from_before(alike: Alike, order: Tensor) -> Tensor:
+def _rebuilt_from(known: _Known, cell: int, a: int, b: int, c: int) -> int:
+    """The anchor of ``cell``, itself if it stays, from those of its neighbours A, B and C; -1 if more must be known."""
+    like_a = known[cell * known.total + a]
+    if a == b:  # C, which chooses between them, does not matter
+        return -1 if like_a is None else a if like_a else cell
+    like_b = known[cell * known.total + b]
+    if like_a is False and like_b is False:
+        return cell
+    a_is_c = a == c or known.of(a, c)
+    b_is_c = b == c or known.of(b, c)
+    if None in (like_a, like_b, a_is_c, b_is_c):
+        return -1
+    source, goes = (b, like_b) if a_is_c and not b_is_c else (a, like_a)
+    return source if goes else cell
+
+
+def differs_from_before(alike: Alike, order: Tensor, quickly: bool = False) -> Tensor:
     """[N] bool: whether each token in ``order`` differs from the one before it, the first as if it did.
 
     Args:
-        order: [N] rows one after the other, forwards or backwards.
+        order: [N] rows one after the other, forwards or backwards; quickly: as in :meth:`Alike.left`.
     """
     before, here, columns = order[:-1], order[1:], alike.grid[1]
     same = torch.zeros(len(order), dtype=torch.bool, device=order.device)
-    same[1:] = alike.left().flatten()[torch.maximum(before, here)]
+    same[1:] = alike.left(quickly).flatten()[torch.maximum(before, here)]
     turns = torch.arange(columns, len(order), columns, device=order.device)
     same[turns] = alike(order[turns - 1], order[turns])
     return ~same
@@ -211,24 +271,51 @@ def in_runs(alike: Alike, order: Tensor, changes: Tensor) -> Tensor:
     """[N] bool: which of the tokens in ``order`` stay, each compared with the last one that did.
 
     Args:
-        changes: [N] whether each differs from the one before it in this order.
+        order: as in :func:`differs_from_before`.
+        changes: [N] True at the first, and nowhere but where a token differs from the one before it in this order.
+            Others may differ, too.
     """
-    changed, total = changes.tolist(), len(order)
-    kept, at = [True] + [False] * (total - 1), 1
-    anchor, ahead = 0, 1
+    columns, total = alike.grid[1], len(order)
+    known, cells = _foreseen(alike, order, changes), order.tolist()
+    limits = changes.nonzero().squeeze(1).tolist()[::-1]
+    anchor, at, ahead, stay = 0, 1, _AHEAD, [0]
     while at < total:
-        if anchor == at - 1:  # known already
-            kept[at] = changed[at]
-            anchor, ahead = at if changed[at] else anchor, 1
+        like, length = known.get(at * total + anchor), 0
+        if like:
             at += 1
             continue
-        run = order[at : at + ahead]
-        same = alike(run, order[anchor].expand_as(run)).tolist()
-        length = same.index(False) if False in same else len(same)
-        at, ahead = at + length, min(2 * ahead, _RUN)
-        if length < len(same):
-            kept[at], anchor, at = True, at, at + 1
-    return torch.tensor(kept)
+        if like is None:  # tokens of a row, which are neighbours in memory, up to where the run probably ends
+            while limits and limits[-1] < at:
+                limits.pop()
+            stop = min(at + ahead, at - at % columns + columns, limits[-1] + 1 if limits else total)
+            first, last = sorted((cells[at], cells[stop - 1]))
+            same = alike.to_one(first, last + 1, cells[anchor]).tolist()
+            same = same if cells[at] == first else same[::-1]
+            if False not in same:
+                at, ahead = stop, min(2 * ahead, _FARTHEST)
+                continue
+            length = same.index(False)
+        anchor, ahead = at + length, max(_AHEAD, length + 1)
+        stay.append(anchor)
+        at = anchor + 1
+    return torch.zeros(total, dtype=torch.bool).index_fill_(0, torch.tensor(stay), True)
+
+
+def _foreseen(alike: Alike, order: Tensor, changes: Tensor) -> dict[int, bool]:
+    """Whether tokens are like one before, by ``later * N + earlier``: pairs that :func:`in_runs` will probably ask for.
+
+    Those are the first tokens of a run of alike ones, and the one behind it, with the run's beginning.
+    """
+    total = len(order)
+    number = torch.arange(total)
+    begin = torch.where(changes, number, 0).cummax(0).values.roll(1)  # of the run of the token before
+    apart = number - begin
+    asked = (apart > 0) & (apart <= _AHEAD) & ~(changes & (apart == 1))
+    differing = changes.nonzero().squeeze(1)[1:]
+    known = dict.fromkeys((differing * total + differing - 1).tolist(), False)
+    pairs = (number * total + begin)[asked].tolist()
+    known.update(zip(pairs, alike(order[asked], order[begin[asked]]).tolist(), strict=True))
+    return known
 
 
 # -- position ids ------------------------------------------------------------------------------------------------------
