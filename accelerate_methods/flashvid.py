@@ -219,15 +219,12 @@ def grow_trees(
         budget: tokens of each frame that are salient, and that the others will be merged into: linking goes no further.
     """
     (frames, per_frame), device = salient.shape, salient.device
-    starts = [0, *accumulate(sizes)]
-    alone = [size == 1 for size in sizes for _ in range(size)]
-    first = [frame in starts for frame in range(frames)]
-    alone, first = on_device([alone, first], device)[:, :, None]
+    starts = [0, *accumulate(sizes)][:-1]
+    alone = on_device([size == 1 for size in sizes for _ in range(size)], device)[:, None]
     available = ~salient | alone
     own = torch.arange(frames * per_frame, device=device).view(frames, per_frame)
     if threshold < 1 and max(sizes) > 1:
-        similarity, parent = links_to_previous(states, available)
-        similarity = similarity.masked_fill(first, -1.0)
+        similarity, parent = links_to_previous(states, available, starts)
         spare = per_frame - sum(budget)
         linked = similarity > link_threshold(similarity, sizes, spare, threshold)
         parent = torch.where(linked, own[:, :1] - per_frame + parent, own).flatten()

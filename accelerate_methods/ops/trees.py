@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from accelerate_methods.ops.diversity import MAP_ENTRIES
 from accelerate_methods.ops.merge import group_means
+from accelerate_methods.ops.select import on_device
 
 
-def links_to_previous(states: Tensor, available: Tensor) -> tuple[Tensor, Tensor]:
+def links_to_previous(states: Tensor, available: Tensor, starts: Sequence[int] = (0,)) -> tuple[Tensor, Tensor]:
     """The most similar available token of the frame before, for every token.
+
+    A CPU computes nothing for frames that are not linked. A GPU would be held up by more, smaller operations.
 
     Args:
         states: [F, N, D] float32 without what is not a number; available: [F, N] which tokens can be linked, and linked
             to.
+        starts: ascending, frames that are not linked to the one before; 0 is one of them.
 
     Returns:
-        [F, N] cosine similarity, -1 where there is no link (in the first frame none has one); [F, N] index within the
+        [F, N] cosine similarity, -1 where there is no link; [F, N] index within the
         frame before, of equal ones the lower.
     """
     frames, size = available.shape
@@ -25,17 +32,25 @@ def links_to_previous(states: Tensor, available: Tensor) -> tuple[Tensor, Tensor
     parent = torch.zeros(available.shape, dtype=torch.long, device=states.device)
     inverse = torch.linalg.vector_norm(states, dim=-1).clamp(min=1e-12).reciprocal()
     each = max(1, MAP_ENTRIES // (size * size))
-    for start in range(1, frames, each):
-        own = slice(start, min(start + each, frames))
+    linked = available.index_fill(0, on_device(list(starts), states.device), False)
+    cuts = [*starts, frames] if states.device.type == "cpu" else [0, frames]
+    for own in _slices(cuts, each):
         before = slice(own.start - 1, own.stop - 1)
         with torch.autocast(states.device.type, enabled=False):
             cosine = torch.bmm(states[own], states[before].mT)
         cosine.mul_(inverse[own, :, None]).mul_(inverse[before, None, :])
         cosine.masked_fill_(~available[before, None, :], -1.0)
         best = cosine.max(2)
-        similarity[own] = best.values.masked_fill(~available[own], -1.0)
+        similarity[own] = best.values.masked_fill(~linked[own], -1.0)
         parent[own] = best.indices
     return similarity, parent
+
+
+def _slices(cuts: Sequence[int], each: int) -> Iterator[slice]:
+    """What lies between one cut and the next but for the first after each cut, ``each`` at a time."""
+    for cut, end in pairwise(cuts):
+        for start in range(cut + 1, end, each):
+            yield slice(start, min(start + each, end))
 
 
 def roots_of(parent: Tensor, depth: int) -> Tensor:
