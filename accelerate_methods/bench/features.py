@@ -43,3 +43,21 @@ def video_like_patches(frames: int, side: int, width: int, *, block: int = 2, **
     fine = features.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :side, :side].flatten(1, 2)
     generator = torch.Generator().manual_seed(1)
     return fine + 0.05 * torch.randn(fine.shape, generator=generator)
+
+
+def picture_patches(rows: int, columns: int, *, screen: bool = False, seed: int = 0) -> Tensor:
+    """[R * C * 4, 1536] pixels in [0, 1] of a made-up picture of R x C tokens of 2 x 2 patches, of 256 levels.
+
+    Args:
+        screen: 70 % of the tokens have one colour, of areas of 4 x 4 tokens in three close shades; the others, or all
+            of them, are noise.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    levels = torch.rand(rows * columns, 4 * 1536, generator=draw)
+    if screen:
+        areas = torch.randint(6, (-(-rows // 4), -(-columns // 4)), generator=draw) / 8
+        colours = areas.repeat_interleave(4, 0)[:rows].repeat_interleave(4, 1)[:, :columns]
+        colours = (colours + 0.012 * torch.randint(3, (rows, columns), generator=draw)).flatten()
+        plain = torch.rand(rows * columns, generator=draw) >= 0.3
+        levels[plain] = colours[plain, None]
+    return levels.mul(255).round().div(255).view(-1, 1536)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
 import accelerate_methods
-from accelerate_methods.bench.features import video_like_features
+from accelerate_methods.bench.features import picture_patches, video_like_features
+from accelerate_methods.bench.memory import memory_before, memory_peak
 from accelerate_methods.engine.cached_keys import gather_keys, gather_rows
 from accelerate_methods.stages.compress import CompressMethod, VisualItem
 from accelerate_methods.stages.encode import EncodeStep
@@ -285,12 +285,12 @@ def merged_frames(name: str, frames: int, places: int, width: int, **params: obj
     return make
 
 
-def pixels(name: str, rows: int, columns: int, **params: object):
-    """A busy picture of so many tokens, each of 2 x 2 patches of 16 pixels."""
+def pixels(name: str, rows: int, columns: int, *, screen: bool = False, **params: object):
+    """A picture of so many tokens, each of 2 x 2 patches of 16 pixels: a busy one, or like a screen."""
 
     def make(device: torch.device, dtype: torch.dtype) -> Work:
-        method, levels = accelerate_methods.get(name, **params), torch.rand(rows * columns * 4, 1536)
-        patches = levels.mul(255).round().div(255).to(device, dtype)
+        patches = picture_patches(rows, columns, screen=screen).to(device, dtype)
+        method = accelerate_methods.get(name, **params)
         cells = PixelCells.of_patches(patches, (rows, columns), 4, frames=2)
         return Work(lambda: method.choose(cells), _bytes(patches))
 
@@ -308,6 +308,11 @@ CASES = [
     Case("earlytom", "merge 32 frames of SigLIP 729x1152", merged_frames("earlytom", 32, 729, 1152)),
     Case("pixelprune", "1792x2304 pixels, 4032 tokens", pixels("pixelprune", 56, 72)),
     Case("pixelprune", "the same with threshold 0.02", pixels("pixelprune", 56, 72, threshold=0.02)),
+    Case("pixelprune", "like a screen", pixels("pixelprune", 56, 72, screen=True)),
+    Case("pixelprune", "like a screen, 0.02", pixels("pixelprune", 56, 72, screen=True, threshold=0.02)),
+    Case("pixelprune", "the same, raster", pixels("pixelprune", 56, 72, screen=True, threshold=0.02, scan="raster")),
+    Case("flashvid", "32x196x3584, 25 %", video("flashvid", 32, 196, 3584, retention_ratio=0.25)),
+    Case("flashvid", "64x169x3584, 10 %", video("flashvid", 64, 169, 3584, retention_ratio=0.1)),
     Case("fastvid", "compress 32x196x3584, 10 %", video("fastvid", 32, 196, 3584, retention_ratio=0.1)),
     Case("prunevid", "merge 32x196x3584", video("prunevid", 32, 196, 3584)),
     Case("prunevid", "merge 16x144x4096", video("prunevid", 16, 144, 4096)),
@@ -357,9 +362,9 @@ def measure(case: Case, device: torch.device, dtype: torch.dtype, threads: int, 
     torch.set_num_threads(threads)
     work = case.make(device, dtype)
     cuda = device.type == "cuda"
-    before = _memory_before(cuda)
+    before = memory_before(cuda)
     work.run()
-    extra = _memory_peak(cuda) - before
+    extra = memory_peak(cuda) - before
     runs = {"": work.run, **work.plain}
     for run in runs.values():
         run()
@@ -376,25 +381,3 @@ def measure(case: Case, device: torch.device, dtype: torch.dtype, threads: int, 
             spent[name].append(1000 * (time.perf_counter() - start))
     plain = {f"{name}_ms": times for name, times in spent.items() if name}
     return {"ms": spent[""], **plain, "input_bytes": work.bytes, "extra_bytes": max(0, extra)}
-
-
-def _memory_before(cuda: bool) -> int:
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the former peak
-    return _status("VmRSS")
-
-
-def _memory_peak(cuda: bool) -> int:
-    if cuda:
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
-    return _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    """A line of /proc/self/status in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024

@@ -24,8 +24,8 @@ def links_to_previous(states: Tensor, available: Tensor, starts: Sequence[int] =
         starts: ascending, frames that are not linked to the one before; 0 is one of them.
 
     Returns:
-        [F, N] cosine similarity, -1 where there is no link; [F, N] index within the
-        frame before, of equal ones the lower.
+        [F, N] cosine similarity, -1 where there is no link; [F, N] index within the frame before, of equal ones the
+        lower.
     """
     frames, size = available.shape
     similarity = torch.full(available.shape, -1.0, device=states.device)

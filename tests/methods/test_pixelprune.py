@@ -86,6 +86,14 @@ def test_with_a_threshold(metric, seed, anchored):
         assert max(distance(one, other, metric) for one, other in pairs) <= threshold, "no rebuilt token is further off"
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (30, 1), (1, 30), (20, 2), (2, 20)])
+def test_narrow_pictures_with_a_threshold(rows, columns):
+    """The last token of a row is no neighbour of the first one of the next."""
+    cells = picture(rows, columns, levels=2, noise=0.12)
+    expected, _ = slowly(cells, "max", 0.1)
+    assert torch.equal(accelerate_methods.get("pixelprune", threshold=0.1).choose(cells), expected)
+
+
 @pytest.mark.parametrize(
     ("scan", "threshold", "seed"), itertools.product(["raster", "serpentine"], [0.0, 0.11], range(3))
 )

@@ -14,6 +14,8 @@ def test_links_go_to_the_most_similar_available_token_of_the_frame_before():
     similarity, parent = links_to_previous(states, available)
     assert similarity.tolist() == [[-1.0] * 4, [1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, -1.0]]
     assert parent[1, [0, 2, 3]].tolist() == [1, 3, 2] and parent[2, :3].tolist() == [1, 0, 3]
+    assert links_to_previous(states, available, (0, 2))[0].tolist() == [[-1.0] * 4, similarity[1].tolist(), [-1.0] * 4]
+    assert (links_to_previous(states, available, (0, 1, 2))[0] == -1).all(), "frames that are all cut off"
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 8, 9, 30])
