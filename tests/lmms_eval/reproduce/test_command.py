@@ -683,14 +683,14 @@ def reproduce(checkout: Path, output: Path, table: str, *arguments: str, **optio
 
 def numbers(output: Path) -> list:
     """What must not depend on whether a run was interrupted. Times are measured anew, and the first answer of every
-    process is left out of the mean costs as its warm-up, so that means over questions of other lengths remain."""
+    process is left out of the mean costs as its warm-up, so that means over other questions remain."""
     made = json.loads((output / "outcome.json").read_text())
     kept = []
     for row in made["parts"][0]["rows"]:
         for title, cell in row["cells"].items():
             cell = {k: v for k, v in cell.items() if k not in ("folder", "hash", "speedup")}
-            cell["costs"] = {k: v for k, v in cell["costs"].items() if k.startswith("visual_tokens")}
-            cell["flops_share"] = round(cell["flops_share"], 3)
+            cell["costs"] = {k: round(v) for k, v in cell["costs"].items() if k.startswith("visual_tokens")}
+            cell |= {share: round(cell[share], 2) for share in ("flops_share", "visual_tokens_share")}
             kept.append((row["name"], title, cell))
     return kept
 
