@@ -71,7 +71,7 @@ def decoder(text: str) -> dict[str, int]:
 
 
 def write(folder: Path, sizes: dict[str, int] | None = None) -> None:
-    """Write the checkpoint; with ``sizes`` of a decoder, which and the projector then have random weights."""
+    """Write the checkpoint; with ``sizes``, a decoder of these and the projector have random weights."""
     own = {**json.loads((EMBEDDED / "config.json").read_text()), **(sizes or {})}
     words = own["vocab_size"]
     image, video = words, words + 1
@@ -102,7 +102,8 @@ def write(folder: Path, sizes: dict[str, int] | None = None) -> None:
         weights = {name: value for name, value in weights.items() if ".vision_tower." in name}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     left = [name for name in missing if "post_layernorm" not in name and ".head." not in name]
-    left = [name for name in left if not sizes or ".vision_tower." in name]
+    if sizes:
+        left = [name for name in left if ".vision_tower." in name]
     if left or unexpected:
         raise SystemExit(f"error: the embedded checkpoint does not fit: missing {left}, unexpected {unexpected}")
     model.save_pretrained(folder)

@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 
-from accelerate_methods.hosts.vllm.processing import FIELD
+from accelerate_methods.hosts.vllm.processing import FIELD, as_bytes
 from accelerate_methods.hosts.vllm.spec import dense_rows
 
 
@@ -51,4 +51,4 @@ class DenseEncoderBudget(EncoderCacheManager):
 def _dense_rows_of(feature: Any) -> int | None:
     """Rows of an item without the method that came with it; None where none came, or its data are elsewhere."""
     field = (feature.data or {}).get(FIELD + feature.modality)
-    return None if field is None else dense_rows(field.data.numpy().tobytes())
+    return None if field is None else dense_rows(as_bytes(field.data))

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageEmbeddingItems, VideoEmbeddingItems
 from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
@@ -150,10 +151,9 @@ class CompressedProcessor:
                     "encodes. Send pixels, or ask for no method."
                 )
             rows = [self.info.dense_rows(modality, mm_items[modality], i, _Single(out, i)) for i in range(count)]
-            texts = [torch.frombuffer(bytearray(sent(method, dense)), dtype=torch.uint8) for dense in rows]
-            out[FIELD + modality] = torch.stack(texts)
+            out[FIELD + modality] = torch.stack([as_tensor(sent(method, dense)) for dense in rows])
             if WORDS in hf_kwargs:
-                words = torch.frombuffer(bytearray(hf_kwargs[WORDS].encode()), dtype=torch.uint8)
+                words = as_tensor(hf_kwargs[WORDS].encode())
                 out[WORDS_FIELD + modality] = words.expand(count, -1).contiguous()
         return out
 
@@ -222,6 +222,16 @@ def with_runs(full: Any, count: int) -> PromptUpdateDetails:
         elif not index or not is_media[index - 1]:
             out += [token] * count
     return PromptUpdateDetails.select_token_id(out, token)
+
+
+def as_tensor(text: bytes) -> Tensor:
+    """As vLLM carries fields of an item."""
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def as_bytes(field: Tensor) -> bytes:
+    """What :func:`as_tensor` was given."""
+    return field.numpy().tobytes()
 
 
 def _keys(kwargs: Mapping[str, object]) -> dict[str, object]:

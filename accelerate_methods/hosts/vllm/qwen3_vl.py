@@ -25,7 +25,7 @@ from accelerate_methods.hosts.native.prompt import PromptItem, cut_prompt
 from accelerate_methods.hosts.vllm import grids
 from accelerate_methods.hosts.vllm.layouts import Layout
 from accelerate_methods.hosts.vllm.processing import CompressedProcessor
-from accelerate_methods.hosts.vllm.qwen_vl import QwenEncoding, QwenInfo, grid_item
+from accelerate_methods.hosts.vllm.qwen_vl import QwenEncoding, QwenInfo
 from accelerate_methods.hosts.vllm.served import Served
 
 
@@ -130,8 +130,7 @@ class CompressedQwen3VL(QwenEncoding, qwen3_vl.Qwen3VLForConditionalGeneration):
             frame = grids.coordinates(1, *shape[1:])
             return super()._item(modality, None, rows, shape, signals, frame.repeat(1, shape[0]))
         width, media = self._width(rows), place.media.to(rows.device)
-        item = grid_item(rows[:, :width], modality, shape)
-        item.signals = signals
+        item = self._visual_item(modality, rows, shape, signals)
         sequence = compressed_sequence(item, method, lambda tokens: tokens)
         whole = rows.new_zeros(len(place.ids), rows.shape[1])
         whole[:, :width] = self.get_language_model().embed_input_ids(place.ids.to(rows.device))

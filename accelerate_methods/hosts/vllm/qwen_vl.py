@@ -198,12 +198,19 @@ class QwenEncoding(MethodWorker):
         where = place.to(rows.device)
         if method is None:
             return torch.cat([rows, grids.packed(where, rows)], dim=1)
-        width = self._width(rows)
-        item = grid_item(rows[:, :width], modality, shape)
-        item.signals = signals
+        item = self._visual_item(modality, rows, shape, signals)
         found = compressed_sequence(item, method, lambda tokens: tokens)
-        deeper = rows[found.positions, width:]  # what goes to further layers: that of the place at which a token stands
+        # what goes to further layers: that of the place at which a token stands
+        deeper = rows[found.positions, self._width(rows) :]
         return torch.cat([found.tokens, deeper, grids.packed(where[:, found.positions], rows)], dim=1)
+
+    def _visual_item(
+        self, modality: str, rows: Tensor, shape: tuple[int, int, int], signals: dict[str, Tensor]
+    ) -> VisualItem:
+        """What a method gets of the encoder's ``rows`` [T*h*w, D + ...]."""
+        item = grid_item(rows[:, : self._width(rows)], modality, shape)
+        item.signals = signals
+        return item
 
     def get_encoder_cudagraph_config(self) -> Any:
         found = super().get_encoder_cudagraph_config()

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from accelerate_methods.hosts.text_tower import TextTower
-from accelerate_methods.hosts.vllm.processing import FIELD
+from accelerate_methods.hosts.vllm.processing import FIELD, as_bytes
 from accelerate_methods.hosts.vllm.prompts import WORDS_FIELD, PromptWords
 from accelerate_methods.hosts.vllm.served import Served, given_signals
 from accelerate_methods.hosts.vllm.spec import read
@@ -48,7 +48,7 @@ class MethodWorker:
             texts, words = kwargs.pop(FIELD + modality, None), kwargs.pop(WORDS_FIELD + modality, None)
             if texts is None:
                 continue
-            methods = [read(_bytes(text)) for text in texts]
+            methods = [read(as_bytes(text)) for text in texts]
             if words is not None:
                 methods = [self._told(*pair) for pair in zip(methods, words, strict=True)]
             return modality, methods
@@ -61,12 +61,8 @@ class MethodWorker:
             return language.embed_input_ids(ids.to(like.device))
 
         return method.told(
-            PromptWords.read(_bytes(words)).told(self._wanted([method]), embed, self._text_tower(method))
+            PromptWords.read(as_bytes(words)).told(self._wanted([method]), embed, self._text_tower(method))
         )
-
-
-def _bytes(text: Tensor) -> bytes:
-    return text.numpy().tobytes()
 
 
 def groups(views: Sequence[int], most: int) -> list[list[int]]:
